@@ -1,0 +1,261 @@
+"""Model bundles (``*.covey``): a signed zip that holds everything a device needs to train one model.
+
+Members: ``manifest.json``, ``graph.tflite`` (signatures ``train``, ``infer``, ``evaluate``), ``infer.tflite``
+(inference only, parameters stored as one constant), ``params.npy`` (float32 [d]) and ``signature`` (Ed25519 of the
+publisher over the bytes of ``manifest.json``). The manifest carries the SHA-256 of every other member, so the one
+signature covers all of them.
+
+Order of checks in `open_bundle`: size caps from the zip directory, then the signature, then the manifest, then the
+version, then the digests; nothing is parsed before what vouches for it has been checked. No I/O: bytes in, bytes out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from numpy.typing import NDArray
+
+from fl_protocol.errors import BundleError, LocalMisuseError
+
+BUNDLE_FORMAT = 1
+MAX_MEMBER_BYTES = 64 * 1024 * 1024
+"""Largest uncompressed member that is read; a zip that declares more is refused unread (zip bombs)."""
+
+GRAPH, INFER, PARAMS = "graph.tflite", "infer.tflite", "params.npy"
+_MANIFEST, _SIGNATURE = "manifest.json", "signature"
+_HASHED = (GRAPH, INFER, PARAMS)
+_SIGNING_CONTEXT = b"covey bundle v1\0"
+
+
+class ParameterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where one tensor lies in the flat parameter vector.
+
+    Args:
+        name: layer and role, such as ``conv1/kernel``.
+        shape: tensor shape, row-major.
+        offset: index of its first element in ``params`` [d].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class InputSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One window of samples: ``shape`` is (samples, channels), float32, in ``units``, at ``sampling_rate_hz``."""
+
+    shape: tuple[int, ...]
+    channels: tuple[str, ...]
+    units: tuple[str, ...]
+    sampling_rate_hz: float
+
+
+class LabelSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a label means: class indices 0..K-1 (int32) with these names."""
+
+    kind: Literal["class"]
+    names: tuple[str, ...]
+
+
+class TrainingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Hyper-parameters that the publisher tried; a task may set others."""
+
+    learning_rate: float
+    l2_norm_clip: float
+    server_momentum: float
+
+
+class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is in a bundle.
+
+    Args:
+        name: model name, such as ``watch_features``.
+        version: publisher's version; devices refuse one lower than they have.
+        description: what the model is for and how it prepares its input, for people.
+        batch_size: B, the static batch dimension of every signature.
+        parameters: layout of the flat vector; ``num_parameters`` is d.
+        norm_methods: for each trained layer, how its per-example gradient norm is computed (``gram`` or
+            ``materialised``).
+        infer_params_offset: byte offset of the d little-endian float32 parameters within ``infer.tflite``.
+        members: SHA-256 (hex) of every other member except the signature.
+    """
+
+    format: int
+    name: str
+    version: int
+    description: str
+    batch_size: int
+    num_parameters: int
+    parameters: tuple[ParameterSpec, ...]
+    input: InputSchema
+    label: LabelSchema
+    preprocessing: str
+    defaults: TrainingDefaults
+    norm_methods: dict[str, str]
+    infer_params_offset: int
+    members: dict[str, str] = {}
+
+
+class ModelBundle(msgspec.Struct, frozen=True):
+    """A verified bundle: manifest, TFLite graphs and the publisher's parameters (float32 [d])."""
+
+    manifest: BundleManifest
+    graph: bytes
+    infer_template: bytes
+    params: NDArray[np.float32]
+
+    @property
+    def graph_digest(self) -> bytes:
+        """SHA-256 of ``graph.tflite``; a round manifest names the graph it trains by it."""
+        return hashlib.sha256(self.graph).digest()
+
+    def inference_model(self, params: NDArray[np.float32]) -> bytes:
+        """An inference-only ``.tflite`` (float32) that holds `params` [d] in place of the template's constant."""
+        vector = _checked_params(params, self.manifest.num_parameters).tobytes()
+        start = self.manifest.infer_params_offset
+        return self.infer_template[:start] + vector + self.infer_template[start + len(vector) :]
+
+
+def pack_bundle(
+    manifest: BundleManifest,
+    *,
+    graph: bytes,
+    infer_template: bytes,
+    params: NDArray[np.float32],
+    publisher_key: Ed25519PrivateKey,
+) -> bytes:
+    """Sign and zip a bundle; runs at the publisher.
+
+    Args:
+        manifest: ``members`` is filled in here.
+        graph: the trainable TFLite flatbuffer.
+        infer_template: the inference-only flatbuffer whose constant starts at ``infer_params_offset``.
+        params: float32 [d].
+        publisher_key: signs the manifest.
+
+    Returns:
+        The bytes of the ``.covey`` file; the same arguments give the same bytes.
+
+    Raises:
+        LocalMisuseError: `params` is not a finite float32 vector of the manifest's length.
+    """
+    stream = io.BytesIO()
+    np.save(stream, _checked_params(params, manifest.num_parameters))
+    members = {GRAPH: graph, INFER: infer_template, PARAMS: stream.getvalue()}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    text = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, members=digests)), indent=1)
+    signature = publisher_key.sign(_SIGNING_CONTEXT + text)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in ((_MANIFEST, text), (_SIGNATURE, signature), *members.items()):
+            # A fixed time keeps the bytes reproducible.
+            info = zipfile.ZipInfo(name, date_time=(2026, 1, 1, 0, 0, 0))
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, data)
+    return out.getvalue()
+
+
+def open_bundle(data: bytes, *, publisher: Ed25519PublicKey, minimum_version: int = 0) -> ModelBundle:
+    """Verify a bundle and return what is in it; runs at devices, aggregators and tools.
+
+    Args:
+        data: bytes of the ``.covey`` file, untrusted.
+        publisher: the pinned publisher key.
+        minimum_version: refuse anything lower (anti-rollback).
+
+    Raises:
+        BundleError: with what was expected, what came and what to do.
+    """
+    members = _read_members(data)
+    text = members[_MANIFEST]
+    try:
+        publisher.verify(members[_SIGNATURE], _SIGNING_CONTEXT + text)
+    except InvalidSignature:
+        raise BundleError(
+            "The bundle is not signed by the pinned publisher: get it again, or pin the publisher who made it."
+        ) from None
+    manifest = _decode_manifest(text)
+    if manifest.version < minimum_version:
+        raise BundleError(
+            f"The bundle is version {manifest.version} but version {minimum_version} is installed: "
+            "an older model is never accepted in place of a newer one."
+        )
+    for name in _HASHED:
+        if hashlib.sha256(members[name]).hexdigest() != manifest.members.get(name):
+            raise BundleError(
+                f"The bundle's {name} does not match its signed digest: the file is damaged, get it again."
+            )
+    params = _load_params(members[PARAMS], manifest.num_parameters)
+    return ModelBundle(manifest=manifest, graph=members[GRAPH], infer_template=members[INFER], params=params)
+
+
+def _read_members(data: bytes) -> dict[str, bytes]:
+    """The five members' bytes, within the size caps, each exactly once."""
+    expected = {_MANIFEST, _SIGNATURE, *_HASHED}
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+            names = [entry.filename for entry in entries]
+            if sorted(names) != sorted(expected):
+                raise BundleError(f"The bundle should hold exactly {sorted(expected)}; it holds {sorted(names)[:8]}.")
+            members = {}
+            for entry in entries:
+                # Security: the declared size caps what is decompressed; zipfile stops at it and checks the CRC.
+                if entry.file_size > MAX_MEMBER_BYTES:
+                    raise BundleError(
+                        f"The bundle's {entry.filename} declares {entry.file_size} bytes; "
+                        f"at most {MAX_MEMBER_BYTES} are read."
+                    )
+                members[entry.filename] = archive.read(entry)
+            return members
+    except BundleError:
+        raise
+    # zipfile raises a wide family on hostile input (BadZipFile, zlib.error, struct.error, EOFError, ...).
+    except Exception as error:
+        raise BundleError(f"The bundle is not a readable zip ({error}): the file is damaged, get it again.") from error
+
+
+def _decode_manifest(text: bytes) -> BundleManifest:
+    """The manifest, decoded strictly and checked for consistency."""
+    try:
+        manifest = msgspec.json.decode(text, type=BundleManifest)
+    except msgspec.DecodeError as error:
+        raise BundleError(f"The bundle's manifest cannot be read ({error}): it was made by another version.") from error
+    if manifest.format != BUNDLE_FORMAT:
+        raise BundleError(
+            f"The bundle has format {manifest.format}; this version of covey reads format {BUNDLE_FORMAT}."
+        )
+    end = 0
+    for spec in manifest.parameters:
+        if spec.offset != end or any(side <= 0 for side in spec.shape):
+            raise BundleError(f"The bundle's parameter {spec.name} has offset {spec.offset}; {end} was expected.")
+        end += int(np.prod(spec.shape))
+    if end != manifest.num_parameters:
+        raise BundleError(f"The bundle's parameters add up to {end}, not to num_parameters={manifest.num_parameters}.")
+    return manifest
+
+
+def _load_params(raw: bytes, count: int) -> NDArray[np.float32]:
+    """The parameter vector from its ``.npy`` bytes; pickles are never loaded."""
+    try:
+        loaded: Any = np.load(io.BytesIO(raw), allow_pickle=False)
+        return _checked_params(loaded, count)
+    except (ValueError, EOFError) as error:
+        raise BundleError(f"The bundle's {PARAMS} cannot be used ({error}): get the bundle again.") from error
+
+
+def _checked_params(params: Any, count: int) -> NDArray[np.float32]:
+    """`params` as a contiguous float32 [count] vector of finite numbers."""
+    array = np.ascontiguousarray(params)
+    if array.dtype != np.float32 or array.shape != (count,):
+        raise LocalMisuseError(f"parameters: expected float32 [{count}], got {array.dtype} {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise LocalMisuseError("parameters: expected finite numbers, got NaN or infinity")
+    return array
