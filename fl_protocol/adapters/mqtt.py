@@ -1,0 +1,157 @@
+"""The transport over paho-mqtt 2: MQTT 5, QoS 1, TLS when configured, reconnecting with back-off.
+
+Callbacks only put events on a queue: an exception inside a paho callback would silently end its thread. paho ignores
+the server's MaximumPacketSize, so it is read here and handed up. TCP_NODELAY is set: without it a 2 MB update in 120
+KiB chunks took 45 ms on loopback, with it 5 ms.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from fl_protocol.errors import LocalMisuseError
+from fl_protocol.transport import Connected, Disconnected, Received, TransportEvent
+
+MAX_QUEUED_EVENTS = 20_000
+"""Inbound events held for a slow consumer; beyond it messages are dropped, and resending covers for them."""
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files for mutual TLS: the broker's CA, and this client's P-256 certificate and key."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True)
+class LastWill:
+    """What the broker publishes (retained) for this client when its connection dies."""
+
+    topic: str
+    payload: bytes
+
+
+class MqttTransport:
+    """`fl_protocol.transport.Transport` over one paho client with its own network thread."""
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        client_id: str,
+        tls: TlsFiles | None = None,
+        will: LastWill | None = None,
+        keepalive_s: int = 30,
+        max_back_off_s: int = 60,
+    ) -> None:
+        self._address = (host, port)
+        self._keepalive_s = keepalive_s
+        self._events: queue.Queue[TransportEvent] = queue.Queue(MAX_QUEUED_EVENTS)
+        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
+        if tls is not None:
+            client.tls_set_context(_tls_context(tls))
+        if will is not None:
+            client.will_set(will.topic, will.payload, qos=1, retain=True)
+        client.reconnect_delay_set(min_delay=1, max_delay=max_back_off_s)
+        client.on_connect = self._on_connect
+        client.on_connect_fail = self._on_connect_fail
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_socket_open = _set_nodelay
+        self._client = client
+
+    def open(self) -> None:
+        """Start connecting in the background; failures arrive as `Disconnected` and are retried with back-off."""
+        host, port = self._address
+        self._client.connect_async(host, port, keepalive=self._keepalive_s, clean_start=True)
+        self._client.loop_start()
+
+    def poll(self, timeout_s: float) -> TransportEvent | None:
+        """The next event, or None after `timeout_s`."""
+        try:
+            return self._events.get(timeout=max(0.0, timeout_s)) if timeout_s > 0 else self._events.get_nowait()
+        except queue.Empty:
+            return None
+
+    def subscribe(self, topic_filter: str) -> None:
+        """Subscribe at QoS 1."""
+        self._client.subscribe(topic_filter, qos=1)
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """Unsubscribe."""
+        self._client.unsubscribe(topic_filter)
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, expires_s: int | None = None) -> None:
+        """Publish at QoS 1; nothing is concluded from the broker's acknowledgement."""
+        properties = None
+        if expires_s is not None:
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+            properties.MessageExpiryInterval = max(1, expires_s)
+        self._client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+
+    def close(self) -> None:
+        """Disconnect cleanly (the last will is not sent) and end the network thread."""
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def _put(self, event: TransportEvent) -> None:
+        """Queue an event, or drop it when the consumer is hopelessly behind."""
+        try:
+            self._events.put_nowait(event)
+        except queue.Full:
+            # Dropped messages are resent by their senders; a lost Connected would not be, so make room for those.
+            if not isinstance(event, Received):
+                self._events.get_nowait()
+                self._events.put_nowait(event)
+
+    def _on_connect(self, _c: Any, _u: Any, _flags: Any, reason: ReasonCode, properties: Properties | None) -> None:
+        if reason.is_failure:
+            self._put(Disconnected(f"broker refused the connection: {reason}"))
+        else:
+            self._put(Connected(getattr(properties, "MaximumPacketSize", None)))
+
+    def _on_connect_fail(self, _client: Any, _userdata: Any) -> None:
+        host, port = self._address
+        self._put(Disconnected(f"no broker reachable at {host}:{port}"))
+
+    def _on_disconnect(self, _c: Any, _u: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+        self._put(Disconnected(f"connection to the broker ended: {reason}"))
+
+    def _on_message(self, _client: Any, _userdata: Any, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:  # a hostile broker may send a topic that is not UTF-8
+            return
+        self._put(Received(topic, bytes(message.payload)))
+
+
+def _tls_context(files: TlsFiles) -> ssl.SSLContext:
+    """TLS 1.3 only, both sides authenticated."""
+    try:
+        context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(files.ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(str(files.certificate), str(files.key))
+    except (OSError, ssl.SSLError) as error:
+        raise LocalMisuseError(
+            f"TLS files: expected PEM files at {files.ca}, {files.certificate} and {files.key}; {error}"
+        ) from error
+    return context
+
+
+def _set_nodelay(_client: Any, _userdata: Any, sock: Any) -> None:
+    """Switch Nagle's algorithm off (see the module docstring)."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

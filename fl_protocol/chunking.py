@@ -1,0 +1,128 @@
+"""Cutting a transfer into MQTT messages and putting it together again, under caps. Pure; runs on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+
+from fl_protocol.errors import RefusalReason, RefusedError
+from fl_protocol.limits import MAX_OPEN_TRANSFERS, MAX_TRANSFER_BYTES
+from fl_protocol.messages import ChunkMsg
+
+
+def split(transfer_id: bytes, whole: bytes, *, data_bytes: int) -> Iterator[ChunkMsg]:
+    """Chunks of `whole`, each with at most `data_bytes` of data (see `limits.chunk_data_bytes`)."""
+    digest = hashlib.sha256(whole).digest()
+    count = -(-len(whole) // data_bytes)
+    for index in range(count):
+        data = whole[index * data_bytes : (index + 1) * data_bytes]
+        yield ChunkMsg(
+            transfer_id=transfer_id, index=index, count=count, total_bytes=len(whole), digest=digest, data=data
+        )
+
+
+@dataclass
+class _Transfer:
+    """What has arrived of one transfer."""
+
+    count: int
+    total_bytes: int
+    digest: bytes
+    started_s: float
+    parts: dict[int, bytes] = field(default_factory=dict)
+    received_bytes: int = 0
+
+
+class Reassembler:
+    """Transfers that one peer is sending, half-received ones capped in number and bytes.
+
+    Chunks may come in any order and more than once; a chunk that contradicts what its transfer said before is refused.
+    """
+
+    def __init__(self, *, max_bytes: int = MAX_TRANSFER_BYTES, max_transfers: int = MAX_OPEN_TRANSFERS) -> None:
+        self._max_bytes = max_bytes
+        self._max_transfers = max_transfers
+        self._open: dict[bytes, _Transfer] = {}
+
+    def accept(self, chunk: ChunkMsg, now_s: float) -> bytes | None:
+        """Take one chunk; the whole transfer when it was the last one missing, else None.
+
+        Raises:
+            RefusedError: OVERSIZED over the caps; MALFORMED when chunks contradict each other or the whole's digest.
+        """
+        transfer = self._transfer_of(chunk, now_s)
+        known = transfer.parts.get(chunk.index)
+        if known is not None and known != chunk.data:
+            self.forget(chunk.transfer_id)
+            raise RefusedError(RefusalReason.MALFORMED, f"chunk {chunk.index} came twice with different data")
+        if known is None:
+            transfer.parts[chunk.index] = chunk.data
+            transfer.received_bytes += len(chunk.data)
+        if transfer.received_bytes > transfer.total_bytes:
+            self.forget(chunk.transfer_id)
+            raise RefusedError(RefusalReason.OVERSIZED, f"more than the announced {transfer.total_bytes} bytes came")
+        if len(transfer.parts) < transfer.count:
+            return None
+        self.forget(chunk.transfer_id)
+        whole = b"".join(transfer.parts[index] for index in range(transfer.count))
+        if len(whole) != transfer.total_bytes or hashlib.sha256(whole).digest() != transfer.digest:
+            raise RefusedError(RefusalReason.MALFORMED, "the chunks do not add up to the announced digest")
+        return whole
+
+    def _transfer_of(self, chunk: ChunkMsg, now_s: float) -> _Transfer:
+        """The open transfer this chunk belongs to, opened if there is room."""
+        transfer = self._open.get(chunk.transfer_id)
+        if transfer is not None:
+            if (chunk.count, chunk.total_bytes, chunk.digest) != (
+                transfer.count,
+                transfer.total_bytes,
+                transfer.digest,
+            ):
+                raise RefusedError(RefusalReason.MALFORMED, "chunks of one transfer disagree about the whole")
+            return transfer
+        announced = chunk.total_bytes + sum(other.total_bytes for other in self._open.values())
+        if announced > self._max_bytes:
+            raise RefusedError(
+                RefusalReason.OVERSIZED, f"{announced} bytes announced, at most {self._max_bytes} are held"
+            )
+        if len(self._open) >= self._max_transfers:
+            # The oldest gives way: a peer that never finishes anything only starves itself.
+            del self._open[min(self._open, key=lambda key: self._open[key].started_s)]
+        transfer = _Transfer(chunk.count, chunk.total_bytes, chunk.digest, now_s)
+        self._open[chunk.transfer_id] = transfer
+        return transfer
+
+    def forget(self, transfer_id: bytes) -> None:
+        """Drop what has arrived of a transfer."""
+        self._open.pop(transfer_id, None)
+
+    def forget_before(self, started_s: float) -> None:
+        """Drop transfers begun before this time."""
+        for key in [key for key, transfer in self._open.items() if transfer.started_s < started_s]:
+            del self._open[key]
+
+    def stalled(self, started_before_s: float) -> list[tuple[bytes, bytes]]:
+        """(transfer id, bitmap of missing chunks) of the transfers begun before this time and not complete."""
+        return [
+            (key, missing_bitmap(transfer.count, transfer.parts.keys()))
+            for key, transfer in self._open.items()
+            if transfer.started_s < started_before_s
+        ]
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+
+def missing_bitmap(count: int, present: Container[int]) -> bytes:
+    """Bitmap of the chunks 0..count-1 that are not in `present`: bit i % 8 (LSB first) of byte i // 8."""
+    bitmap = bytearray(-(-count // 8))
+    for index in range(count):
+        if index not in present:
+            bitmap[index // 8] |= 1 << (index % 8)
+    return bytes(bitmap)
+
+
+def missing_indices(bitmap: bytes, count: int) -> list[int]:
+    """The chunk indices below `count` that a NACK's bitmap asks for."""
+    return [index for index in range(min(count, 8 * len(bitmap))) if bitmap[index // 8] >> (index % 8) & 1]

@@ -1,0 +1,236 @@
+"""Every message on the wire, as frozen structs in MessagePack maps; versioned and decoded strictly.
+
+`decode` raises `ProtocolError` and nothing else, whatever the bytes. Ranges stand in the types, relations between
+fields in ``__post_init__``; a struct that was decoded is valid. Signed messages travel as `SignedMsg`, whose
+signature covers a context string and the exact payload bytes, so no canonical encoding is needed (see
+`fl_protocol.signing`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from fl_protocol.errors import ProtocolError, RefusalReason
+from fl_protocol.limits import MAX_PACKET_BYTES, MAX_PARAMETERS, MAX_TRANSFER_BYTES, MIN_CHUNK_DATA_BYTES
+from fl_protocol.topics import NAME_PATTERN
+
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+UpdateId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+RoundNumber = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+ParameterCount = Annotated[int, Meta(ge=1, le=MAX_PARAMETERS)]
+Positive = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(ge=0, le=1e11)]
+Version = Literal[1]
+KemName = Literal["mlkem768-x25519", "x25519"]
+M = TypeVar("M", bound="_Msg")
+
+
+class _Msg(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What every message has: the protocol version."""
+
+    v: Version = 1
+
+
+class SignedMsg(_Msg, frozen=True):
+    """A payload and the Ed25519 signature over its context and exact bytes."""
+
+    payload: bytes
+    signature: Signature
+
+
+class TrainingPlanMsg(_Msg, frozen=True):
+    """What a device computes in a round.
+
+    Args:
+        sampling_rate: q of Poisson sampling, (0, 1]; 1 takes every record in every step.
+        local_steps: noisy gradient steps per round.
+        learning_rate: step size on the device.
+        l2_norm_clip: bound C on each record's gradient norm.
+        noise_multiplier: noise standard deviation over C, per step; 0 only where no privacy is claimed.
+        expected_batch_size: public constant the clipped sum is divided by. Never the device's own number of records:
+            under add-or-remove-one neighbours that number is itself private.
+    """
+
+    sampling_rate: Annotated[float, Meta(gt=0, le=1)]
+    local_steps: Annotated[int, Meta(ge=1, le=100_000)]
+    learning_rate: Positive
+    l2_norm_clip: Positive
+    noise_multiplier: Annotated[float, Meta(ge=0)]
+    expected_batch_size: Positive
+
+    def __post_init__(self) -> None:
+        _require_finite(
+            learning_rate=self.learning_rate,
+            l2_norm_clip=self.l2_norm_clip,
+            noise_multiplier=self.noise_multiplier,
+            expected_batch_size=self.expected_batch_size,
+        )
+
+
+class RecipientKeyMsg(_Msg, frozen=True):
+    """The HPKE public key of one round: raw bytes in the KEM's own encoding (RFC 9180, section 4)."""
+
+    kem: KemName
+    public_key: Annotated[bytes, Meta(min_length=32, max_length=1216)]
+
+
+class RoundManifestMsg(_Msg, frozen=True):
+    """All a device needs to know of a round; retained, signed by the aggregator.
+
+    Args:
+        status: ``open`` invites updates; ``finished`` only announces the task's last model.
+        model_digest: SHA-256 of the global parameters (little-endian float32 [num_parameters]).
+        graph_digest: SHA-256 of the trainable graph that the parameters belong to.
+        opened_s, deadline_s: Unix seconds.
+        goal: updates at which the round closes early.
+        minimum_cohort: fewest updates that are ever combined.
+        participation_probability: with which each device tosses its own coin.
+        minimum_separation_s: seconds a device stays out after taking part.
+    """
+
+    tenant: Name
+    task: Name
+    round: RoundNumber
+    status: Literal["open", "finished"]
+    engine: Literal["open"]
+    model_digest: Digest
+    graph_digest: Digest
+    num_parameters: ParameterCount
+    recipient: RecipientKeyMsg
+    plan: TrainingPlanMsg
+    opened_s: Seconds
+    deadline_s: Seconds
+    goal: Count
+    minimum_cohort: Count
+    participation_probability: Annotated[float, Meta(ge=0, le=1)]
+    minimum_separation_s: Seconds
+
+    def __post_init__(self) -> None:
+        if self.goal < self.minimum_cohort:
+            raise ValueError(f"goal {self.goal} is below minimum_cohort {self.minimum_cohort}")
+        if self.deadline_s < self.opened_s:
+            raise ValueError(f"deadline_s {self.deadline_s} is before opened_s {self.opened_s}")
+
+
+class ChunkMsg(_Msg, frozen=True):
+    """One piece of a transfer; idempotent on (transfer_id, index).
+
+    Args:
+        transfer_id: the update id, or the first 16 bytes of a model's digest.
+        count: number of chunks; ``index`` runs from 0 to count - 1.
+        total_bytes: length of the whole.
+        digest: SHA-256 of the whole.
+    """
+
+    transfer_id: UpdateId
+    index: Annotated[int, Meta(ge=0, le=65_535)]
+    count: Annotated[int, Meta(ge=1, le=65_536)]
+    total_bytes: Annotated[int, Meta(ge=1, le=MAX_TRANSFER_BYTES)]
+    digest: Digest
+    data: Annotated[bytes, Meta(min_length=1, max_length=MAX_PACKET_BYTES)]
+
+    def __post_init__(self) -> None:
+        if self.index >= self.count:
+            raise ValueError(f"chunk index {self.index} is not below count {self.count}")
+        if self.count > -(-self.total_bytes // MIN_CHUNK_DATA_BYTES):
+            raise ValueError(f"{self.count} chunks for {self.total_bytes} bytes: needlessly small")
+
+
+class UpdateHeaderMsg(_Msg, frozen=True):
+    """What a device says in the clear about its sealed update, and signs."""
+
+    tenant: Name
+    task: Name
+    round: RoundNumber
+    model_digest: Digest
+    device: Name
+    update_id: UpdateId
+    kem: KemName
+    sealed_digest: Digest
+
+
+class UpdateEnvelopeMsg(_Msg, frozen=True):
+    """A sealed update as it travels: encoded header, the device's signature over it, HPKE ``enc || ciphertext``."""
+
+    header: Annotated[bytes, Meta(max_length=4096)]
+    signature: Signature
+    sealed: bytes
+
+
+class UpdateBodyMsg(_Msg, frozen=True):
+    """What is inside the seal: the change of the parameters, little-endian float32 [num_parameters]."""
+
+    num_parameters: ParameterCount
+    values: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.values) != 4 * self.num_parameters:
+            raise ValueError(f"expected {4 * self.num_parameters} bytes of values, got {len(self.values)}")
+
+
+class ReceiptMsg(_Msg, frozen=True):
+    """The only proof of delivery: the aggregator has committed exactly these sealed bytes to its database."""
+
+    tenant: Name
+    task: Name
+    round: RoundNumber
+    device: Name
+    update_id: UpdateId
+    sealed_digest: Digest
+    accepted_s: Seconds
+
+
+class NackMsg(_Msg, frozen=True):
+    """An update was not accepted.
+
+    Args:
+        reason: ``truncated`` asks for the chunks in `missing`; every other reason is final.
+        missing: bitmap, chunk i is bit i % 8 (least significant first) of byte i // 8; empty otherwise.
+        detail: what was expected and what came, for the device's log.
+    """
+
+    tenant: Name
+    device: Name
+    update_id: UpdateId
+    reason: RefusalReason
+    missing: Annotated[bytes, Meta(max_length=8192)] = b""
+    detail: Annotated[str, Meta(max_length=400)] = ""
+
+
+class PresenceMsg(_Msg, frozen=True):
+    """Retained presence of a device."""
+
+    state: Literal["online", "offline"]
+    software: Annotated[str, Meta(max_length=64)]
+
+
+def encode(message: _Msg) -> bytes:
+    """MessagePack bytes of a message; equal messages give equal bytes."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode(data: bytes, kind: type[M]) -> M:
+    """Decode untrusted bytes as a message of this kind.
+
+    Raises:
+        ProtocolError: malformed, of another version, out of range, or with fields unknown or missing.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=kind, strict=True)
+    # msgspec reports bad UTF-8 as UnicodeDecodeError and deep nesting as RecursionError.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
+        raise ProtocolError(f"not a valid {kind.__name__}: {error}") from error
+
+
+def _require_finite(**values: float) -> None:
+    """Refuse infinities (a NaN already fails the range in the type)."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")

@@ -1,0 +1,180 @@
+"""Sealing updates to a round key with HPKE base mode (RFC 9180), as `cryptography` implements it.
+
+Suites: KEM ML-KEM-768 + X25519 (hybrid, the default) or DHKEM(X25519), KDF HKDF-SHA256, AEAD AES-128-GCM for X25519
+and AES-256-GCM for the hybrid. ``info`` binds the header's fields, so a sealed update opens only for the tenant, task,
+round, model, device and update id it was made for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hpke
+from cryptography.hazmat.primitives.asymmetric import mlkem
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+from fl_protocol import PROTOCOL_VERSION
+from fl_protocol.errors import ProtocolError
+from fl_protocol.messages import (
+    KemName,
+    RecipientKeyMsg,
+    RoundManifestMsg,
+    UpdateBodyMsg,
+    UpdateEnvelopeMsg,
+    UpdateHeaderMsg,
+    decode,
+    encode,
+)
+from fl_protocol.signing import sign_header
+
+PrivateKey = X25519PrivateKey | hpke.MLKEM768X25519PrivateKey
+PublicKey = X25519PublicKey | hpke.MLKEM768X25519PublicKey
+
+_SUITES: dict[KemName, hpke.Suite] = {
+    "mlkem768-x25519": hpke.Suite(hpke.KEM.MLKEM768_X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM),
+    "x25519": hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_128_GCM),
+}
+_MLKEM_SEED_BYTES, _MLKEM_PUBLIC_BYTES, _X25519_BYTES = 64, 1184, 32
+
+
+@dataclass(frozen=True)
+class RoundKey:
+    """The recipient's private key of one round; `secret` is what a store keeps until the round is closed.
+
+    Args:
+        kem: name of the KEM.
+        secret: X25519 private key (32 bytes), or ML-KEM-768 seed (64) followed by it.
+    """
+
+    kem: KemName
+    secret: bytes
+
+    def private_key(self) -> PrivateKey:
+        """The key object."""
+        x25519 = X25519PrivateKey.from_private_bytes(self.secret[-_X25519_BYTES:])
+        if self.kem == "x25519":
+            return x25519
+        seed = self.secret[:_MLKEM_SEED_BYTES]
+        return hpke.MLKEM768X25519PrivateKey(mlkem.MLKEM768PrivateKey.from_seed_bytes(seed), x25519)
+
+    def recipient(self) -> RecipientKeyMsg:
+        """The public half, as a manifest carries it."""
+        x25519 = X25519PrivateKey.from_private_bytes(self.secret[-_X25519_BYTES:]).public_key().public_bytes_raw()
+        if self.kem == "x25519":
+            return RecipientKeyMsg(kem=self.kem, public_key=x25519)
+        seed = self.secret[:_MLKEM_SEED_BYTES]
+        public = mlkem.MLKEM768PrivateKey.from_seed_bytes(seed).public_key().public_bytes_raw()
+        return RecipientKeyMsg(kem=self.kem, public_key=public + x25519)
+
+
+def round_key_bytes(kem: KemName) -> int:
+    """How many random bytes `RoundKey` needs."""
+    return _X25519_BYTES if kem == "x25519" else _MLKEM_SEED_BYTES + _X25519_BYTES
+
+
+def _public_key(recipient: RecipientKeyMsg) -> PublicKey:
+    """The key object of a manifest's recipient."""
+    raw = recipient.public_key
+    expected = _X25519_BYTES if recipient.kem == "x25519" else _MLKEM_PUBLIC_BYTES + _X25519_BYTES
+    if len(raw) != expected:
+        raise ProtocolError(f"recipient key: expected {expected} bytes for {recipient.kem}, got {len(raw)}")
+    x25519 = X25519PublicKey.from_public_bytes(raw[-_X25519_BYTES:])
+    if recipient.kem == "x25519":
+        return x25519
+    try:
+        return hpke.MLKEM768X25519PublicKey(
+            mlkem.MLKEM768PublicKey.from_public_bytes(raw[:_MLKEM_PUBLIC_BYTES]), x25519
+        )
+    except ValueError as error:
+        raise ProtocolError(f"recipient key: not an ML-KEM-768 public key ({error})") from error
+
+
+def seal_info(
+    *, tenant: str, task: str, round_number: int, model_digest: bytes, device: str, update_id: bytes
+) -> bytes:
+    """HPKE ``info``: a MessagePack array, so that no two field lists share an encoding."""
+    return b"covey v1 update\0" + msgspec.msgpack.encode(
+        [PROTOCOL_VERSION, tenant, task, round_number, model_digest, device, update_id]
+    )
+
+
+def _info_of(header: UpdateHeaderMsg) -> bytes:
+    """`seal_info` of a header's fields."""
+    return seal_info(
+        tenant=header.tenant,
+        task=header.task,
+        round_number=header.round,
+        model_digest=header.model_digest,
+        device=header.device,
+        update_id=header.update_id,
+    )
+
+
+def seal_update(
+    body: UpdateBodyMsg,
+    *,
+    manifest: RoundManifestMsg,
+    device: str,
+    update_id: bytes,
+    signing_key: Ed25519PrivateKey,
+) -> bytes:
+    """Seal and sign one update; runs at the device. Encapsulation draws from the operating system's CSPRNG.
+
+    Args:
+        body: the update in the clear.
+        manifest: the verified manifest of the round the update is for.
+        device: this device's id on the wire.
+        update_id: 16 random bytes, fresh for every update.
+        signing_key: the device's Ed25519 key.
+
+    Returns:
+        Encoded `UpdateEnvelopeMsg`.
+
+    Raises:
+        ProtocolError: the manifest's recipient key is not usable.
+    """
+    info = seal_info(
+        tenant=manifest.tenant,
+        task=manifest.task,
+        round_number=manifest.round,
+        model_digest=manifest.model_digest,
+        device=device,
+        update_id=update_id,
+    )
+    kem = manifest.recipient.kem
+    try:
+        sealed = _SUITES[kem].encrypt(encode(body), _public_key(manifest.recipient), info=info)
+    except ValueError as error:  # X25519 refuses points of small order
+        raise ProtocolError(f"recipient key: cannot be sealed to ({error})") from error
+    header = encode(
+        UpdateHeaderMsg(
+            tenant=manifest.tenant,
+            task=manifest.task,
+            round=manifest.round,
+            model_digest=manifest.model_digest,
+            device=device,
+            update_id=update_id,
+            kem=kem,
+            sealed_digest=hashlib.sha256(sealed).digest(),
+        )
+    )
+    return encode(UpdateEnvelopeMsg(header=header, signature=sign_header(header, signing_key), sealed=sealed))
+
+
+def open_update(header: UpdateHeaderMsg, sealed: bytes, key: RoundKey) -> UpdateBodyMsg:
+    """Open a sealed update; runs at the recipient, after the header's signature has been verified.
+
+    Raises:
+        ProtocolError: not sealed to this key for these header fields, or the content is malformed.
+    """
+    if header.kem != key.kem:
+        raise ProtocolError(f"sealed with {header.kem}, but this round's key is {key.kem}")
+    try:
+        plain = _SUITES[key.kem].decrypt(sealed, key.private_key(), info=_info_of(header))
+    except (InvalidTag, ValueError):
+        raise ProtocolError("the update does not open with this round's key for its header") from None
+    return decode(plain, UpdateBodyMsg)

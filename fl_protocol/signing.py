@@ -1,0 +1,82 @@
+"""Ed25519 signatures over messages, each bound to what it is for (a signature for one purpose fits no other).
+
+Devices sign update headers; the aggregator signs round manifests, receipts and NACKs.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fl_protocol.errors import LocalMisuseError, ProtocolError
+from fl_protocol.messages import (
+    NackMsg,
+    ReceiptMsg,
+    RoundManifestMsg,
+    SignedMsg,
+    UpdateHeaderMsg,
+    decode,
+    encode,
+)
+
+S = TypeVar("S", RoundManifestMsg, ReceiptMsg, NackMsg)
+
+_CONTEXTS: dict[type, bytes] = {
+    RoundManifestMsg: b"covey v1 round manifest\0",
+    ReceiptMsg: b"covey v1 receipt\0",
+    NackMsg: b"covey v1 nack\0",
+    UpdateHeaderMsg: b"covey v1 update header\0",
+}
+
+
+def sign(message: RoundManifestMsg | ReceiptMsg | NackMsg, key: Ed25519PrivateKey) -> bytes:
+    """Encoded `SignedMsg` around `message`; runs at the aggregator."""
+    payload = encode(message)
+    return encode(SignedMsg(payload=payload, signature=key.sign(_CONTEXTS[type(message)] + payload)))
+
+
+def verify(data: bytes, kind: type[S], key: Ed25519PublicKey) -> S:
+    """Decode and verify a signed message; runs at devices.
+
+    Raises:
+        ProtocolError: malformed, or not signed by `key` for this purpose. The payload is not parsed before that.
+    """
+    signed = decode(data, SignedMsg)
+    try:
+        key.verify(signed.signature, _CONTEXTS[kind] + signed.payload)
+    except InvalidSignature:
+        raise ProtocolError(f"{kind.__name__} is not signed by the pinned aggregator key") from None
+    return decode(signed.payload, kind)
+
+
+def sign_header(header: bytes, key: Ed25519PrivateKey) -> bytes:
+    """Signature (64 bytes) over an encoded `UpdateHeaderMsg`; runs at a device."""
+    return key.sign(_CONTEXTS[UpdateHeaderMsg] + header)
+
+
+def header_signature_is_valid(header: bytes, signature: bytes, key: Ed25519PublicKey) -> bool:
+    """Whether `signature` is the device's over these exact header bytes; runs at the aggregator."""
+    try:
+        key.verify(signature, _CONTEXTS[UpdateHeaderMsg] + header)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def public_key_from_hex(text: str) -> Ed25519PublicKey:
+    """A public key from the 64 hex digits that files and configurations hold.
+
+    Raises:
+        LocalMisuseError: not 64 hex digits.
+    """
+    try:
+        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text.strip()))
+    except ValueError:
+        raise LocalMisuseError(f"expected an Ed25519 public key as 64 hex digits, got {text.strip()[:80]!r}") from None
+
+
+def public_key_hex(key: Ed25519PublicKey) -> str:
+    """The 64 hex digits of a public key."""
+    return key.public_bytes_raw().hex()

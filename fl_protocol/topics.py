@@ -1,0 +1,102 @@
+"""MQTT topic names: built from checked parts, parsed back strictly. At most seven slashes (AWS IoT's limit)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Literal, NamedTuple
+
+from fl_protocol.errors import LocalMisuseError, ProtocolError
+from fl_protocol.limits import NUM_SHARDS
+
+_ROOT = "fl/v1"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+"""What a tenant, task or device may be called: also a file name, a certificate CN and one MQTT topic level."""
+_NAME = re.compile(NAME_PATTERN)
+_UP = re.compile(
+    r"fl/v1/(?P<tenant>[a-z0-9][a-z0-9_-]{0,63})/up/(?P<shard>[0-9]{2})/(?P<device>[a-z0-9][a-z0-9_-]{0,63})"
+    r"/(?P<update>[0-9a-f]{32})/(?P<index>[0-9]{1,5})",
+    re.ASCII,
+)
+
+DownKind = Literal["receipt", "nack", "control"]
+
+
+class UploadTopic(NamedTuple):
+    """The parts of an upload topic, as the broker delivered it."""
+
+    tenant: str
+    device: str
+    update_id: bytes
+    chunk_index: int
+
+
+def checked_name(value: str, what: str) -> str:
+    """`value` if it may stand in a topic, else `LocalMisuseError` naming `what`."""
+    if not _NAME.fullmatch(value):
+        raise LocalMisuseError(
+            f"{what}: expected 1 to 64 of a-z, 0-9, - and _, not starting with - or _; got {value!r}"
+        )
+    return value
+
+
+def round_topic(tenant: str, task: str) -> str:
+    """Retained, signed round manifest of a task."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/round/{checked_name(task, 'task')}"
+
+
+def model_topic(tenant: str, digest: bytes, index: int) -> str:
+    """Retained chunk `index` of the model with this SHA-256."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/model/{digest.hex()}/{index}"
+
+
+def model_filter(tenant: str, digest: bytes) -> str:
+    """Subscription to all chunks of one model."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/model/{digest.hex()}/+"
+
+
+def shard_of(device: str) -> int:
+    """Upload shard of a device, 0..63: the first byte of SHA-256 of its id, modulo 64."""
+    return hashlib.sha256(device.encode()).digest()[0] % NUM_SHARDS
+
+
+def upload_topic(tenant: str, device: str, update_id: bytes, index: int) -> str:
+    """Chunk `index` of a device's sealed update."""
+    shard = shard_of(checked_name(device, "device"))
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/up/{shard:02d}/{device}/{update_id.hex()}/{index}"
+
+
+def upload_filter(tenant: str) -> str:
+    """Subscription to every device's uploads, all shards (an aggregator's)."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/up/+/+/+/+"
+
+
+def parse_upload_topic(topic: str) -> UploadTopic:
+    """The parts of an upload topic.
+
+    Raises:
+        ProtocolError: not an upload topic, or the shard is not the device's.
+    """
+    match = _UP.fullmatch(topic)
+    if match is None:
+        raise ProtocolError(f"expected an upload topic, got {topic[:120]!r}")
+    if int(match["shard"]) != shard_of(match["device"]):
+        raise ProtocolError(
+            f"expected shard {shard_of(match['device']):02d} for {match['device']}, got {match['shard']}"
+        )
+    return UploadTopic(match["tenant"], match["device"], bytes.fromhex(match["update"]), int(match["index"]))
+
+
+def down_topic(tenant: str, device: str, kind: DownKind) -> str:
+    """Where the aggregator answers one device."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/down/{checked_name(device, 'device')}/{kind}"
+
+
+def down_filter(tenant: str, device: str) -> str:
+    """Subscription to everything addressed to one device."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/down/{checked_name(device, 'device')}/+"
+
+
+def state_topic(tenant: str, device: str) -> str:
+    """Retained presence of one device (its last will marks it offline)."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/state/{checked_name(device, 'device')}"

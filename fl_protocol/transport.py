@@ -1,0 +1,61 @@
+"""The transport port: what devices and aggregators need of a broker connection, and what it tells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Connected:
+    """The broker accepted the connection; subscriptions must be made anew.
+
+    Args:
+        maximum_packet_bytes: the server's MaximumPacketSize, or None if it named none.
+    """
+
+    maximum_packet_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Disconnected:
+    """The connection was lost, refused or could not be made; the transport goes on trying.
+
+    Args:
+        reason: for people.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message arrived."""
+
+    topic: str
+    payload: bytes
+
+
+TransportEvent = Connected | Disconnected | Received
+
+
+class Transport(Protocol):
+    """A broker connection that reconnects by itself, at-least-once (QoS 1), without guarantees of delivery."""
+
+    def open(self) -> None:
+        """Start connecting; returns at once."""
+
+    def poll(self, timeout_s: float) -> TransportEvent | None:
+        """The next event, or None after `timeout_s`."""
+
+    def subscribe(self, topic_filter: str) -> None:
+        """Ask for a topic filter's messages, retained ones first."""
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """Stop asking for it."""
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, expires_s: int | None = None) -> None:
+        """Hand a message over for sending. `expires_s`: seconds after which the broker may drop it undelivered."""
+
+    def close(self) -> None:
+        """Say goodbye and disconnect."""
