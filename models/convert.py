@@ -1,0 +1,80 @@
+"""From pure functions to one ``.tflite`` with builtin operators only."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from models import steps
+from models.errors import ConversionError
+from models.flatbuffer import operators
+from models.network import Network
+
+
+def convert_network(network: Network, *, batch_size: int) -> bytes:
+    """The trainable graph, with the signatures ``train``, ``infer`` and ``evaluate``.
+
+    Args:
+        network: the model.
+        batch_size: B, static in every signature.
+
+    Raises:
+        ConversionError: an operator is not builtin, so a device without Flex could not run it.
+    """
+    tensors = input_tensors(network, batch_size=batch_size)
+    return convert_signatures(
+        {
+            "train": (functools.partial(steps.clipped_step, network), tensors),
+            "infer": (functools.partial(steps.infer, network), _pick(tensors, "params", "x")),
+            "evaluate": (functools.partial(steps.evaluate, network), _pick(tensors, "params", "x", "y", "mask")),
+        }
+    )
+
+
+def convert_infer(network: Network, *, batch_size: int) -> bytes:
+    """The ``infer`` signature alone, parameters still an input; `models.template` turns them into a constant."""
+    tensors = input_tensors(network, batch_size=batch_size)
+    return convert_signatures({"infer": (functools.partial(steps.infer, network), _pick(tensors, "params", "x"))})
+
+
+def input_tensors(network: Network, *, batch_size: int) -> dict[str, tf.TensorSpec]:
+    """What ``train`` takes, in order: params [d], x [B, ...], y [B], mask [B], clip []."""
+    return {
+        "params": tf.TensorSpec([network.num_parameters], tf.float32, name="params"),
+        "x": tf.TensorSpec([batch_size, *network.spec.input.shape], tf.float32, name="x"),
+        "y": tf.TensorSpec([batch_size], tf.int32, name="y"),
+        "mask": tf.TensorSpec([batch_size], tf.float32, name="mask"),
+        "clip": tf.TensorSpec([], tf.float32, name="clip"),
+    }
+
+
+def convert_signatures(signatures: Mapping[str, tuple[Callable[..., Any], Mapping[str, tf.TensorSpec]]]) -> bytes:
+    """Convert functions, each with its named inputs, to one flatbuffer.
+
+    Raises:
+        ConversionError: an operator is not builtin.
+    """
+    concrete = {
+        name: tf.function(function).get_concrete_function(**tensors) for name, (function, tensors) in signatures.items()
+    }
+    # The converter takes several signatures only from a saved model on disk.
+    with tempfile.TemporaryDirectory() as folder:
+        saved = str(Path(folder) / "model")
+        tf.saved_model.save(tf.Module(), saved, signatures=concrete)
+        converter = tf.lite.TFLiteConverter.from_saved_model(saved, signature_keys=list(signatures))
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+        graph = bytes(converter.convert())
+    foreign = sorted({name for name in operators(graph) if not name.isupper() or name == "CUSTOM"})
+    if foreign:
+        raise ConversionError(f"The graph needs operators that are not builtin: {', '.join(foreign)}.")
+    return graph
+
+
+def _pick(tensors: Mapping[str, tf.TensorSpec], *names: str) -> dict[str, tf.TensorSpec]:
+    """The named inputs only."""
+    return {name: tensors[name] for name in names}

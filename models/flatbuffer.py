@@ -1,0 +1,30 @@
+"""Read a TFLite flatbuffer's own tables: what a graph contains, without running it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensorflow.lite.python import schema_py_generated as schema
+
+
+def read_model(graph: bytes) -> Any:
+    """The object form (``ModelT``) of a flatbuffer."""
+    return schema.ModelT.InitFromObj(schema.Model.GetRootAs(bytearray(graph), 0))
+
+
+def operators(graph: bytes) -> list[str]:
+    """The operators of all subgraphs in order; a custom one (Flex too) shows as ``CUSTOM:name``."""
+    model = read_model(graph)
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+    codes = [_operator_name(code, names) for code in model.operatorCodes]
+    return [codes[operator.opcodeIndex] for graph_ in model.subgraphs for operator in graph_.operators]
+
+
+def _operator_name(code: Any, names: dict[int, str]) -> str:
+    """The builtin's name, or ``CUSTOM:name``."""
+    # Files from before 2.4 have the code in the deprecated byte only; the larger of the two is the real one.
+    name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
+    if name == "CUSTOM":
+        custom = code.customCode or b""
+        return f"CUSTOM:{custom.decode() if isinstance(custom, bytes) else custom}"
+    return name

@@ -1,0 +1,24 @@
+"""Flatten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from models.specs import Flatten, Shape
+
+
+class FlattenLayer:
+    """All values of an example in one row."""
+
+    def __init__(self, spec: Flatten, input_shape: Shape) -> None:
+        self._input_shape = input_shape
+        self.output_shape: Shape = (math.prod(input_shape),)
+
+    def forward(self, weights: Sequence[tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, None]:
+        return tf.reshape(x, [-1, *self.output_shape]), None
+
+    def input_gradient(self, weights: Sequence[tf.Tensor], saved: None, output_gradient: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(output_gradient, [-1, *self._input_shape])
