@@ -79,7 +79,8 @@ def _apply(layer: Any, x: tf.Tensor, cut: _Cutter) -> tf.Tensor:
 @_apply.register
 def _(layer: Dense, x: tf.Tensor, cut: _Cutter) -> tf.Tensor:
     kernel = cut(x.shape[-1], layer.units)
-    return tf.linalg.matmul(x, kernel) + cut(layer.units)
+    scores = tf.linalg.matmul(x, kernel)
+    return scores + cut(layer.units) if layer.use_bias else scores
 
 
 @_apply.register

@@ -37,11 +37,12 @@ class FixedStage(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """A fully connected layer on [B, features]; kernel [features, units] and bias [units]."""
+    """A fully connected layer on [B, features]; kernel [features, units] and, unless left out, bias [units]."""
 
     name: str
     units: int
     initializer: Initializer = "glorot_uniform"
+    use_bias: bool = True
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ SMALLEST_NORM = 1.0e-30
 
 
 def clipped_step(
-    network: Network, params: tf.Tensor, x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor, clip: tf.Tensor
+    network: Network, *, params: tf.Tensor, x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor, clip: tf.Tensor
 ) -> dict[str, tf.Tensor]:
     """One DP-SGD micro-batch without noise (Abadi et al. 2016, algorithm 1, arXiv 1607.00133).
 
@@ -51,7 +51,7 @@ def clipped_step(
 
 
 def plain_step(
-    network: Network, params: tf.Tensor, x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor
+    network: Network, *, params: tf.Tensor, x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor
 ) -> dict[str, tf.Tensor]:
     """The same step without privacy, for measuring what privacy costs: ``grad`` [d] = Σᵢ maskᵢ·gᵢ and ``loss`` [B]."""
     weights = network.split(params)
@@ -60,19 +60,19 @@ def plain_step(
     sums = network.backward(
         weights,
         saved,
-        logits_gradient * mask[:, None],
+        logits_gradient * tf.expand_dims(mask, 1),
         lambda layer, kept, gradient: layer.summed_gradient(kept, gradient),
     )
     return {"grad": tf.concat([part for layer in sums for part in layer], 0), "loss": losses * mask}
 
 
-def infer(network: Network, params: tf.Tensor, x: tf.Tensor) -> dict[str, tf.Tensor]:
+def infer(network: Network, *, params: tf.Tensor, x: tf.Tensor) -> dict[str, tf.Tensor]:
     """``logits`` float32 [B, K] of windows x [B, ...]."""
     return {"logits": network.forward(network.split(params), x)[0]}
 
 
 def evaluate(
-    network: Network, params: tf.Tensor, x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor
+    network: Network, *, params: tf.Tensor, x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor
 ) -> dict[str, tf.Tensor]:
     """``loss_sum`` [] = Σᵢ maskᵢ·lossᵢ and ``correct`` [] = Σᵢ maskᵢ·[argmax = y], over the examples that count."""
     logits, _ = network.forward(network.split(params), x)

@@ -40,28 +40,29 @@ class Conv1DLayer:
         )
 
     def forward(self, weights: Sequence[tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """See `Layer.forward`."""
         kernel, bias = weights
         samples, filters = self.output_shape
         windows = _windows(x, count=samples, size=self._size)
-        flat = tf.reshape(windows, [-1, self._size * self._channels])
-        y = tf.matmul(flat, tf.reshape(kernel, [-1, filters])) + bias
-        return tf.reshape(y, [-1, samples, filters]), windows
+        return tf.matmul(windows, tf.reshape(kernel, [-1, filters])) + bias, windows
 
     def input_gradient(self, weights: Sequence[tf.Tensor], saved: tf.Tensor, output_gradient: tf.Tensor) -> tf.Tensor:
+        """See `Layer.input_gradient`."""
         # dx[t] = Σⱼ D[t−j]·W[j]ᵀ: a convolution of the zero-padded D with the kernel reversed in time.
         edge = self._size - 1
         padded = tf.pad(output_gradient, [[0, 0], [edge, edge], [0, 0]])
         windows = _windows(padded, count=self._samples, size=self._size)
         reversed_kernel = tf.gather(weights[0], np.arange(self._size)[::-1].astype(np.int32))
         turned = tf.reshape(tf.transpose(reversed_kernel, [0, 2, 1]), [-1, self._channels])
-        flat = tf.matmul(tf.reshape(windows, [-1, turned.shape[0]]), turned)
-        return tf.reshape(flat, [-1, self._samples, self._channels])
+        return tf.matmul(windows, turned)
 
     def example_gradients(self, saved: tf.Tensor, output_gradient: tf.Tensor) -> ExampleGradients:
-        return rows.example_gradients(self.norm_method, saved, output_gradient)
+        """See `TrainedLayer.example_gradients`."""
+        return rows.example_gradients(self.norm_method, saved, output_gradient, use_bias=True)
 
     def summed_gradient(self, saved: tf.Tensor, output_gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return rows.summed_gradient(saved, output_gradient)
+        """See `TrainedLayer.summed_gradient`."""
+        return rows.summed_gradient(saved, output_gradient, use_bias=True)
 
 
 def _windows(x: tf.Tensor, *, count: int, size: int) -> tf.Tensor:

@@ -20,21 +20,31 @@ class DenseLayer:
             raise ModelSpecError(f"Dense {spec.name}: expected [features], got {input_shape}; put Flatten before it.")
         self.name = spec.name
         self.output_shape: Shape = (spec.units,)
-        self.parameters = (
-            Parameter("kernel", (input_shape[0], spec.units), spec.initializer),
-            Parameter("bias", (spec.units,), "zeros"),
-        )
+        self._use_bias = spec.use_bias
+        kernel = Parameter("kernel", (input_shape[0], spec.units), spec.initializer)
+        bias = Parameter("bias", (spec.units,), "zeros")
+        self.parameters = (kernel, bias) if spec.use_bias else (kernel,)
         self.norm_method = rows.cheaper_norm_method(rows=1, inputs=input_shape[0], outputs=spec.units)
 
     def forward(self, weights: Sequence[tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        kernel, bias = weights
-        return tf.matmul(x, kernel) + bias, x
+        """See `Layer.forward`."""
+        y = tf.matmul(x, weights[0])
+        return (y + weights[1] if self._use_bias else y), x
 
     def input_gradient(self, weights: Sequence[tf.Tensor], saved: tf.Tensor, output_gradient: tf.Tensor) -> tf.Tensor:
+        """See `Layer.input_gradient`."""
         return tf.matmul(output_gradient, weights[0], transpose_b=True)
 
     def example_gradients(self, saved: tf.Tensor, output_gradient: tf.Tensor) -> ExampleGradients:
-        return rows.example_gradients(self.norm_method, saved[:, None, :], output_gradient[:, None, :])
+        """See `TrainedLayer.example_gradients`."""
+        row, gradient = _one_row(saved), _one_row(output_gradient)
+        return rows.example_gradients(self.norm_method, row, gradient, use_bias=self._use_bias)
 
     def summed_gradient(self, saved: tf.Tensor, output_gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return rows.summed_gradient(saved, output_gradient)
+        """See `TrainedLayer.summed_gradient`."""
+        return rows.summed_gradient(_one_row(saved), _one_row(output_gradient), use_bias=self._use_bias)
+
+
+def _one_row(x: tf.Tensor) -> tf.Tensor:
+    """[B, features] as one row per example, [B, 1, features]."""
+    return tf.expand_dims(x, 1)

@@ -18,7 +18,9 @@ class FixedLayer:
         self.output_shape = spec.stage.output_shape(input_shape)
 
     def forward(self, weights: Sequence[tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, None]:
+        """See `Layer.forward`."""
         return self._stage.apply(x), None
 
     def input_gradient(self, weights: Sequence[tf.Tensor], saved: None, output_gradient: tf.Tensor) -> tf.Tensor:
+        """See `Layer.input_gradient`."""
         raise ModelSpecError("Fixed: a fixed stage has no gradient; put it before the first trained layer.")

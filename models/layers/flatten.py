@@ -18,7 +18,9 @@ class FlattenLayer:
         self.output_shape: Shape = (math.prod(input_shape),)
 
     def forward(self, weights: Sequence[tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, None]:
+        """See `Layer.forward`."""
         return tf.reshape(x, [-1, *self.output_shape]), None
 
     def input_gradient(self, weights: Sequence[tf.Tensor], saved: None, output_gradient: tf.Tensor) -> tf.Tensor:
+        """See `Layer.input_gradient`."""
         return tf.reshape(output_gradient, [-1, *self._input_shape])

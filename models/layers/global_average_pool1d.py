@@ -20,8 +20,11 @@ class GlobalAveragePool1DLayer:
         self.output_shape: Shape = (channels,)
 
     def forward(self, weights: Sequence[tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, None]:
+        """See `Layer.forward`."""
         return tf.reduce_mean(x, 1), None
 
     def input_gradient(self, weights: Sequence[tf.Tensor], saved: None, output_gradient: tf.Tensor) -> tf.Tensor:
-        share = output_gradient[:, None, :] / float(self._samples)
-        return tf.broadcast_to(share, [share.shape[0], self._samples, share.shape[2]])
+        """See `Layer.input_gradient`."""
+        share = tf.expand_dims(output_gradient / float(self._samples), 1)
+        # Not broadcast_to: the converter would store a full tensor of ones for it.
+        return share * tf.ones([1, self._samples, 1])

@@ -26,15 +26,17 @@ class MaxPool1DLayer:
         self.output_shape: Shape = (self._samples // spec.pool_size, self._channels)
 
     def forward(self, weights: Sequence[tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, _Saved]:
+        """See `Layer.forward`."""
         groups, channels = self.output_shape
-        used = x if groups * self._size == self._samples else x[:, : groups * self._size, :]
+        used = tf.slice(x, [0, 0, 0], [-1, groups * self._size, channels])
         # Members of a group lie side by side in memory, so each is one contiguous slice per group.
         grouped = tf.reshape(used, [-1, groups, self._size * channels])
-        members = [grouped[:, :, i * channels : (i + 1) * channels] for i in range(self._size)]
+        members = [tf.slice(grouped, [0, 0, i * channels], [-1, groups, channels]) for i in range(self._size)]
         largest = functools.reduce(tf.maximum, members)
         return largest, (members, largest)
 
     def input_gradient(self, weights: Sequence[tf.Tensor], saved: _Saved, output_gradient: tf.Tensor) -> tf.Tensor:
+        """See `Layer.input_gradient`."""
         members, largest = saved
         remaining = output_gradient
         shares = []

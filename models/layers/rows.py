@@ -24,73 +24,77 @@ def cheaper_norm_method(*, rows: int, inputs: int, outputs: int) -> str:
     return GRAM if rows * rows * (inputs + outputs) < 2 * inputs * outputs else MATERIALISED
 
 
-def example_gradients(method: str, rows: tf.Tensor, output_gradient: tf.Tensor) -> ExampleGradients:
+def example_gradients(method: str, rows: tf.Tensor, output_gradient: tf.Tensor, *, use_bias: bool) -> ExampleGradients:
     """The gradients in the chosen form, from rows [B, T, K] and output gradient [B, T, N]."""
-    if method == GRAM:
-        return _Gram(rows, output_gradient)
-    return _Materialised(rows, output_gradient)
+    form = _Gram if method == GRAM else _Materialised
+    return form(rows, output_gradient, use_bias=use_bias)
 
 
-def summed_gradient(rows: tf.Tensor, output_gradient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The kernel [K·N] and bias [N] gradients summed over the batch, in one matrix product."""
-    inputs, outputs = rows.shape[-1], output_gradient.shape[-1]
-    flat_gradient = tf.reshape(output_gradient, [-1, outputs])
-    kernel = tf.matmul(flat_gradient, tf.reshape(rows, [-1, inputs]), transpose_a=True)
-    return _kernel_order(kernel), tf.reduce_sum(flat_gradient, 0)
+def summed_gradient(rows: tf.Tensor, output_gradient: tf.Tensor, *, use_bias: bool) -> tuple[tf.Tensor, ...]:
+    """The kernel [K·N] and, if there is one, bias [N] gradient summed over the batch."""
+    # One product per example and a sum measured faster than one product over all rows, which copies them to reshape.
+    kernel = _flat_kernel(tf.reduce_sum(_transposed_kernels(rows, output_gradient), 0))
+    return (kernel, tf.reduce_sum(output_gradient, [0, 1])) if use_bias else (kernel,)
 
 
 def keep_counted(counted: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
     """`values` [B, ...] with the rows that do not count set to zero; a product would keep their NaN."""
+    # Zeros that the converter cannot know: as a constant they would fill the file (650 kB for a 5k kernel at B=32).
+    never = tf.reduce_any(counted & ~counted)
+    zeros = tf.fill(values.shape, tf.cast(never, tf.float32))
     # The first version of where takes a condition per row (builtin SELECT), which copies whole rows; the second
     # broadcasts element by element (SELECT_V2), a hundred times slower on the reference kernel.
-    return tf.compat.v1.where(counted, values, tf.zeros_like(values))
+    return tf.compat.v1.where(counted, values, zeros)
 
 
-def _kernel_order(transposed: tf.Tensor) -> tf.Tensor:
+def _transposed_kernels(rows: tf.Tensor, output_gradient: tf.Tensor) -> tf.Tensor:
+    """Each example's kernel gradient as Dᵀ·X [B, N, K]; the runtime copies the transposed operand, and D is smaller."""
+    return tf.matmul(output_gradient, rows, transpose_a=True)
+
+
+def _flat_kernel(transposed: tf.Tensor) -> tf.Tensor:
     """A gradient [N, K] as the flat kernel [K·N]."""
     return tf.reshape(tf.transpose(transposed), [-1])
 
 
 class _Materialised:
-    """Each example's gradient, held as [B, N, K]."""
+    """Each example's gradient, held as one tensor [B, ...] per parameter."""
 
-    def __init__(self, rows: tf.Tensor, output_gradient: tf.Tensor) -> None:
-        self._inputs, self._outputs = rows.shape[-1], output_gradient.shape[-1]
-        # Dᵀ·X rather than Xᵀ·D: the runtime copies the transposed operand, and D is the smaller one.
-        kernel = tf.matmul(output_gradient, rows, transpose_a=True)
-        self._kernel = tf.reshape(kernel, [-1, self._outputs * self._inputs])
-        self._bias = tf.reduce_sum(output_gradient, 1)
+    def __init__(self, rows: tf.Tensor, output_gradient: tf.Tensor, *, use_bias: bool) -> None:
+        self._kernels = _transposed_kernels(rows, output_gradient)
+        self._biases = tf.reduce_sum(output_gradient, 1) if use_bias else None
 
     def squared_norms(self) -> tf.Tensor:
-        return tf.reduce_sum(self._kernel * self._kernel, 1) + tf.reduce_sum(self._bias * self._bias, 1)
+        kernel = tf.reduce_sum(self._kernels * self._kernels, [1, 2])
+        return kernel if self._biases is None else kernel + tf.reduce_sum(self._biases * self._biases, 1)
 
-    def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        # A row [1, B] by broadcasting, not by a reshape: TensorFlow 2.15's converter merges a reshape before a product
-        # with the one after it into a product of vectors, which is invalid. Factors are never negative.
-        row = tf.maximum(factors, tf.zeros([1, factors.shape[0]]))
-        kernel = tf.matmul(row, keep_counted(counted, self._kernel))
-        bias = tf.matmul(row, keep_counted(counted, self._bias))
-        return _kernel_order(tf.reshape(kernel, [self._outputs, self._inputs])), tf.reshape(bias, [-1])
+    def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        # A product and a sum: as one matrix product the converter transposes the whole stack of gradients first.
+        kernels = keep_counted(counted, self._kernels) * tf.reshape(factors, [-1, 1, 1])
+        kernel = _flat_kernel(tf.reduce_sum(kernels, 0))
+        if self._biases is None:
+            return (kernel,)
+        return kernel, tf.reduce_sum(keep_counted(counted, self._biases) * tf.reshape(factors, [-1, 1]), 0)
 
 
 class _Gram:
     """Rows and output gradients, kept apart until the clip factors are known."""
 
-    def __init__(self, rows: tf.Tensor, output_gradient: tf.Tensor) -> None:
-        self._rows = rows
-        self._output_gradient = output_gradient
+    def __init__(self, rows: tf.Tensor, output_gradient: tf.Tensor, *, use_bias: bool) -> None:
+        self._rows, self._output_gradient, self._use_bias = rows, output_gradient, use_bias
 
     def squared_norms(self) -> tf.Tensor:
+        # A bias is a weight on a constant input of 1, which adds 1 to every entry of X·Xᵀ.
+        constant_input = 1.0 if self._use_bias else 0.0
         if self._rows.shape[1] == 1:
-            return _row_squares(self._output_gradient) * (_row_squares(self._rows) + 1.0)
+            return _row_squares(self._output_gradient) * (_row_squares(self._rows) + constant_input)
         inputs = tf.matmul(self._rows, self._rows, transpose_b=True)
         outputs = tf.matmul(self._output_gradient, self._output_gradient, transpose_b=True)
-        # The bias sees a row of ones, whose Gram matrix is 1 everywhere.
-        return tf.reduce_sum((inputs + 1.0) * outputs, [1, 2])
+        return tf.reduce_sum((inputs + constant_input) * outputs, [1, 2])
 
-    def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        rescaled = self._output_gradient * tf.reshape(factors, [-1, 1, 1])
-        return summed_gradient(keep_counted(counted, self._rows), keep_counted(counted, rescaled))
+    def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        rescaled = keep_counted(counted, self._output_gradient) * tf.reshape(factors, [-1, 1, 1])
+        return summed_gradient(keep_counted(counted, self._rows), rescaled, use_bias=self._use_bias)
 
 
 def _row_squares(x: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,88 @@
+"""Features of a motion window that need no statistic of anybody's recordings.
+
+Posture (means), how much and how fast each channel moves (logarithms of deviation and rate), and how the channels
+follow one another (correlation of every channel with every other one, a fifth of a second before). The vector has
+length 1, so the gradient of a linear layer on it is bounded by the error of the prediction alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from models.errors import ModelSpecError
+from models.specs import Shape
+
+
+@dataclass(frozen=True)
+class MotionFeatures:
+    """From [B, samples, 6] (3 × g, 3 × rad/s) to [B, 54]; every constant is a unit, a round number or a sampling fact.
+
+    Args:
+        sampling_rate_hz: of the window.
+        rotation_unit: rad/s that count as much as 1 g.
+        stillness: units; movement below it is treated as rest.
+        reference: units; the movement whose logarithm is zero.
+        rate_time_s: the rate is expressed as change per this time.
+        lag: samples between a channel and the ones it is correlated with.
+    """
+
+    sampling_rate_hz: float = 50.0
+    rotation_unit: float = 3.0
+    stillness: float = 0.05
+    reference: float = 0.3
+    rate_time_s: float = 0.1
+    lag: int = 10
+
+    @property
+    def description(self) -> str:
+        """What it computes, for the manifest."""
+        return (
+            f"54 features of the window, unit L2 norm: per channel (rotation / {self.rotation_unit:g} rad/s) the mean, "
+            f"the log deviation and the log rate of change, and the 6x6 correlations at a lag of {self.lag} samples. "
+            "Windows of the other wrist must be mirrored by the host: ax, wy and wz change sign."
+        )
+
+    def output_shape(self, input_shape: Shape) -> Shape:
+        """Three values per channel and one per pair of channels."""
+        if len(input_shape) != 2 or input_shape[0] <= self.lag or input_shape[1] != 6:
+            raise ModelSpecError(f"MotionFeatures: expected (more than {self.lag} samples, 6), got {input_shape}.")
+        return (3 * 6 + 6 * 6,)
+
+    def apply(self, x: tf.Tensor) -> tf.Tensor:
+        """Features [B, 54] of [B, samples, 6]."""
+        samples = x.shape[1]
+        motion = x * np.array([1.0] * 3 + [1.0 / self.rotation_unit] * 3, np.float32)
+        mean = tf.reduce_mean(motion, 1)
+        deviation = motion - tf.expand_dims(mean, 1)
+        spread = tf.sqrt(tf.reduce_mean(deviation * deviation, 1) + self.stillness**2)
+        features = tf.concat(
+            [
+                mean,
+                tf.math.log(spread / self.reference),
+                tf.math.log((self._rate(motion) + self.stillness) / self.reference),
+                self._lagged_correlation(deviation / tf.expand_dims(spread, 1), samples),
+            ],
+            1,
+        )
+        # One root and one division: the window at rest has features too (its means), so the length is never zero.
+        return features / tf.sqrt(tf.reduce_sum(features * features, 1, keepdims=True) + 1e-9)
+
+    def _rate(self, motion: tf.Tensor) -> tf.Tensor:
+        """The mean absolute change of each channel per `rate_time_s`, [B, 6]."""
+        steps = motion.shape[1] - 1
+        change = _samples(motion, first=1, count=steps) - _samples(motion, first=0, count=steps)
+        return tf.reduce_mean(tf.abs(change), 1) * (self.rate_time_s * self.sampling_rate_hz)
+
+    def _lagged_correlation(self, z: tf.Tensor, samples: int) -> tf.Tensor:
+        """Σₜ zᵢ[t]·zⱼ[t − lag] / samples of every pair of channels, [B, 36]."""
+        overlap = samples - self.lag
+        now, before = _samples(z, first=self.lag, count=overlap), _samples(z, first=0, count=overlap)
+        return tf.reshape(tf.matmul(now, before, transpose_a=True), [-1, 36]) / float(samples)
+
+
+def _samples(x: tf.Tensor, *, first: int, count: int) -> tf.Tensor:
+    """`count` samples of every channel from `first` on."""
+    return tf.slice(x, [0, first, 0], [-1, count, -1])
