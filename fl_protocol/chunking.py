@@ -74,13 +74,12 @@ class Reassembler:
         """The open transfer this chunk belongs to, opened if there is room."""
         transfer = self._open.get(chunk.transfer_id)
         if transfer is not None:
-            if (chunk.count, chunk.total_bytes, chunk.digest) != (
-                transfer.count,
-                transfer.total_bytes,
-                transfer.digest,
-            ):
+            if (chunk.total_bytes, chunk.digest) != (transfer.total_bytes, transfer.digest):
                 raise RefusedError(RefusalReason.MALFORMED, "chunks of one transfer disagree about the whole")
-            return transfer
+            if chunk.count == transfer.count:
+                return transfer
+            # The same whole cut anew: its sender reconnected to a server with another packet limit.
+            self.forget(chunk.transfer_id)
         announced = chunk.total_bytes + sum(other.total_bytes for other in self._open.values())
         if announced > self._max_bytes:
             raise RefusedError(

@@ -17,6 +17,10 @@ class LocalMisuseError(CoveyError, ValueError):
     """The calling code passed an argument outside the documented range."""
 
 
+class ConfigError(CoveyError):
+    """A configuration file is missing, or holds something that cannot be used; the text names the key."""
+
+
 class BundleError(CoveyError):
     """A model bundle is missing, damaged, from another publisher, or older than what is installed."""
 

@@ -88,7 +88,9 @@ class RoundManifestMsg(_Msg, frozen=True):
         status: ``open`` invites updates; ``finished`` only announces the task's last model.
         model_digest: SHA-256 of the global parameters (little-endian float32 [num_parameters]).
         graph_digest: SHA-256 of the trainable graph that the parameters belong to.
-        opened_s, deadline_s: Unix seconds.
+        recipient: key that updates are sealed to; none when finished.
+        opened_s: Unix seconds.
+        deadline_s: Unix seconds.
         goal: updates at which the round closes early.
         minimum_cohort: fewest updates that are ever combined.
         participation_probability: with which each device tosses its own coin.
@@ -103,7 +105,7 @@ class RoundManifestMsg(_Msg, frozen=True):
     model_digest: Digest
     graph_digest: Digest
     num_parameters: ParameterCount
-    recipient: RecipientKeyMsg
+    recipient: RecipientKeyMsg | None
     plan: TrainingPlanMsg
     opened_s: Seconds
     deadline_s: Seconds
@@ -113,6 +115,8 @@ class RoundManifestMsg(_Msg, frozen=True):
     minimum_separation_s: Seconds
 
     def __post_init__(self) -> None:
+        if (self.recipient is None) != (self.status == "finished"):
+            raise ValueError("an open round needs a recipient key, a finished task has none")
         if self.goal < self.minimum_cohort:
             raise ValueError(f"goal {self.goal} is below minimum_cohort {self.minimum_cohort}")
         if self.deadline_s < self.opened_s:

@@ -137,6 +137,9 @@ def seal_update(
     Raises:
         ProtocolError: the manifest's recipient key is not usable.
     """
+    recipient = manifest.recipient
+    if recipient is None:
+        raise ProtocolError("the manifest names no recipient key: the task is finished")
     info = seal_info(
         tenant=manifest.tenant,
         task=manifest.task,
@@ -145,9 +148,9 @@ def seal_update(
         device=device,
         update_id=update_id,
     )
-    kem = manifest.recipient.kem
+    kem = recipient.kem
     try:
-        sealed = _SUITES[kem].encrypt(encode(body), _public_key(manifest.recipient), info=info)
+        sealed = _SUITES[kem].encrypt(encode(body), _public_key(recipient), info=info)
     except ValueError as error:  # X25519 refuses points of small order
         raise ProtocolError(f"recipient key: cannot be sealed to ({error})") from error
     header = encode(

@@ -97,7 +97,7 @@ class MqttTransport:
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, expires_s: int | None = None) -> None:
         """Publish at QoS 1; nothing is concluded from the broker's acknowledgement."""
-        properties = None
+        properties: Properties | None = None
         if expires_s is not None:
             properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
             properties.MessageExpiryInterval = max(1, expires_s)

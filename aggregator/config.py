@@ -1,0 +1,89 @@
+"""The aggregator's configuration file (TOML), decoded strictly; every key is documented here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from fl_protocol.adapters.config_files import BrokerConfig
+from fl_protocol.messages import KemName, Name, TrainingPlanMsg
+
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+
+
+class PlanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What devices compute in a round; see `fl_protocol.messages.TrainingPlanMsg` for each meaning."""
+
+    sampling_rate: float
+    local_steps: int
+    learning_rate: float
+    l2_norm_clip: float
+    noise_multiplier: float
+    expected_batch_size: float
+
+    def message(self) -> TrainingPlanMsg:
+        """As it travels in the manifest, ranges checked. Raises msgspec.ValidationError."""
+        return msgspec.convert({"v": 1, **msgspec.to_builtins(self)}, TrainingPlanMsg)
+
+
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The server optimiser: ``learning_rate`` on the mean update, ``momentum`` in [0, 1)."""
+
+    learning_rate: Annotated[float, Meta(gt=0)] = 1.0
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+
+
+class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One training task.
+
+    Args:
+        name: on the wire.
+        bundle: path of the model bundle whose parameters training starts from.
+        publisher_key: Ed25519 key of its publisher, 64 hex digits.
+        rounds: committed rounds to run.
+        goal: updates at which a round closes early.
+        minimum_cohort: fewest updates that are ever combined.
+        round_duration_s: seconds from a round's opening to its deadline.
+        participation_probability: with which each device tosses its own coin.
+        minimum_separation_s: seconds a device stays out after taking part.
+        kem: how updates are sealed; ``x25519`` is smaller and not post-quantum.
+    """
+
+    name: Name
+    bundle: str
+    publisher_key: str
+    plan: PlanConfig
+    rounds: Annotated[int, Meta(ge=1)]
+    goal: Annotated[int, Meta(ge=1)]
+    minimum_cohort: Annotated[int, Meta(ge=1)]
+    round_duration_s: Annotated[float, Meta(gt=0)]
+    server: ServerConfig = ServerConfig()
+    participation_probability: Fraction = 1.0
+    minimum_separation_s: Annotated[float, Meta(ge=0)] = 0.0
+    kem: KemName = "mlkem768-x25519"
+
+
+class AggregatorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The aggregator itself.
+
+    Args:
+        tenant: name on the wire.
+        client_id: MQTT client id, also the certificate's common name.
+        database: SQLAlchemy URL, or the path of an SQLite file.
+        signing_key: file with its Ed25519 key (32 raw bytes), readable by its owner only.
+    """
+
+    tenant: Name
+    database: str
+    signing_key: str
+    client_id: Name = "aggregator"
+
+
+class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole ``aggregator.toml``."""
+
+    aggregator: AggregatorSection
+    broker: BrokerConfig
+    task: TaskConfig

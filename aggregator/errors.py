@@ -1,0 +1,17 @@
+"""What can go wrong at the aggregator."""
+
+from __future__ import annotations
+
+from fl_protocol.errors import CoveyError
+
+
+class AggregatorError(CoveyError):
+    """Base of the aggregator's own errors."""
+
+
+class DatabaseError(AggregatorError):
+    """The database cannot be opened, read or written."""
+
+
+class CombineError(AggregatorError):
+    """The updates of a round cannot be combined into a usable model."""

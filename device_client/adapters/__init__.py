@@ -1,0 +1,1 @@
+"""The device's ports on real hardware; one outside library a file."""

@@ -1,0 +1,81 @@
+"""The trainable graph on whichever TFLite runtime is installed; both have the same interpreter interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from device_client.adapters import litert, tflite_runtime
+from device_client.errors import DeviceError
+from device_client.ports import Float32, Int32
+from fl_protocol.errors import BundleError
+
+Runtime = Literal["litert", "tflite_runtime"]
+_MAKERS: dict[Runtime, Callable[..., Any]] = {
+    "litert": litert.make_interpreter,
+    "tflite_runtime": tflite_runtime.make_interpreter,
+}
+
+
+class TfliteGraph:
+    """`device_client.ports.Graph` over the signatures ``train`` and ``evaluate`` of a bundle's graph.
+
+    Args:
+        model: the flatbuffer, from a verified bundle.
+        batch_size: B of the bundle's manifest.
+        num_parameters: d of the bundle's manifest.
+        runtime: which runtime; by default the first that is installed.
+        num_threads: threads of the interpreter.
+
+    Raises:
+        DeviceError: no runtime is installed.
+        BundleError: the flatbuffer does not load or lacks a signature.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        batch_size: int,
+        num_parameters: int,
+        runtime: Runtime | None = None,
+        num_threads: int = 1,
+    ) -> None:
+        self.batch_size = batch_size
+        self._num_parameters = num_parameters
+        self.runtime, interpreter = _interpreter(model, runtime, num_threads)
+        try:
+            self._train = interpreter.get_signature_runner("train")
+            self._evaluate = interpreter.get_signature_runner("evaluate")
+        except (ValueError, KeyError) as error:
+            raise BundleError(f"the graph has no usable train and evaluate signatures ({error})") from error
+
+    def train(self, params: Float32, x: Float32, y: Int32, mask: Float32, *, clip: float) -> Float32:
+        """Clipped gradient sum, float32 [d]."""
+        result = self._train(params=params, x=x, y=y, mask=mask, clip=np.float32(clip))
+        gradient: Float32 = result["grad"]
+        if gradient.shape != (self._num_parameters,):
+            raise BundleError(
+                f"the graph returned {gradient.shape} gradients, the manifest says {self._num_parameters}"
+            )
+        return gradient
+
+    def evaluate(self, params: Float32, x: Float32, y: Int32, mask: Float32) -> tuple[float, float]:
+        """Summed loss and number correct."""
+        result = self._evaluate(params=params, x=x, y=y, mask=mask)
+        return float(result["loss_sum"]), float(result["correct"])
+
+
+def _interpreter(model: bytes, runtime: Runtime | None, num_threads: int) -> tuple[Runtime, Any]:
+    """An interpreter of the wanted runtime, or of the first installed."""
+    for name in [runtime] if runtime is not None else list(_MAKERS):
+        try:
+            return name, _MAKERS[name](model, num_threads=num_threads)
+        except ImportError:
+            continue
+        except (ValueError, RuntimeError) as error:
+            raise BundleError(f"the bundle's graph does not load in {name}: {error}") from error
+    wanted = runtime or "ai-edge-litert or tflite-runtime"
+    raise DeviceError(f"no TFLite runtime: expected {wanted} to be installed; try pip install 'covey[device]'")

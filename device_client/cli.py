@@ -1,0 +1,127 @@
+"""The command ``covey-device`` (argparse, to keep the device's dependencies few)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from device_client.assembly import DeviceFiles, assemble
+from device_client.device_store import create_identity, load_records, save_records
+from device_client.errors import LedgerError, StoreError
+from device_client.training import Records
+from fl_protocol.adapters.journal import JsonLines
+from fl_protocol.errors import BundleError, ConfigError, CoveyError
+from fl_protocol.signing import public_key_hex
+
+_EXIT_CODES: list[tuple[type[CoveyError], int]] = [
+    (ConfigError, 2),
+    (StoreError, 3),
+    (LedgerError, 3),
+    (BundleError, 4),
+    (CoveyError, 1),
+]
+_EPILOG = """examples:
+  covey-device init   --config device.toml             make keys, print the public one to register
+  covey-device import --config device.toml windows.npz  store labelled windows (arrays x [n,samples,channels], y [n])
+  covey-device run    --config device.toml             take part until stopped; one JSON line per event
+  covey-device ledger --config device.toml             what was spent of the privacy budget, and on what
+
+exit codes: 0 done, 1 other error, 2 usage or configuration, 3 store or ledger, 4 model bundle
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; every error of ours is one sentence on standard error."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(DeviceFiles.load(arguments.config), arguments))
+    except CoveyError as error:
+        print(f"covey-device: {error}", file=sys.stderr)
+        return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="covey-device",
+        description="Train on this device's own recordings; send only sealed, noised, charged-for updates.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"covey-device {_software()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, text in (
+        ("init", _init, "make the store and this device's keys; print its public key"),
+        ("import", _import, "replace the stored records by those in an .npz file"),
+        ("run", _run, "take part in the study until stopped"),
+        ("ledger", _ledger, "show the privacy ledger"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--config", type=Path, required=True, help="path of device.toml")
+        sub.set_defaults(command=command)
+        if name == "import":
+            sub.add_argument("windows", type=Path, help=".npz with x float32 [n, samples, channels] and y int32 [n]")
+    return parser
+
+
+def _init(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
+    """Make keys where there are none."""
+    key = create_identity(files.open_store(create=True), os.urandom)
+    print(public_key_hex(key.public_key()))
+    return 0
+
+
+def _import(files: DeviceFiles, arguments: argparse.Namespace) -> int:
+    """Store windows, then read them back against the model's schema."""
+    try:
+        with np.load(arguments.windows, allow_pickle=False) as archive:
+            records = Records(archive["x"].astype(np.float32), archive["y"].astype(np.int32))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{arguments.windows}: expected an .npz with arrays x and y ({error})") from error
+    manifest = files.open_bundle().manifest
+    store = files.open_store(create=True)
+    save_records(store, records)
+    load_records(store, window_shape=manifest.input.shape, num_classes=len(manifest.label.names))
+    print(f"{len(records)} windows stored, encrypted, in {files.config.device.store}")
+    return 0
+
+
+def _run(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
+    """Run the daemon until SIGINT or SIGTERM."""
+    stop: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda signum, _frame: stop.append(signum))
+    assemble(files, software=f"covey {_software()}", journal=JsonLines()).run(lambda: bool(stop))
+    return 0
+
+
+def _ledger(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
+    """Print the ledger."""
+    ledger = files.open_ledger(files.open_store())
+    budget = ledger.budget
+    print(f"spent: epsilon {ledger.spent_epsilon:.4f} of {budget.epsilon:g} at delta {budget.delta:g}")
+    print(f"participations: {len(ledger.reservations)}")
+    for entry in ledger.reservations:
+        print(
+            f"  {entry.task} round {entry.round}: {entry.steps} step(s), "
+            f"sampling rate {entry.sampling_rate:g}, noise multiplier {entry.noise_multiplier:g}"
+        )
+    return 0
+
+
+def _software() -> str:
+    """The installed version."""
+    try:
+        return version("covey")
+    except PackageNotFoundError:
+        return "0 (not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

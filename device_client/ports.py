@@ -1,0 +1,63 @@
+"""What the device's core needs of the outside, as small Protocols; `adapters` and the simulator implement them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from device_client.noise import Entropy
+from fl_protocol.transport import Transport
+
+__all__ = ["Clock", "Entropy", "Graph", "Store", "Transport"]
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+
+class Clock(Protocol):
+    """Where the time comes from."""
+
+    def now_s(self) -> float:
+        """Unix seconds."""
+
+
+class Graph(Protocol):
+    """One loaded trainable TFLite graph (design section 3); every array has the static batch size B first."""
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+
+    def train(self, params: Float32, x: Float32, y: Int32, mask: Float32, *, clip: float) -> Float32:
+        """Sum [d] over the rows with mask 1 of their gradients, each scaled to an L2 norm of at most `clip`."""
+
+    def evaluate(self, params: Float32, x: Float32, y: Int32, mask: Float32) -> tuple[float, float]:
+        """Summed loss, and number classified correctly, over the rows with mask 1."""
+
+
+class Store(Protocol):
+    """Named blobs, encrypted and authenticated at rest, replaced atomically and durably."""
+
+    def read(self, name: str) -> bytes | None:
+        """The blob, or None if there is none. Raises StoreError if it was tampered with."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Durably replace the blob. Raises StoreError, the old blob untouched, when the disk does not take it."""
+
+    def delete(self, name: str) -> None:
+        """Durably remove the blob, if there is one."""
+
+    def names(self, prefix: str) -> Iterable[str]:
+        """Names that begin with `prefix`, sorted."""
+
+    def read_log(self, name: str) -> bytes:
+        """All of an append-only log, empty if there is none."""
+
+    def append_log(self, name: str, line: bytes) -> None:
+        """Durably append one line (without its newline). Raises StoreError, the log unchanged, on failure."""
+
+    def truncate_log(self, name: str, length: int) -> None:
+        """Durably cut a log to its first `length` bytes (a line torn by a power cut)."""

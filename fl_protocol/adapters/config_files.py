@@ -1,0 +1,59 @@
+"""Configuration files: TOML decoded into structs, with the offending key named; paths relative to the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from fl_protocol.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the MQTT broker is, and the PEM files for mutual TLS (all three, or none on loopback).
+
+    Args:
+        host, port: address of the broker.
+        ca: certificate of the CA that signed the broker's certificate.
+        certificate, key: this client's own P-256 certificate and private key.
+    """
+
+    host: str
+    port: int
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+
+
+def load_toml(path: Path, kind: type[T]) -> T:
+    """Decode a TOML file strictly as `kind`.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, is not TOML, or has a key that is wrong, missing or unknown.
+    """
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise ConfigError(f"configuration {path}: expected a readable TOML file ({error.strerror})") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path}: {error}") from error
+
+
+def relative_to_config(config: Path, name: str) -> Path:
+    """A path named in a configuration file: relative ones start at the file's folder."""
+    return config.parent / Path(name).expanduser()
+
+
+def read_file(path: Path, what: str) -> bytes:
+    """The bytes of a file that a configuration names.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{what}: expected a readable file at {path} ({error.strerror})") from error

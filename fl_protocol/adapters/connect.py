@@ -1,0 +1,40 @@
+"""From a configuration's broker section to a transport."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fl_protocol.adapters.config_files import BrokerConfig, relative_to_config
+from fl_protocol.adapters.mqtt import LastWill, MqttTransport, TlsFiles
+from fl_protocol.errors import ConfigError
+
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+def make_transport(
+    broker: BrokerConfig, *, config: Path, client_id: str, will: LastWill | None = None
+) -> MqttTransport:
+    """The transport that a broker section describes.
+
+    Args:
+        broker: the section.
+        config: path of the file it came from.
+        client_id: MQTT client id; the broker requires it to equal the certificate's common name.
+        will: last will, if any.
+
+    Raises:
+        ConfigError: only some of the TLS files are named, or none for a broker that is not on this machine.
+    """
+    named = [broker.ca, broker.certificate, broker.key]
+    tls = None
+    if all(named):
+        ca, certificate, key = (relative_to_config(config, str(name)) for name in named)
+        tls = TlsFiles(ca=ca, certificate=certificate, key=key)
+    elif any(named):
+        raise ConfigError(f"configuration {config}: broker needs ca, certificate and key together, or none of them")
+    elif broker.host not in _LOOPBACK:
+        # Security: without TLS anyone on the way could pose as the broker and see who takes part.
+        raise ConfigError(
+            f"configuration {config}: broker {broker.host} is not on this machine, so it needs ca, certificate and key"
+        )
+    return MqttTransport(host=broker.host, port=broker.port, client_id=client_id, tls=tls, will=will)
