@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.lite.python.convert_phase import ConverterError
 
 from models import steps
 from models.errors import ConversionError
@@ -57,7 +58,7 @@ def convert_signatures(signatures: Mapping[str, tuple[Callable[..., Any], Mappin
     """Convert functions, each with its named inputs, to one flatbuffer.
 
     Raises:
-        ConversionError: an operator is not builtin.
+        ConversionError: the converter refused, or an operator is not builtin.
     """
     concrete = {
         name: tf.function(function).get_concrete_function(**tensors) for name, (function, tensors) in signatures.items()
@@ -68,8 +69,11 @@ def convert_signatures(signatures: Mapping[str, tuple[Callable[..., Any], Mappin
         tf.saved_model.save(tf.Module(), saved, signatures=concrete)
         converter = tf.lite.TFLiteConverter.from_saved_model(saved, signature_keys=list(signatures))
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        graph = bytes(converter.convert())
-    foreign = sorted({name for name in operators(graph) if not name.isupper() or name == "CUSTOM"})
+        try:
+            graph = bytes(converter.convert())
+        except ConverterError as error:
+            raise ConversionError(f"The converter refused the graph: {error}") from error
+    foreign = sorted({name for name in operators(graph) if name.startswith("CUSTOM")})
     if foreign:
         raise ConversionError(f"The graph needs operators that are not builtin: {', '.join(foreign)}.")
     return graph

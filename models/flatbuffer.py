@@ -25,6 +25,21 @@ def _operator_name(code: Any, names: dict[int, str]) -> str:
     # Files from before 2.4 have the code in the deprecated byte only; the larger of the two is the real one.
     name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
     if name == "CUSTOM":
-        custom = code.customCode or b""
-        return f"CUSTOM:{custom.decode() if isinstance(custom, bytes) else custom}"
+        return f"CUSTOM:{text(code.customCode or '')}"
     return name
+
+
+def signatures(graph: bytes) -> dict[str, tuple[list[str], list[str]]]:
+    """Names of inputs and outputs by signature."""
+    return {
+        text(signature.signatureKey): (
+            sorted(text(entry.name) for entry in signature.inputs),
+            sorted(text(entry.name) for entry in signature.outputs),
+        )
+        for signature in read_model(graph).signatureDefs
+    }
+
+
+def text(value: str | bytes) -> str:
+    """A flatbuffer string."""
+    return value.decode() if isinstance(value, bytes) else value

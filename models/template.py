@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tensorflow.lite.python import schema_py_generated as schema
 
 from models.errors import ConversionError
-from models.flatbuffer import read_model
+from models.flatbuffer import read_model, text
 
 _FILE_IDENTIFIER = b"TFL3"
 _BUFFER_ALIGNMENT = 16
@@ -46,7 +46,7 @@ def with_constant_params(graph: bytes, params: NDArray[np.float32]) -> InferTemp
     if len(model.subgraphs) != 1 or len(model.signatureDefs) != 1:
         raise ConversionError("The inference template needs one subgraph and one signature.")
     subgraph, signature = model.subgraphs[0], model.signatureDefs[0]
-    mapped = [entry for entry in signature.inputs if entry.name in (b"params", "params")]
+    mapped = [entry for entry in signature.inputs if text(entry.name) == "params"]
     if len(mapped) != 1:
         raise ConversionError("The inference graph has no input named params.")
     index = mapped[0].tensorIndex

@@ -1,0 +1,58 @@
+"""From a specification to a signed bundle."""
+
+from __future__ import annotations
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fl_protocol.bundle import BUNDLE_FORMAT, BundleManifest, pack_bundle
+from models.convert import convert_infer, convert_network
+from models.initialisation import initial_parameters
+from models.network import Network
+from models.specs import ModelSpec
+from models.template import with_constant_params
+
+DEFAULT_BATCH_SIZE = 32
+
+
+def build_bundle(
+    spec: ModelSpec,
+    *,
+    publisher_key: Ed25519PrivateKey,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    version: int = 1,
+) -> bytes:
+    """Convert, package and sign a model; runs at the publisher.
+
+    Args:
+        spec: the model.
+        publisher_key: signs the bundle; devices pin its public half.
+        batch_size: B, the static batch dimension of every signature, at least 1.
+        version: devices refuse one lower than they have.
+
+    Returns:
+        The bytes of a ``.covey`` file.
+
+    Raises:
+        ModelSpecError: the layers do not fit together.
+        ConversionError: a device could not run the graph.
+    """
+    network = Network(spec)
+    params = initial_parameters(network)
+    template = with_constant_params(convert_infer(network, batch_size=batch_size), params)
+    manifest = BundleManifest(
+        format=BUNDLE_FORMAT,
+        name=spec.name,
+        version=version,
+        description=spec.description,
+        batch_size=batch_size,
+        num_parameters=network.num_parameters,
+        parameters=network.parameters,
+        input=spec.input,
+        label=spec.label,
+        preprocessing=spec.preprocessing,
+        defaults=spec.defaults,
+        norm_methods=network.norm_methods,
+        infer_params_offset=template.params_offset,
+    )
+    graph = convert_network(network, batch_size=batch_size)
+    return pack_bundle(manifest, graph=graph, infer_template=template.graph, params=params, publisher_key=publisher_key)

@@ -1,0 +1,65 @@
+"""The publisher's key files: one line of 64 hex digits each, the private one readable by its owner only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fl_protocol.errors import BundleError, LocalMisuseError
+from fl_protocol.signing import public_key_from_hex, public_key_hex
+
+PUBLIC_KEY_FILE = "publisher.pub"
+
+
+def create_key(path: Path) -> Ed25519PrivateKey:
+    """A new private key, written to `path`.
+
+    Raises:
+        LocalMisuseError: the file exists; a publisher's key is never overwritten.
+    """
+    key = Ed25519PrivateKey.generate()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise LocalMisuseError(f"{path} exists; a publisher's key is never overwritten: name another file.") from None
+    with os.fdopen(descriptor, "w", encoding="ascii") as stream:
+        stream.write(key.private_bytes_raw().hex() + "\n")
+    return key
+
+
+def load_key(path: Path) -> Ed25519PrivateKey:
+    """The private key in `path`.
+
+    Raises:
+        LocalMisuseError: the file is missing or is no key.
+    """
+    try:
+        return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text(encoding="ascii").strip()))
+    except OSError as error:
+        raise LocalMisuseError(f"The key file {path} cannot be read ({error.strerror}); make one with key.") from error
+    except ValueError:
+        raise LocalMisuseError(f"{path} does not hold an Ed25519 private key as 64 hex digits.") from None
+
+
+def write_public_key(key: Ed25519PrivateKey, folder: Path) -> Path:
+    """Write ``publisher.pub``, which devices pin, to `folder`."""
+    path = folder / PUBLIC_KEY_FILE
+    path.write_text(public_key_hex(key.public_key()) + "\n", encoding="ascii")
+    return path
+
+
+def load_public_key(path: Path) -> Ed25519PublicKey:
+    """The public key in `path`.
+
+    Raises:
+        BundleError: the file is missing.
+        LocalMisuseError: the file is no key.
+    """
+    try:
+        return public_key_from_hex(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise BundleError(
+            f"The publisher's key {path} cannot be read ({error.strerror}): name the file with --publisher."
+        ) from error

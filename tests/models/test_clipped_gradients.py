@@ -1,0 +1,153 @@
+"""The converted graph's clipped sums equal per-example automatic differentiation, and the check can tell."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fl_protocol.bundle import InputSchema, LabelSchema, ModelBundle, TrainingDefaults
+
+pytestmark = pytest.mark.tensorflow
+tf = pytest.importorskip("tensorflow")
+
+from oracle_cases import model_cases, signature, single_example_graph  # noqa: E402
+
+from models import catalog, check, steps  # noqa: E402
+from models.convert import convert_network, convert_signatures, input_tensors  # noqa: E402
+from models.network import Network  # noqa: E402
+from models.specs import Conv1D, Dense, Flatten, LayerSpec, MaxPool1D, ModelSpec, ReLU  # noqa: E402
+
+TOLERANCE = 1e-5
+
+
+def test_full_batches_match_autodiff(bundle: ModelBundle, model: str, runtime: str) -> None:
+    runner = signature(bundle.graph, runtime, "train")
+    assert check.worst_error(runner, model_cases(model, 32).values()) < TOLERANCE
+
+
+def test_batches_of_one_match_autodiff(model: str, runtime: str) -> None:
+    runner = signature(single_example_graph(model), runtime, "train")
+    assert check.worst_error(runner, model_cases(model, 1).values()) < TOLERANCE
+
+
+def small_model(*layers: LayerSpec) -> ModelSpec:
+    """Windows of 13 samples and 6 channels, 3 classes."""
+    return ModelSpec(
+        name="small",
+        description="for tests",
+        input=InputSchema(shape=(13, 6), channels=tuple("abcdef"), units=("1",) * 6, sampling_rate_hz=50.0),
+        label=LabelSchema(kind="class", names=("x", "y", "z")),
+        layers=layers,
+        defaults=TrainingDefaults(learning_rate=1.0, l2_norm_clip=1.0, server_momentum=0.0),
+    )
+
+
+# Between them: pools that drop samples, Gram norms over several rows, dense layers after Flatten, no bias.
+SMALL_MODELS = {
+    "pool of 3 drops a sample": small_model(
+        Conv1D("c", 16, 4), MaxPool1D(3), ReLU(), Flatten(), Dense("d", 3, use_bias=False)
+    ),
+    "gram convolution": small_model(
+        Conv1D("c", 24, 4), ReLU(), MaxPool1D(2), Conv1D("g", 64, 3), ReLU(), Flatten(), Dense("d", 3)
+    ),
+    "linear": small_model(Flatten(), Dense("d", 3)),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_every_layer_matches_autodiff(name: str, runtime: str) -> None:
+    network = Network(SMALL_MODELS[name])
+    runner = signature(convert_network(network, batch_size=7), runtime, "train")
+    some_cases = list(check.cases(network.spec, num_parameters=network.num_parameters, batch_size=7))
+    assert check.worst_error(runner, some_cases) < TOLERANCE
+
+
+def test_the_norm_method_follows_the_shapes() -> None:
+    assert Network(SMALL_MODELS["gram convolution"]).norm_methods == {"c": "materialised", "g": "gram", "d": "gram"}
+
+
+def clips_the_sum(network: Network, *, clip: Any, **batch: Any) -> dict[str, Any]:
+    grad = steps.plain_step(network, **batch)["grad"]
+    right = steps.clipped_step(network, clip=clip, **batch)
+    return right | {"grad": grad * tf.minimum(1.0, clip / tf.norm(grad))}
+
+
+def ignores_the_mask(network: Network, *, mask: Any, **rest: Any) -> dict[str, Any]:
+    return steps.clipped_step(network, mask=tf.ones_like(mask), **rest)
+
+
+def never_clips(network: Network, *, clip: Any, **batch: Any) -> dict[str, Any]:
+    return steps.clipped_step(network, clip=clip * 1e6, **batch)
+
+
+def rescales_short_gradients_too(network: Network, *, clip: Any, **batch: Any) -> dict[str, Any]:
+    # min(1, c/‖g‖) forgotten: equal to clipping at a tiny norm and scaling up.
+    tiny = clip * 1e-6
+    right = steps.clipped_step(network, clip=tiny, **batch)
+    return right | {"grad": right["grad"] * 1e6}
+
+
+def poisons_the_sum(network: Network, *, clip: Any, mask: Any, **batch: Any) -> dict[str, Any]:
+    # Padding dropped by a product: zero times NaN is NaN.
+    right = steps.clipped_step(network, clip=clip, mask=mask, **batch)
+    dropped = tf.reduce_sum(batch["x"] * tf.reshape(mask, [-1, 1, 1]))
+    return right | {"grad": right["grad"] + 1e-20 * dropped}
+
+
+@pytest.mark.parametrize(
+    "broken", [clips_the_sum, ignores_the_mask, never_clips, rescales_short_gradients_too, poisons_the_sum]
+)
+def test_a_broken_graph_fails_the_same_check(broken: Callable[..., Any]) -> None:
+    network = Network(catalog.load("watch_features"))
+    graph = convert_signatures({"train": (functools.partial(broken, network), input_tensors(network, batch_size=32))})
+    runner = signature(graph, "litert", "train")
+    assert not check.worst_error(runner, model_cases("watch_features", 32).values()) < 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
+def test_a_poisoned_example_counts_as_padding(bundle: ModelBundle, model: str, runtime: str, poison: float) -> None:
+    runner = signature(bundle.graph, runtime, "train")
+    case = model_cases(model, 32)["full, half clipped"]
+    bad = case.inputs["x"].copy()
+    bad[[0, 5]] = poison
+    mask = case.inputs["mask"].copy()
+    mask[[0, 5]] = 0
+    want = runner(**case.inputs | {"mask": mask})
+    got = runner(**case.inputs | {"x": bad})
+    for name, values in want.items():
+        assert np.isfinite(got[name]).all()
+        np.testing.assert_array_equal(got[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("size", [np.nan, np.inf, 1e20, 3e38])
+def test_diverged_parameters_never_give_a_sum_beyond_the_clips(
+    bundle: ModelBundle, model: str, runtime: str, size: float
+) -> None:
+    case = model_cases(model, 32)["full, all clipped"]
+    params = np.sign(case.inputs["params"]) * np.float32(size)
+    out = signature(bundle.graph, runtime, "train")(**case.inputs | {"params": params})
+    assert np.isfinite(out["grad"]).all()
+    assert np.linalg.norm(out["grad"]) <= 1.0001 * bundle.manifest.batch_size * case.inputs["clip"]
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-12, np.inf])
+def test_extreme_clips_are_well_defined(bundle: ModelBundle, model: str, runtime: str, clip: float) -> None:
+    case = model_cases(model, 32)["full, none clipped"]
+    out = signature(bundle.graph, runtime, "train")(**case.inputs | {"clip": np.float32(clip)})
+    assert np.isfinite(out["grad"]).all()
+    if clip == np.inf:
+        np.testing.assert_array_equal(
+            out["grad"], signature(bundle.graph, runtime, "train")(**case.inputs)["grad"], "none is clipped"
+        )
+    else:
+        assert np.linalg.norm(out["grad"]) <= 1.0001 * bundle.manifest.batch_size * clip
+
+
+def test_an_empty_batch_gives_exactly_zero(bundle: ModelBundle, model: str, runtime: str) -> None:
+    case = model_cases(model, 32)["full, half clipped"]
+    out = signature(bundle.graph, runtime, "train")(**case.inputs | {"mask": np.zeros_like(case.inputs["mask"])})
+    assert not any(values.any() for values in out.values())

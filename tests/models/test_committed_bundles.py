@@ -1,0 +1,48 @@
+"""The committed bundles are what the code builds."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fl_protocol.bundle import ModelBundle, open_bundle
+
+pytestmark = pytest.mark.tensorflow
+pytest.importorskip("tensorflow")
+
+from oracle_cases import model_cases, signature  # noqa: E402
+
+from models import catalog  # noqa: E402
+from models.build import build_bundle  # noqa: E402
+
+
+def test_a_committed_bundle_equals_a_rebuild(bundle: ModelBundle, model: str, runtime: str) -> None:
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    rebuilt = open_bundle(
+        build_bundle(catalog.load(model), publisher_key=key, version=bundle.manifest.version),
+        publisher=key.public_key(),
+    )
+    # Digests may differ with the converter's version; everything a device relies on may not.
+    ours, theirs = (msgspec.structs.replace(b.manifest, members={}, infer_params_offset=0) for b in (bundle, rebuilt))
+    assert ours == theirs
+    np.testing.assert_array_equal(bundle.params, rebuilt.params)
+    case = model_cases(model, 32)["partial, half clipped"]
+    ours, theirs = (signature(b.graph, runtime, "train")(**case.inputs) for b in (bundle, rebuilt))
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-6 * np.abs(theirs[name]).max())
+
+
+def test_the_initial_parameters_are_sensible(bundle: ModelBundle, model: str) -> None:
+    by_name = {
+        spec.name: bundle.params[spec.offset : spec.offset + int(np.prod(spec.shape))].reshape(spec.shape)
+        for spec in bundle.manifest.parameters
+    }
+    if model == "watch_features":
+        assert list(by_name) == ["logits/kernel"]
+        assert not by_name["logits/kernel"].any()
+    else:
+        assert not any(values.any() for name, values in by_name.items() if name.endswith("/bias"))
+        # Uniform on ±limit has deviation limit/√3; limit² = 6 / (5·32 + 5·32).
+        assert by_name["conv2/kernel"].std() == pytest.approx((6 / 320 / 3) ** 0.5, rel=0.05)

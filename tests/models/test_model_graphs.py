@@ -1,0 +1,105 @@
+"""What a converted graph holds, and what its other signatures return."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fl_protocol.bundle import ModelBundle
+from fl_protocol.errors import CoveyError
+
+pytestmark = pytest.mark.tensorflow
+tf = pytest.importorskip("tensorflow")
+
+from oracle_cases import model_cases, signature  # noqa: E402
+
+from models import catalog, reference  # noqa: E402
+from models.convert import convert_signatures  # noqa: E402
+from models.errors import ConversionError, ModelSpecError  # noqa: E402
+from models.flatbuffer import operators, read_model, signatures  # noqa: E402
+from models.network import Network  # noqa: E402
+from models.specs import Conv1D, Dense, ModelSpec  # noqa: E402
+from models.template import with_constant_params  # noqa: E402
+
+
+def test_only_builtin_operators_are_used(bundle: ModelBundle) -> None:
+    for graph in (bundle.graph, bundle.infer_template):
+        assert not [name for name in operators(graph) if name.startswith("CUSTOM")]
+
+
+def test_an_operator_without_a_builtin_is_refused() -> None:
+    with pytest.raises(ConversionError, match="BesselI0"):
+        convert_signatures({"train": (lambda x: {"y": tf.math.bessel_i0(x)}, {"x": tf.TensorSpec([4], tf.float32)})})
+
+
+def test_the_signatures_are_those_of_the_design(bundle: ModelBundle) -> None:
+    assert signatures(bundle.graph) == {
+        "train": (["clip", "mask", "params", "x", "y"], ["grad", "loss", "norms"]),
+        "infer": (["params", "x"], ["logits"]),
+        "evaluate": (["mask", "params", "x", "y"], ["correct", "loss_sum"]),
+    }
+    assert signatures(bundle.infer_template) == {"infer": (["x"], ["logits"])}
+
+
+def test_no_machine_path_is_in_a_graph(bundle: ModelBundle) -> None:
+    for graph in (bundle.graph, bundle.infer_template):
+        assert not any(word in graph for word in (b"/tmp", b"/home", b"/work", b"site-packages"))
+
+
+def test_infer_and_evaluate_match_tensorflow(bundle: ModelBundle, model: str, runtime: str) -> None:
+    case = model_cases(model, 32)["partial, all clipped"]
+    params, x, y, mask = (case.inputs[name] for name in ("params", "x", "y", "mask"))
+    want = reference.logits(catalog.load(model), tf.constant(params), tf.constant(x)).numpy()
+    got = signature(bundle.graph, runtime, "infer")(params=params, x=x)["logits"]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    scores = signature(bundle.graph, runtime, "evaluate")(params=params, x=x, y=y, mask=mask)
+    np.testing.assert_allclose(scores["loss_sum"], case.expected["loss"].sum(), rtol=1e-5)
+    assert scores["correct"] == ((want.argmax(1) == y) * mask).sum()
+
+
+def test_evaluate_skips_padding_of_nan(bundle: ModelBundle, model: str, runtime: str) -> None:
+    clean, spoilt = (model_cases(model, 32)[f"{padding}, all clipped"].inputs for padding in ("partial", "NaN padding"))
+    runner = signature(bundle.graph, runtime, "evaluate")
+    want, got = (runner(**{n: case[n] for n in ("params", "x", "y", "mask")}) for case in (clean, spoilt))
+    assert want == got
+
+
+def test_the_template_infers_like_the_graph(bundle: ModelBundle, model: str, runtime: str) -> None:
+    case = model_cases(model, 32)["full, all clipped"]
+    params, x = case.inputs["params"], case.inputs["x"]
+    want = signature(bundle.graph, runtime, "infer")(params=params, x=x)["logits"]
+    got = signature(bundle.inference_model(params), runtime, "infer")(x=x)["logits"]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_the_template_keeps_its_buffers_aligned(bundle: ModelBundle) -> None:
+    start, size = bundle.manifest.infer_params_offset, 4 * bundle.manifest.num_parameters
+    assert start % 16 == 0
+    assert bundle.infer_template[start : start + size] == bundle.params.tobytes()
+    constants = [b.data for b in read_model(bundle.infer_template).buffers if b.data is not None and len(b.data)]
+    assert all(
+        (c.__array_interface__["data"][0] - constants[0].__array_interface__["data"][0]) % 16 == 0 for c in constants
+    )
+
+
+def test_a_graph_without_params_makes_no_template(bundle: ModelBundle) -> None:
+    with pytest.raises(ConversionError, match="params"):
+        with_constant_params(bundle.infer_template, bundle.params)
+    with pytest.raises(ConversionError, match="one signature"):
+        with_constant_params(bundle.graph, bundle.params)
+
+
+def test_layers_that_do_not_fit_are_named() -> None:
+    good = catalog.load("watch_cnn")
+
+    def refused(*layers: Conv1D | Dense) -> ModelSpec:
+        return ModelSpec("bad", "", good.input, good.label, layers, good.defaults)
+
+    with pytest.raises(ModelSpecError, match="Dense d: expected"):
+        Network(refused(Dense("d", 7)))
+    with pytest.raises(ModelSpecError, match="Conv1D c: expected"):
+        Network(refused(Conv1D("c", 4, 129)))
+    with pytest.raises(ModelSpecError, match="expected 7 logits"):
+        Network(refused(Conv1D("c", 4, 3)))
+    with pytest.raises(CoveyError, match="no model"):
+        catalog.load("watch_rnn")
