@@ -1,0 +1,1 @@
+"""Each headline number as one command, beside the peer it is compared with."""
