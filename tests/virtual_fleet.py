@@ -1,0 +1,243 @@
+"""A whole study in one process: real device and aggregator daemons on a virtual broker, in virtual time, seeded."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from aggregator.config import PlanConfig, ServerConfig, TaskConfig
+from aggregator.daemon import AggregatorDaemon
+from aggregator.rounds import Phase
+from aggregator.store import AggregatorStore
+from device_client.adapters.encrypted_files import EncryptedFiles
+from device_client.adapters.tflite_graph import TfliteGraph
+from device_client.daemon import DeviceDaemon
+from device_client.device_store import create_identity, load_session
+from device_client.ledger import Budget, PrivacyLedger
+from device_client.participation import Outbox, Participant
+from device_client.session import DeviceSession, Floors, Role, SessionConfig
+from device_client.training import Records
+from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
+from fl_protocol.bundle import ModelBundle, open_bundle
+from fl_protocol.signing import public_key_from_hex
+
+TENANT, TASK = "clinic", "watch"
+AGGREGATOR_KEY = Ed25519PrivateKey.from_private_bytes(b"\x01" * 32)
+
+
+def bundle_folder() -> Path:
+    spec = importlib.util.find_spec("models")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "bundles"
+
+
+def load_bundle(name: str = "watch_features") -> ModelBundle:
+    folder = bundle_folder()
+    publisher = public_key_from_hex((folder / "publisher.pub").read_text())
+    return open_bundle((folder / f"{name}.covey").read_bytes(), publisher=publisher)
+
+
+class SeededEntropy:
+    """A deterministic stream of bytes: SHA-256 in counter mode over a seed. For tests only."""
+
+    def __init__(self, seed: str) -> None:
+        self._seed, self._counter = seed.encode(), 0
+
+    def __call__(self, count: int) -> bytes:
+        out = b""
+        while len(out) < count:
+            out += hashlib.sha256(self._seed + self._counter.to_bytes(8, "little")).digest()
+            self._counter += 1
+        return out[:count]
+
+
+@dataclass
+class MemoryJournal:
+    """A journal that keeps what it is told."""
+
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def write(self, event: str, /, *, at_s: float, **fields: Any) -> None:
+        self.events.append((event, {"at_s": at_s, **fields}))
+
+    def named(self, event: str) -> list[dict[str, Any]]:
+        return [fields for name, fields in self.events if name == event]
+
+
+@dataclass
+class VirtualClock:
+    """Time that moves only when it is told to."""
+
+    time_s: float = 1_000_000.0
+
+    def now_s(self) -> float:
+        return self.time_s
+
+
+def synthetic_records(bundle: ModelBundle, *, seed: int, count: int = 40) -> Records:
+    """Windows of class-dependent oscillation plus noise: easy to learn, unlike anybody's recordings."""
+    generator = np.random.default_rng(seed)
+    samples, channels = bundle.manifest.input.shape
+    classes = len(bundle.manifest.label.names)
+    y = generator.integers(0, classes, count).astype(np.int32)
+    t = np.arange(samples)[None, :, None] / bundle.manifest.input.sampling_rate_hz
+    phase = generator.uniform(0, 2 * np.pi, (count, 1, channels))
+    x = np.sin(2 * np.pi * (0.4 + 0.5 * y[:, None, None]) * t + phase) + 0.1 * generator.normal(
+        size=(count, samples, channels)
+    )
+    return Records(x.astype(np.float32), y)
+
+
+def task_config(**changes: Any) -> TaskConfig:
+    settings: dict[str, Any] = {
+        "name": TASK,
+        "bundle": "unused",
+        "publisher_key": "unused",
+        "plan": PlanConfig(
+            sampling_rate=1.0,
+            local_steps=1,
+            learning_rate=1.0,
+            l2_norm_clip=0.5,
+            noise_multiplier=8.0,
+            expected_batch_size=40.0,
+        ),
+        "rounds": 3,
+        "goal": 3,
+        "minimum_cohort": 2,
+        "round_duration_s": 60.0,
+        "server": ServerConfig(learning_rate=1.0, momentum=0.9),
+        "kem": "x25519",
+    }
+    return TaskConfig(**{**settings, **changes})
+
+
+class VirtualFleet:
+    """Aggregator and devices; `run` steps all of them until nothing moves, then lets time pass."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        devices: int = 3,
+        bundle: ModelBundle | None = None,
+        task: TaskConfig | None = None,
+        budget: Budget | None = None,
+        seed: str = "fleet",
+        records: Callable[[int], Records] | None = None,
+        maximum_packet_bytes: int | None = None,
+    ) -> None:
+        self.folder, self.seed = folder, seed
+        self.bundle = bundle if bundle is not None else load_bundle()
+        self.task = task if task is not None else task_config()
+        self.budget = budget if budget is not None else Budget(3.0, 1e-5)
+        self.clock = VirtualClock()
+        self.broker = VirtualBroker(maximum_packet_bytes=maximum_packet_bytes)
+        self.journals: dict[str, MemoryJournal] = {}
+        self._records = records if records is not None else lambda index: synthetic_records(self.bundle, seed=index)
+        self._graph = TfliteGraph(
+            self.bundle.graph,
+            batch_size=self.bundle.manifest.batch_size,
+            num_parameters=self.bundle.manifest.num_parameters,
+        )
+        self.devices: dict[str, DeviceDaemon] = {}
+        self.aggregator = self.start_aggregator()
+        for index in range(devices):
+            self.start_device(f"watch-{index}")
+
+    def start_aggregator(self) -> AggregatorDaemon:
+        """Start it, or start it again after `kill_aggregator`, on the same database."""
+        store = AggregatorStore(f"sqlite:///{self.folder / 'aggregator.db'}", self.task.name)
+        store.create_task(self.bundle.graph_digest, self.bundle.params)
+        daemon = AggregatorDaemon(
+            tenant=TENANT,
+            task=self.task,
+            graph_digest=self.bundle.graph_digest,
+            signing_key=AGGREGATOR_KEY,
+            store=store,
+            transport=VirtualTransport(self.broker),
+            journal=self.journals.setdefault("aggregator", MemoryJournal()),
+            entropy=SeededEntropy(f"{self.seed} aggregator {self.clock.time_s}"),
+            now_s=self.clock.now_s,
+        )
+        daemon.start()
+        self.aggregator = daemon
+        return daemon
+
+    def kill_aggregator(self) -> None:
+        """What SIGKILL leaves: the database as the last transaction left it, and nothing else."""
+        self.aggregator.transport.close()
+        self.aggregator.store.close()
+
+    def start_device(self, name: str, *, role: Role = "train", floors: Floors | None = None) -> DeviceDaemon:
+        """Start a device, or start it again after `kill_device`, on the same store."""
+        entropy = SeededEntropy(f"{self.seed} {name} {self.clock.time_s}")
+        store = EncryptedFiles(self.folder / name, hashlib.sha256(name.encode()).digest())
+        key = create_identity(store, entropy)
+        self.aggregator.store.add_device(name, key.public_key().public_bytes_raw(), self.clock.now_s())
+        participant = Participant(
+            device=name,
+            signing_key=key,
+            ledger=PrivacyLedger(store, self.budget),
+            graph=self._graph,
+            records=self._records(int(name.rsplit("-", 1)[1])),
+            outbox=Outbox(store),
+            entropy=entropy,
+        )
+        config = SessionConfig(
+            tenant=TENANT,
+            task=TASK,
+            device=name,
+            role=role,
+            aggregator_key=AGGREGATOR_KEY.public_key(),
+            graph_digest=self.bundle.graph_digest,
+            num_parameters=self.bundle.manifest.num_parameters,
+            floors=floors if floors is not None else Floors(),
+            software="covey test",
+        )
+        session = DeviceSession(config, entropy=entropy, state=load_session(store), outbox=participant.outbox)
+        will = session.offline_presence()
+        daemon = DeviceDaemon(
+            session,
+            participant,
+            store,
+            VirtualTransport(self.broker, will=(will.topic, will.payload)),
+            self.clock,
+            self.journals.setdefault(name, MemoryJournal()),
+        )
+        daemon.transport.open()
+        self.devices[name] = daemon
+        return daemon
+
+    def kill_device(self, name: str) -> None:
+        """What a power cut leaves: the store as it is on disk, and a last will."""
+        daemon = self.devices.pop(name)
+        assert isinstance(daemon.transport, VirtualTransport)
+        daemon.transport.drop("killed")
+        assert isinstance(daemon.store, EncryptedFiles)
+        daemon.store.close()
+
+    def steps(self, count: int) -> Iterator[None]:
+        """Step everybody `count` times."""
+        for _ in range(count):
+            self.aggregator.step()
+            for daemon in list(self.devices.values()):
+                daemon.step()
+            yield
+
+    def run(self, *, until: Callable[[], bool] | None = None, most_s: float = 600.0) -> None:
+        """Let virtual time pass, half a second a step, until `until` (default: the task is finished)."""
+        done = until if until is not None else lambda: self.aggregator.state.phase is Phase.FINISHED
+        ends_s = self.clock.time_s + most_s
+        while not done():
+            assert self.clock.time_s < ends_s, f"not done after {most_s} virtual seconds"
+            for _ in self.steps(8):
+                pass
+            self.clock.time_s += 0.5
