@@ -121,7 +121,7 @@ def export(config: Config, out: Annotated[Path, typer.Option(help="Folder for th
     """Write the current model as a signed bundle and as an inference-only .tflite."""
     files = AggregatorFiles.load(config)
     store = files.open_store()
-    model = store.model(store.round_state().committed)
+    model = store.model(store.round_state().model_version)
     exported = export_model(files.open_bundle(), model, signing_key=files.signing_key())
     try:
         out.mkdir(parents=True, exist_ok=True)

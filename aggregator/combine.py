@@ -56,6 +56,22 @@ def mean_update(updates: Iterable[Float32], length: int) -> tuple[NDArray[np.flo
     return total / count, count
 
 
+def average_models(models: Iterable[GlobalModel]) -> GlobalModel:
+    """The mean of several versions' parameters (B. Polyak, A. Juditsky, 1992), with the last one's velocity.
+
+    Raises:
+        CombineError: there are none.
+    """
+    total, count, velocity = None, 0, None
+    for model in models:
+        params = model.params.astype(np.float64)
+        total = params if total is None else total + params
+        count, velocity = count + 1, model.velocity
+    if total is None or velocity is None:
+        raise CombineError("no models to average")
+    return GlobalModel((total / count).astype(np.float32), velocity)
+
+
 def apply(model: GlobalModel, mean: NDArray[np.float64], optimiser: ServerOptimiser) -> GlobalModel:
     """One server step: v <- momentum v + mean; params <- params + learning_rate v.
 

@@ -13,7 +13,7 @@ from fl_protocol.messages import KemName, Name, TrainingPlanMsg
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 
 
-class PlanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PlanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What devices compute in a round; see `fl_protocol.messages.TrainingPlanMsg` for each meaning."""
 
     sampling_rate: float
@@ -28,14 +28,22 @@ class PlanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.convert({"v": 1, **msgspec.to_builtins(self)}, TrainingPlanMsg)
 
 
-class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The server optimiser: ``learning_rate`` on the mean update, ``momentum`` in [0, 1)."""
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The server optimiser.
+
+    Args:
+        learning_rate: on the mean update.
+        momentum: in [0, 1).
+        average_last: the finished model is the mean of this many last versions (Polyak averaging; it touches released
+            models only, so it costs no privacy). 1 releases the last version as it is.
+    """
 
     learning_rate: Annotated[float, Meta(gt=0)] = 1.0
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    average_last: Annotated[int, Meta(ge=1)] = 1
 
 
-class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One training task.
 
     Args:
@@ -65,7 +73,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kem: KemName = "mlkem768-x25519"
 
 
-class AggregatorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class AggregatorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The aggregator itself.
 
     Args:
@@ -81,7 +89,7 @@ class AggregatorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     client_id: Name = "aggregator"
 
 
-class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A whole ``aggregator.toml``."""
 
     aggregator: AggregatorSection

@@ -13,7 +13,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection
 
-from aggregator.combine import ServerOptimiser, apply, mean_update
+from aggregator.combine import ServerOptimiser, apply, average_models, mean_update
 from aggregator.config import TaskConfig
 from aggregator.errors import CombineError, DatabaseError
 from aggregator.ingest import OpenRoundKeys
@@ -184,7 +184,7 @@ class AggregatorDaemon:
                 )
                 return "round_opened", {"round": action.number, "goal": self.task.goal, "deadline_s": action.deadline_s}
             case FinishTask():
-                return "task_finished", {}
+                return "task_finished", self._finish(connection)
 
     def _commit(self, connection: Connection, number: int, now_s: float) -> dict[str, object]:
         """Combine a round's updates into the next model version and close the round."""
@@ -205,6 +205,14 @@ class AggregatorDaemon:
             "mean_update_norm": float(np.linalg.norm(mean)),
         }
 
+    def _finish(self, connection: Connection) -> dict[str, object]:
+        """Add the finished model: the mean of the last versions."""
+        last = self.task.rounds
+        first = max(0, last - self.task.server.average_last + 1)
+        model = average_models(self.store.models(connection, first, last))
+        digest = self.store.add_model(connection, last + 1, model)
+        return {"version": last + 1, "model_digest": digest.hex(), "averaged": last - first + 1}
+
     def _load_keys(self) -> None:
         """What intake needs of the open round."""
         key = self.store.round_key(self._state.number) if self._state.phase is Phase.OPEN else None
@@ -216,7 +224,7 @@ class AggregatorDaemon:
 
     def _publish_current(self) -> None:
         """Publish the current model and manifest, retained, and forget the model before the last."""
-        model = self.store.model(self._state.committed)
+        model = self.store.model(self._state.model_version)
         self._publish(model_messages(self.tenant, model, maximum_packet_bytes=self._maximum_packet_bytes))
         manifest = manifest_message(
             self.tenant,
@@ -231,6 +239,8 @@ class AggregatorDaemon:
         if model.version >= 2:
             # The last model stays a while: a device may be in the middle of downloading it.
             old = self.store.model(model.version - 2)
+            if old.digest == model.digest:
+                return  # rounds without any change: the same retained chunks serve both versions
             self._publish(forget_model_messages(self.tenant, old, maximum_packet_bytes=self._maximum_packet_bytes))
 
     def _publish(self, messages: Iterable[RetainedMessage]) -> None:

@@ -53,7 +53,7 @@ class RoundState:
 
     Args:
         number: the newest round's number; aborted rounds have numbers too. 0 before the first.
-        committed: committed rounds, which is also the version of the current model.
+        committed: committed rounds, which is also the version of the model that an open round trains.
         arrived: updates accepted in the open round.
     """
 
@@ -63,6 +63,11 @@ class RoundState:
     arrived: int = 0
     opened_s: float = 0.0
     deadline_s: float = 0.0
+
+    @property
+    def model_version(self) -> int:
+        """Version of the model that the task's manifest names: the finished model is a version of its own."""
+        return self.committed + 1 if self.phase is Phase.FINISHED else self.committed
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class OpenRound:
 
 @dataclass(frozen=True)
 class FinishTask:
-    """Announce the last model."""
+    """Make and announce the finished model: version `committed` + 1."""
 
 
 RoundEvent = Started | UpdateAccepted | Ticked | CombineFailed

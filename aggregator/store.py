@@ -180,8 +180,17 @@ class AggregatorStore:
             row = connection.execute(
                 select(schema.models).where(schema.models.c.task == self._task, schema.models.c.version == version)
             ).one()
-        params, velocity = (np.frombuffer(raw, "<f4").astype(np.float32) for raw in (row.params, row.velocity))
-        return StoredModel(version, row.digest, GlobalModel(params, velocity))
+        return StoredModel(version, row.digest, GlobalModel(_float32(row.params), _float32(row.velocity)))
+
+    def models(self, connection: Connection, first: int, last: int) -> Iterator[GlobalModel]:
+        """Model versions first to last, one at a time; part of a transaction."""
+        query = (
+            select(schema.models.c.params, schema.models.c.velocity)
+            .where(schema.models.c.task == self._task, schema.models.c.version.between(first, last))
+            .order_by(schema.models.c.version)
+        )
+        for params, velocity in connection.execution_options(yield_per=16).execute(query):
+            yield GlobalModel(_float32(params), _float32(velocity))
 
     def add_update(self, header: UpdateHeaderMsg, values: NDArray[np.float32], *, bytes_up: int, now_s: float) -> None:
         """Commit one accepted update; only after this returns may a receipt be sent."""
@@ -207,7 +216,7 @@ class AggregatorStore:
             .order_by(schema.updates.c.update_id)
         )
         for (raw,) in connection.execution_options(yield_per=16).execute(query):
-            yield np.frombuffer(raw, "<f4").astype(np.float32)
+            yield _float32(raw)
 
     def bytes_up(self, connection: Connection, number: int) -> int:
         """Bytes of all accepted updates of a round, as they came; part of a transaction."""
@@ -265,6 +274,11 @@ class AggregatorStore:
 def little_endian(values: NDArray[np.float32]) -> bytes:
     """Little-endian float32 bytes, as parameters are stored, hashed and sent."""
     return np.ascontiguousarray(values, "<f4").tobytes()
+
+
+def _float32(raw: bytes) -> NDArray[np.float32]:
+    """The inverse of `little_endian`."""
+    return np.frombuffer(raw, "<f4").astype(np.float32)
 
 
 def _make_engine(url: str) -> Engine:

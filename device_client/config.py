@@ -13,7 +13,7 @@ from fl_protocol.topics import NAME_PATTERN
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 
 
-class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The study this device belongs to, and what it is pinned to.
 
     Args:
@@ -32,7 +32,7 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     minimum_bundle_version: int = 0
 
 
-class DeviceSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DeviceSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """This device.
 
     Args:
@@ -48,7 +48,7 @@ class DeviceSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: Literal["train", "evaluate"] = "train"
 
 
-class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the wearer allows.
 
     Args:
@@ -63,7 +63,7 @@ class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     minimum_cohort: Annotated[int, Meta(ge=1)] = 1
 
 
-class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A whole ``device.toml``."""
 
     study: StudyConfig

@@ -244,7 +244,8 @@ class DeviceSession:
         params = np.frombuffer(whole, "<f4").astype(np.float32)
         if not np.isfinite(params).all():
             raise ProtocolError("the model holds numbers that are not finite")
-        actions = self._stop_download()
+        received = Note("model_received", {"round": manifest.round, "bytes": len(whole)})
+        actions: list[Action] = [*self._stop_download(), received]
         if self._config.role == "evaluate":
             return [*actions, Evaluate(manifest, params)]
         if now_s >= manifest.deadline_s:

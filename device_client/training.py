@@ -21,7 +21,7 @@ from fl_protocol.messages import TrainingPlanMsg
 
 @dataclass(frozen=True)
 class Records:
-    """Labelled windows: ``x`` float32 [n, samples, channels], ``y`` int32 [n]; a row is a record, the unit protected."""
+    """Labelled windows: ``x`` float32 [n, samples, channels], ``y`` int32 [n]. A row is one record."""
 
     x: Float32
     y: Int32

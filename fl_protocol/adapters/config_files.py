@@ -12,7 +12,7 @@ from fl_protocol.errors import ConfigError
 T = TypeVar("T")
 
 
-class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Where the MQTT broker is, and the PEM files for mutual TLS (all three, or none on loopback).
 
     Args:

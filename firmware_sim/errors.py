@@ -1,0 +1,9 @@
+"""What can go wrong when a fleet is run."""
+
+from __future__ import annotations
+
+from fl_protocol.errors import CoveyError
+
+
+class FleetError(CoveyError):
+    """A fleet cannot be set up, started or watched."""
