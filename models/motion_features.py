@@ -53,36 +53,33 @@ class MotionFeatures:
 
     def apply(self, x: tf.Tensor) -> tf.Tensor:
         """Features [B, 54] of [B, samples, 6]."""
-        samples = x.shape[1]
         motion = x * np.array([1.0] * 3 + [1.0 / self.rotation_unit] * 3, np.float32)
-        mean = tf.reduce_mean(motion, 1)
-        deviation = motion - tf.expand_dims(mean, 1)
-        spread = tf.sqrt(tf.reduce_mean(deviation * deviation, 1) + self.stillness**2)
+        mean = tf.reduce_mean(motion, 1, keepdims=True)
+        deviation = motion - mean
+        spread = tf.sqrt(tf.reduce_mean(deviation * deviation, 1, keepdims=True) + self.stillness**2)
+        rate = self._rate(motion)
+        # Reshaped by -1, not squeezed: the converter keeps the -1, so that inference takes any number of windows.
         features = tf.concat(
             [
-                mean,
-                tf.math.log(spread / self.reference),
-                tf.math.log((self._rate(motion) + self.stillness) / self.reference),
-                self._lagged_correlation(deviation / tf.expand_dims(spread, 1), samples),
+                tf.reshape(mean, [-1, 6]),
+                tf.reshape(tf.math.log(spread / self.reference), [-1, 6]),
+                tf.math.log((rate + self.stillness) / self.reference),
+                self._lagged_correlation(deviation / spread),
             ],
             1,
         )
-        # One root and one division: the window at rest has features too (its means), so the length is never zero.
+        # A watch at rest has features too (its logarithms), so the length is never near zero.
         return features / tf.sqrt(tf.reduce_sum(features * features, 1, keepdims=True) + 1e-9)
 
     def _rate(self, motion: tf.Tensor) -> tf.Tensor:
         """The mean absolute change of each channel per `rate_time_s`, [B, 6]."""
         steps = motion.shape[1] - 1
-        change = _samples(motion, first=1, count=steps) - _samples(motion, first=0, count=steps)
+        change = tf.split(motion, [1, steps], 1)[1] - tf.split(motion, [steps, 1], 1)[0]
         return tf.reduce_mean(tf.abs(change), 1) * (self.rate_time_s * self.sampling_rate_hz)
 
-    def _lagged_correlation(self, z: tf.Tensor, samples: int) -> tf.Tensor:
+    def _lagged_correlation(self, z: tf.Tensor) -> tf.Tensor:
         """Σₜ zᵢ[t]·zⱼ[t − lag] / samples of every pair of channels, [B, 36]."""
+        samples = z.shape[1]
         overlap = samples - self.lag
-        now, before = _samples(z, first=self.lag, count=overlap), _samples(z, first=0, count=overlap)
+        now, before = tf.split(z, [self.lag, overlap], 1)[1], tf.split(z, [overlap, self.lag], 1)[0]
         return tf.reshape(tf.matmul(now, before, transpose_a=True), [-1, 36]) / float(samples)
-
-
-def _samples(x: tf.Tensor, *, first: int, count: int) -> tf.Tensor:
-    """`count` samples of every channel from `first` on."""
-    return tf.slice(x, [0, first, 0], [-1, count, -1])

@@ -30,5 +30,5 @@ SPEC = ModelSpec(
         ReLU(),
         Dense("logits", 7),
     ),
-    defaults=TrainingDefaults(learning_rate=0.5, l2_norm_clip=1.0, server_momentum=0.9),
+    defaults=TrainingDefaults(learning_rate=0.3, l2_norm_clip=1.0, server_momentum=0.9),
 )

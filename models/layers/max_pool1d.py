@@ -28,10 +28,11 @@ class MaxPool1DLayer:
     def forward(self, weights: Sequence[tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, _Saved]:
         """See `Layer.forward`."""
         groups, channels = self.output_shape
-        used = tf.slice(x, [0, 0, 0], [-1, groups * self._size, channels])
-        # Members of a group lie side by side in memory, so each is one contiguous slice per group.
-        grouped = tf.reshape(used, [-1, groups, self._size * channels])
-        members = [tf.slice(grouped, [0, 0, i * channels], [-1, groups, channels]) for i in range(self._size)]
+        kept = groups * self._size
+        used = x if kept == self._samples else tf.split(x, [kept, self._samples - kept], 1)[0]
+        # Members of a group lie side by side in memory, so each is one contiguous piece per group. Split, not slice:
+        # the converter would write B into a slice, and tflite-runtime then misreads batches of another size silently.
+        members = tf.split(tf.reshape(used, [-1, groups, self._size * channels]), self._size, 2)
         largest = functools.reduce(tf.maximum, members)
         return largest, (members, largest)
 

@@ -1,16 +1,11 @@
-"""What the tests of the models room share without TensorFlow; see `oracle_cases` for the rest."""
+"""Every test that asks for them runs for both models and on both runtimes."""
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-
 import pytest
+from bundle_files import committed
 
-from fl_protocol.bundle import ModelBundle, open_bundle
-from models.publisher import load_public_key
-
-BUNDLES = Path(__file__).parents[2] / "models" / "bundles"
+from fl_protocol.bundle import ModelBundle
 
 
 @pytest.fixture(params=("watch_cnn", "watch_features"))
@@ -25,11 +20,4 @@ def runtime(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def bundle(model: str) -> ModelBundle:
-    """The committed bundle, verified with the committed key."""
     return committed(model)
-
-
-@cache
-def committed(model: str) -> ModelBundle:
-    publisher = load_public_key(BUNDLES / "publisher.pub")
-    return open_bundle((BUNDLES / f"{model}.covey").read_bytes(), publisher=publisher)

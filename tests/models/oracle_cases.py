@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from conftest import committed
+from bundle_files import committed
 
 from models import catalog, check
 from models.convert import convert_network

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BUNDLES
+from bundle_files import BUNDLES
 
 from fl_protocol.bundle import open_bundle
 from models.publisher import create_key, load_public_key

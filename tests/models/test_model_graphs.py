@@ -13,7 +13,7 @@ tf = pytest.importorskip("tensorflow")
 
 from oracle_cases import model_cases, signature  # noqa: E402
 
-from models import catalog, reference  # noqa: E402
+from models import catalog, check, reference  # noqa: E402
 from models.convert import convert_signatures  # noqa: E402
 from models.errors import ConversionError, ModelSpecError  # noqa: E402
 from models.flatbuffer import operators, read_model, signatures  # noqa: E402
@@ -70,6 +70,31 @@ def test_the_template_infers_like_the_graph(bundle: ModelBundle, model: str, run
     want = signature(bundle.graph, runtime, "infer")(params=params, x=x)["logits"]
     got = signature(bundle.inference_model(params), runtime, "infer")(x=x)["logits"]
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_inference_takes_any_number_of_windows(bundle: ModelBundle, model: str, runtime: str, count: int) -> None:
+    case = model_cases(model, 32)["full, all clipped"]
+    params, x = case.inputs["params"], case.inputs["x"]
+    want = signature(bundle.graph, runtime, "infer")(params=params, x=x)["logits"]
+    # Its own interpreter: a call with another shape resizes the graph.
+    resized = check.interpreter(runtime, bundle.inference_model(params)).get_signature_runner("infer")
+    got = resized(x=np.concatenate([x, x])[:count])["logits"]
+    np.testing.assert_allclose(got, np.concatenate([want, want])[:count], rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_training_batch_of_another_size_fails_loudly(bundle: ModelBundle, model: str, runtime: str) -> None:
+    inputs = dict(model_cases(model, 32)["full, all clipped"].inputs)
+    short = {name: inputs[name][:5] for name in ("x", "y", "mask")}
+    runner = check.interpreter(runtime, bundle.graph).get_signature_runner("train")
+    with pytest.raises(RuntimeError, match="failed to prepare"):
+        runner(**inputs | short)
+
+
+def test_a_bundle_stays_small(bundle: ModelBundle) -> None:
+    # A constant of batch size slipping into the graph (zeros, ones) would show here.
+    assert len(bundle.graph) < 50_000
+    assert len(bundle.infer_template) < 16_000 + 4 * bundle.manifest.num_parameters
 
 
 def test_the_template_keeps_its_buffers_aligned(bundle: ModelBundle) -> None:
