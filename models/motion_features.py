@@ -7,6 +7,7 @@ length 1, so the gradient of a linear layer on it is bounded by the error of the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +21,11 @@ from models.specs import Shape
 class MotionFeatures:
     """From [B, samples, 6] (3 × g, 3 × rad/s) to [B, 54]; every constant is a unit, a round number or a sampling fact.
 
+    Which round numbers was decided by comparing accuracy on people held out, as any hyper-parameter is.
+
     Args:
         sampling_rate_hz: of the window.
-        rotation_unit: rad/s that count as much as 1 g.
+        rotation_unit: rad/s that count as much as 1 g; one turn per second.
         stillness: units; movement below it is treated as rest.
         reference: units; the movement whose logarithm is zero.
         rate_time_s: the rate is expressed as change per this time.
@@ -30,7 +33,7 @@ class MotionFeatures:
     """
 
     sampling_rate_hz: float = 50.0
-    rotation_unit: float = 3.0
+    rotation_unit: float = 2 * math.pi
     stillness: float = 0.05
     reference: float = 0.3
     rate_time_s: float = 0.1

@@ -28,7 +28,7 @@ class Network:
         self.layers: list[Layer] = []
         shape = spec.input.shape
         for layer_spec in spec.layers:
-            self.layers.append(bind(layer_spec, shape))
+            self.layers.append(bind(layer_spec, shape, copies=spec.copies))
             shape = self.layers[-1].output_shape
         if shape != (len(spec.label.names),):
             raise ModelSpecError(f"{spec.name}: the last layer gives {shape}, expected {len(spec.label.names)} logits.")

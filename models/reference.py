@@ -47,8 +47,11 @@ class ExampleGradients:
         """The cross-entropy of one example, and its gradient [d]."""
         with tf.GradientTape() as tape:
             tape.watch(params)
-            scores = logits(self._spec, params, x[None])
-            loss = tf.nn.sparse_softmax_cross_entropy_with_logits(logits=scores, labels=y[None])[0]
+            augmentation = self._spec.augmentation
+            versions = x[None] if augmentation is None else augmentation.apply(x[None])
+            scores = logits(self._spec, params, versions)
+            labels = tf.fill([self._spec.copies], y)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(logits=scores, labels=labels))
         return loss, tape.gradient(loss, params)
 
 

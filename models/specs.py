@@ -35,6 +35,28 @@ class FixedStage(Protocol):
         ...
 
 
+class Augmentation(Protocol):
+    """Several versions of each window, for training only.
+
+    The gradient of an example is the mean over its versions, and only that mean is clipped: an example stays one
+    record, so the privacy guarantee is the same as without (De et al. 2022, arXiv 2204.13650, section 3).
+    """
+
+    @property
+    def description(self) -> str:
+        """What it does, for people; goes into the bundle's manifest."""
+        ...
+
+    @property
+    def copies(self) -> int:
+        """How many versions it makes of a window."""
+        ...
+
+    def apply(self, x: Any) -> Any:
+        """Map [B, ...] to [B·copies, ...], the versions of an example side by side."""
+        ...
+
+
 @dataclass(frozen=True)
 class Dense:
     """A fully connected layer on [B, features]; kernel [features, units] and, unless left out, bias [units]."""
@@ -98,6 +120,7 @@ class ModelSpec:
         label: class names; the last layer has as many outputs.
         layers: from the window to the logits.
         defaults: hyper-parameters that were tried.
+        augmentation: versions of each window that ``train`` sees; ``infer`` and ``evaluate`` see the window itself.
         seed: of the initial parameters.
     """
 
@@ -107,10 +130,17 @@ class ModelSpec:
     label: LabelSchema
     layers: tuple[LayerSpec, ...]
     defaults: TrainingDefaults
+    augmentation: Augmentation | None = None
     seed: int = 0
 
     @property
     def preprocessing(self) -> str:
         """What the graph does to a window before the trained layers; the host hands over raw samples."""
         stages = [layer.stage.description for layer in self.layers if isinstance(layer, Fixed)]
-        return " Then: ".join(stages) if stages else "None: the samples enter the trained layers as they are."
+        text = " Then: ".join(stages) if stages else "None: the samples enter the trained layers as they are."
+        return text if self.augmentation is None else f"{text} In training only: {self.augmentation.description}"
+
+    @property
+    def copies(self) -> int:
+        """How many versions of each window ``train`` sees."""
+        return 1 if self.augmentation is None else self.augmentation.copies

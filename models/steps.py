@@ -35,12 +35,16 @@ def clipped_step(
 
     Returns:
         ``grad`` float32 [d] = Σᵢ maskᵢ·gᵢ·min(1, clip/‖gᵢ‖₂), ``norms`` float32 [B] before clipping, ``loss`` [B].
+        With augmentation gᵢ and the loss are means over the versions of window i.
     """
     weights = network.split(params)
-    logits, saved = network.forward(weights, x)
-    losses, logits_gradient = cross_entropy(logits, y)
+    logits, saved = network.forward(weights, _versions(network, x))
+    losses, logits_gradient = cross_entropy(logits, y, copies=network.spec.copies)
     examples = network.backward(
-        weights, saved, logits_gradient, lambda layer, kept, gradient: layer.example_gradients(kept, gradient)
+        weights,
+        saved,
+        tf.reshape(logits_gradient, logits.shape),
+        lambda layer, kept, gradient: layer.example_gradients(kept, gradient),
     )
     squared_norms = tf.add_n([gradients.squared_norms() for gradients in examples])
     counted = _counts(mask, losses) & (squared_norms < LARGEST)
@@ -55,12 +59,12 @@ def plain_step(
 ) -> dict[str, tf.Tensor]:
     """The same step without privacy, for measuring what privacy costs: ``grad`` [d] = Σᵢ maskᵢ·gᵢ and ``loss`` [B]."""
     weights = network.split(params)
-    logits, saved = network.forward(weights, x)
-    losses, logits_gradient = cross_entropy(logits, y)
+    logits, saved = network.forward(weights, _versions(network, x))
+    losses, logits_gradient = cross_entropy(logits, y, copies=network.spec.copies)
     sums = network.backward(
         weights,
         saved,
-        logits_gradient * tf.expand_dims(mask, 1),
+        tf.reshape(logits_gradient * tf.reshape(mask, [-1, 1, 1]), logits.shape),
         lambda layer, kept, gradient: layer.summed_gradient(kept, gradient),
     )
     return {"grad": tf.concat([part for layer in sums for part in layer], 0), "loss": losses * mask}
@@ -76,7 +80,7 @@ def evaluate(
 ) -> dict[str, tf.Tensor]:
     """``loss_sum`` [] = Σᵢ maskᵢ·lossᵢ and ``correct`` [] = Σᵢ maskᵢ·[argmax = y], over the examples that count."""
     logits, _ = network.forward(network.split(params), x)
-    losses, _ = cross_entropy(logits, y)
+    losses, _ = cross_entropy(logits, y, copies=1)
     counted = _counts(mask, losses)
     hits = tf.cast(tf.equal(tf.argmax(logits, 1, output_type=tf.int32), y), tf.float32)
     return {
@@ -85,12 +89,25 @@ def evaluate(
     }
 
 
-def cross_entropy(logits: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Softmax cross-entropy [B] and its gradient with respect to the logits [B, K]."""
-    target = tf.one_hot(y, logits.shape[1])
-    log_probabilities = tf.nn.log_softmax(logits)
-    losses = -tf.reduce_sum(target * log_probabilities, 1)
-    return losses, tf.exp(log_probabilities) - target
+def cross_entropy(logits: tf.Tensor, y: tf.Tensor, *, copies: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Softmax cross-entropy [B], the mean over each example's versions, and its gradient [B, copies, K].
+
+    Args:
+        logits: float32 [B·copies, K].
+        y: int32 [B].
+        copies: versions of each example, side by side.
+    """
+    log_probabilities = tf.reshape(tf.nn.log_softmax(logits), [-1, copies, logits.shape[1]])
+    target = tf.reshape(tf.one_hot(y, logits.shape[1]), [-1, 1, logits.shape[1]])
+    losses = -tf.reduce_sum(target * log_probabilities, [1, 2])
+    gradient = tf.exp(log_probabilities) - target
+    return (losses, gradient) if copies == 1 else (losses / copies, gradient / copies)
+
+
+def _versions(network: Network, x: tf.Tensor) -> tf.Tensor:
+    """What the model is trained on: the windows, or their augmented versions."""
+    augmentation = network.spec.augmentation
+    return x if augmentation is None else augmentation.apply(x)
 
 
 def _counts(mask: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:

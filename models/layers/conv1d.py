@@ -21,7 +21,7 @@ from models.specs import Conv1D, Shape
 class Conv1DLayer:
     """y[t] = Σⱼ x[t+j]·W[j] + b on [B, samples, channels]; it saves the windows [B, T, kernel_size·channels]."""
 
-    def __init__(self, spec: Conv1D, input_shape: Shape) -> None:
+    def __init__(self, spec: Conv1D, input_shape: Shape, copies: int = 1) -> None:
         if len(input_shape) != 2 or input_shape[0] < spec.kernel_size:
             raise ModelSpecError(
                 f"Conv1D {spec.name}: expected (samples, channels) with at least {spec.kernel_size} samples, "
@@ -29,14 +29,14 @@ class Conv1DLayer:
             )
         self.name = spec.name
         self._samples, self._channels = input_shape
-        self._size = spec.kernel_size
+        self._size, self._copies = spec.kernel_size, copies
         self.output_shape: Shape = (self._samples - spec.kernel_size + 1, spec.filters)
         self.parameters = (
             Parameter("kernel", (spec.kernel_size, self._channels, spec.filters), spec.initializer),
             Parameter("bias", (spec.filters,), "zeros"),
         )
         self.norm_method = rows.cheaper_norm_method(
-            rows=self.output_shape[0], inputs=spec.kernel_size * self._channels, outputs=spec.filters
+            rows=copies * self.output_shape[0], inputs=spec.kernel_size * self._channels, outputs=spec.filters
         )
 
     def forward(self, weights: Sequence[tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -58,11 +58,15 @@ class Conv1DLayer:
 
     def example_gradients(self, saved: tf.Tensor, output_gradient: tf.Tensor) -> ExampleGradients:
         """See `TrainedLayer.example_gradients`."""
-        return rows.example_gradients(self.norm_method, saved, output_gradient, use_bias=True)
+        return rows.example_gradients(self.norm_method, self._rows(saved), self._rows(output_gradient), use_bias=True)
 
     def summed_gradient(self, saved: tf.Tensor, output_gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """See `TrainedLayer.summed_gradient`."""
-        return rows.summed_gradient(saved, output_gradient, use_bias=True)
+        return rows.summed_gradient(self._rows(saved), self._rows(output_gradient), use_bias=True)
+
+    def _rows(self, x: tf.Tensor) -> tf.Tensor:
+        """[B·copies, T, n] as the rows of each example, [B, copies·T, n]."""
+        return x if self._copies == 1 else tf.reshape(x, [-1, self._copies * x.shape[1], x.shape[2]])
 
 
 def _windows(x: tf.Tensor, *, count: int, size: int) -> tf.Tensor:

@@ -13,7 +13,7 @@ from models.specs import Fixed, Shape
 class FixedLayer:
     """Runs the stage forward; there is nothing to train before it, so nothing asks for its input's gradient."""
 
-    def __init__(self, spec: Fixed, input_shape: Shape) -> None:
+    def __init__(self, spec: Fixed, input_shape: Shape, copies: int = 1) -> None:
         self._stage = spec.stage
         self.output_shape = spec.stage.output_shape(input_shape)
 

@@ -13,7 +13,7 @@ from models.specs import Flatten, Shape
 class FlattenLayer:
     """All values of an example in one row."""
 
-    def __init__(self, spec: Flatten, input_shape: Shape) -> None:
+    def __init__(self, spec: Flatten, input_shape: Shape, copies: int = 1) -> None:
         self._input_shape = input_shape
         self.output_shape: Shape = (math.prod(input_shape),)
 

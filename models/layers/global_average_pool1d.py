@@ -13,7 +13,7 @@ from models.specs import GlobalAveragePool1D, Shape
 class GlobalAveragePool1DLayer:
     """The mean over time; every sample gets an equal share of the gradient."""
 
-    def __init__(self, spec: GlobalAveragePool1D, input_shape: Shape) -> None:
+    def __init__(self, spec: GlobalAveragePool1D, input_shape: Shape, copies: int = 1) -> None:
         if len(input_shape) != 2:
             raise ModelSpecError(f"GlobalAveragePool1D: expected (samples, channels), got {input_shape}.")
         self._samples, channels = input_shape

@@ -16,7 +16,7 @@ _Saved = tuple[list[tf.Tensor], tf.Tensor]
 class MaxPool1DLayer:
     """The maximum over groups of samples; among equals the first one takes the gradient, as in TensorFlow."""
 
-    def __init__(self, spec: MaxPool1D, input_shape: Shape) -> None:
+    def __init__(self, spec: MaxPool1D, input_shape: Shape, copies: int = 1) -> None:
         if len(input_shape) != 2 or input_shape[0] < spec.pool_size or spec.pool_size < 1:
             raise ModelSpecError(
                 f"MaxPool1D: expected (samples, channels) with at least {spec.pool_size} samples, got {input_shape}."

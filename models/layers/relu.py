@@ -12,7 +12,7 @@ from models.specs import ReLU, Shape
 class ReLULayer:
     """max(x, 0); it saves its output, whose sign says where the gradient passes."""
 
-    def __init__(self, spec: ReLU, input_shape: Shape) -> None:
+    def __init__(self, spec: ReLU, input_shape: Shape, copies: int = 1) -> None:
         self.output_shape = input_shape
 
     def forward(self, weights: Sequence[tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
