@@ -2,8 +2,9 @@
 
 A reservation is durable before anything is trained for it, and is never refunded: a crash between the two spends budget
 that nothing was released for, which is the safe side. The log is one JSON object a line, each naming the SHA-256 of
-the line before it; a line torn by a power cut was never acted on and is cut off, anything else that does not fit stops
-the device until a person has looked.
+the line before it, and the encrypted store keeps the newest line's number and hash, so that no line can be changed or
+taken away. A line torn by a power cut was never acted on and is cut off; anything else that does not fit stops the
+device until a person has looked.
 
 The filter: sums of RDP at one order that was fixed by the budget before anything was released, which stays valid when
 later steps depend on earlier releases (V. Feldman, T. Zrnic, arXiv 2008.11193).
@@ -30,7 +31,7 @@ from device_client.ports import Store
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.messages import TrainingPlanMsg
 
-LOG_NAME = "ledger.jsonl"
+LOG_NAME, HEAD_NAME = "ledger.jsonl", "ledger-head"
 _GENESIS = "0" * 64
 
 
@@ -66,6 +67,13 @@ class Reservation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
+class _Head(msgspec.Struct, frozen=True):
+    """How many lines the log had at least, and the hash of the last of those."""
+
+    lines: int
+    digest: str
+
+
 class PrivacyLedger:
     """The device's ledger, kept in its store.
 
@@ -97,7 +105,7 @@ class PrivacyLedger:
         Raises:
             BudgetSpentError: the budget does not allow it, or this round was charged before (a crash came between);
                 nothing is recorded.
-            StoreError: the disk did not take it; nothing is charged and nothing may be released.
+            StoreError: the disk did not take it; nothing may be released, whether or not the charge stands.
         """
         if round_number <= self.last_round(task):
             raise BudgetSpentError(f"round {round_number} of {task} was charged before and is not trained twice")
@@ -120,6 +128,7 @@ class PrivacyLedger:
         line = msgspec.json.encode(entry)
         self._store.append_log(LOG_NAME, line)
         self._take(entry, line, total)
+        self._save_head()
         return self.spent_epsilon
 
     def remaining_participations(self, plan: TrainingPlanMsg) -> float:
@@ -138,6 +147,21 @@ class PrivacyLedger:
         self._head = hashlib.sha256(line).hexdigest()
         self.reservations.append(entry)
 
+    def _save_head(self) -> None:
+        """Keep under the store's key where the log ends; called after the line, so the log is never the shorter one."""
+        head = _Head(lines=len(self.reservations), digest=self._head)
+        self._store.write(HEAD_NAME, msgspec.msgpack.encode(head))
+
+    def _check_head(self, digests: list[str]) -> None:
+        """Refuse a log that is shorter than it was, or another one; `digests` start with the empty log's."""
+        stored = self._store.read(HEAD_NAME)
+        if stored is None and len(digests) == 1:
+            self._save_head()
+            return
+        head = msgspec.msgpack.decode(stored, type=_Head) if stored is not None else None
+        if head is None or head.lines >= len(digests) or digests[head.lines] != head.digest:
+            raise LedgerError("the ledger was cut or exchanged since it was last written; nothing is trained")
+
     def _load(self) -> None:
         """Replay the log."""
         raw = self._store.read_log(LOG_NAME)
@@ -145,15 +169,18 @@ class PrivacyLedger:
         if len(whole) < len(raw):
             # Torn by a power cut before its fsync returned, so nothing was trained for it.
             self._store.truncate_log(LOG_NAME, len(whole))
+        digests = [self._head]
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
                 entry = msgspec.json.decode(line, type=Reservation)
                 cost = entry.rdp()
-            except (msgspec.DecodeError, UnicodeDecodeError, LocalMisuseError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, LocalMisuseError, OverflowError) as error:
                 raise LedgerError(f"the ledger's line {number} cannot be read ({error}); nothing is trained") from error
             if entry.previous != self._head:
                 raise LedgerError(f"the ledger's line {number} does not follow from the one before; nothing is trained")
             self._take(entry, line, self._rdp + cost)
+            digests.append(self._head)
+        self._check_head(digests)
 
 
 def filter_order(budget: Budget) -> float:
