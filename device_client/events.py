@@ -34,11 +34,13 @@ class SessionState(msgspec.Struct, frozen=True):
     """What a session must remember across restarts.
 
     Args:
+        study: ``tenant/task`` that the round numbers belong to; another study starts over.
         highest_round: newest round seen; an older manifest is a replay.
         decided_round: newest round for which the coin was tossed; it is tossed once.
         participated_s: when this device last took part, Unix seconds.
     """
 
+    study: str = ""
     highest_round: int = 0
     decided_round: int = 0
     participated_s: float = 0.0

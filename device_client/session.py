@@ -1,15 +1,16 @@
 """The device's session: what to do about each manifest, chunk, receipt and tick. A pure state machine.
 
 `handle(event, now_s)` returns actions; it never sleeps, reads a clock, opens a file or touches a socket. Order of
-checks
-on a manifest: signature and form, this study, not older than what was seen, this model graph, the wearer's floors; only
-then is a coin tossed, once per round, and only then is the model downloaded and checked against its digest.
+checks on a manifest: signature and form, this study, not older than what was seen, this model graph, the wearer's
+floors; only then is a coin tossed, once per round, and only then is the model downloaded and checked against its
+digest.
 Every message from the broker is hostile until verified; a bad one is noted and changes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec.structs import replace
 
-from device_client.delivery import Deliveries, uniform
+from device_client.delivery import LONGEST_RETRY_S, Deliveries, uniform
 from device_client.events import (
     Action,
     Evaluate,
@@ -36,13 +37,15 @@ from device_client.events import (
 )
 from device_client.noise import Entropy
 from fl_protocol.chunking import Reassembler
-from fl_protocol.errors import ProtocolError
+from fl_protocol.errors import LocalMisuseError, ProtocolError, RefusedError
 from fl_protocol.messages import ChunkMsg, NackMsg, PresenceMsg, ReceiptMsg, RoundManifestMsg, decode, encode
 from fl_protocol.signing import verify
 from fl_protocol.topics import down_filter, down_topic, model_filter, round_topic, state_topic
 from fl_protocol.transport import Connected, Disconnected, Received
 
 Role = Literal["train", "evaluate"]
+STALLED_AFTER_S = 30.0
+"""A model download without a chunk for this long is asked for again."""
 
 
 @dataclass(frozen=True)
@@ -92,23 +95,30 @@ class DeviceSession:
     ) -> None:
         self._config = config
         self._entropy = entropy
-        self._state = state if state is not None else SessionState()
+        self._state = _state_for(f"{config.tenant}/{config.task}", state if state is not None else SessionState())
         self._deliveries = Deliveries(tenant=config.tenant, device=config.device, entropy=entropy, outbox=outbox)
         self._manifest: RoundManifestMsg | None = None
         self._download: Reassembler | None = None  # set while the current manifest's model is wanted
+        self._stalled_s = math.inf  # when a download in silence is asked for again
+        self._silences = 0
         self._willing_round = 0  # the round for which the coin said yes, until it is trained
 
     def next_wake_s(self) -> float | None:
         """When a `Tick` is next needed."""
-        return self._deliveries.next_wake_s()
+        wakes = [wake for wake in (self._deliveries.next_wake_s(), self._stalled_s) if wake is not None]
+        return None if min(wakes) == math.inf else min(wakes)
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Take an event; the actions are to be executed in order."""
         match event:
             case Connected():
-                actions = self._connected(event)
+                try:
+                    actions = self._connected(event)
+                except LocalMisuseError as error:  # the server takes no packet that is large enough
+                    actions = [Note("broker_unusable", {"reason": str(error)})]
             case Disconnected():
                 self._deliveries.disconnected()
+                self._stalled_s = math.inf
                 actions = [Note("disconnected", {"reason": event.reason})]
             case Received():
                 try:
@@ -122,7 +132,7 @@ class DeviceSession:
                 actions = [Note("participation_ended", {"round": event.round, "reason": event.reason})]
             case _:
                 actions = []
-        return actions + self._deliveries.due(now_s)
+        return actions + self._ask_again(now_s) + self._deliveries.due(now_s)
 
     def offline_presence(self) -> Publish:
         """The last will: what the broker says for this device when its connection dies."""
@@ -177,6 +187,7 @@ class DeviceSession:
             if manifest.status != "open" or self._willing_round != manifest.round:
                 return actions
         self._download = Reassembler(max_bytes=4 * self._config.num_parameters, max_transfers=1)
+        self._stalled_s, self._silences = now_s + STALLED_AFTER_S, 0
         actions.append(Subscribe(model_filter(self._config.tenant, manifest.model_digest)))
         return actions
 
@@ -227,8 +238,16 @@ class DeviceSession:
         """Give up a model that a newer manifest has overtaken."""
         if self._download is None or self._manifest is None:
             return []
-        self._download = None
+        self._download, self._stalled_s = None, math.inf
         return [Unsubscribe(model_filter(self._config.tenant, self._manifest.model_digest))]
+
+    def _ask_again(self, now_s: float) -> list[Action]:
+        """Subscribe again when no chunk has come for a while: the broker then sends the retained ones once more."""
+        if self._download is None or self._manifest is None or now_s < self._stalled_s:
+            return []
+        self._silences += 1
+        self._stalled_s = now_s + min(LONGEST_RETRY_S, STALLED_AFTER_S * 2.0 ** min(self._silences, 10))
+        return [Subscribe(model_filter(self._config.tenant, self._manifest.model_digest))]
 
     def _model_chunk_came(
         self, chunk: ChunkMsg, download: Reassembler, manifest: RoundManifestMsg, now_s: float
@@ -236,7 +255,12 @@ class DeviceSession:
         """Collect the model; when it is whole and matches the signed digest, use it."""
         if chunk.digest != manifest.model_digest:
             raise ProtocolError("a model chunk names another digest than the signed manifest")
-        whole = download.accept(chunk, now_s)
+        self._stalled_s, self._silences = now_s + STALLED_AFTER_S, 0
+        try:
+            whole = download.accept(chunk, now_s)
+        except RefusedError:
+            download.forget(chunk.transfer_id)  # one forged chunk must not block the true ones that come again
+            raise
         if whole is None:
             return []
         if hashlib.sha256(whole).digest() != manifest.model_digest or len(whole) != 4 * manifest.num_parameters:
@@ -252,3 +276,10 @@ class DeviceSession:
             return [*actions, Note("round_skipped", {"round": manifest.round, "reason": "the model came too late"})]
         self._willing_round = 0
         return [*actions, self._remember(participated_s=now_s), Participate(manifest, params)]
+
+
+def _state_for(study: str, state: SessionState) -> SessionState:
+    """The state of this study: round numbers of another one mean nothing here, but separation is the device's."""
+    if state.study in {"", study}:
+        return replace(state, study=study)
+    return SessionState(study=study, participated_s=state.participated_s)
