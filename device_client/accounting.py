@@ -24,11 +24,14 @@ ORDERS: tuple[float, ...] = tuple(sorted({float(order) for order in (*_FRACTIONA
 
 Vector = NDArray[np.float64]
 
+_LEAST_NOISE = 1e-100
+"""Below this noise multiplier the moments overflow; it is taken for no noise at all."""
+
 
 @functools.lru_cache(maxsize=256)
 def _step_rdp(sampling_rate: float, noise_multiplier: float) -> tuple[float, ...]:
     """RDP of one step at each of `ORDERS`; cached, since a task repeats the same step thousands of times."""
-    if noise_multiplier == 0:
+    if noise_multiplier < _LEAST_NOISE:
         return (math.inf,) * len(ORDERS)
     if sampling_rate == 1:
         return tuple(order / (2 * noise_multiplier**2) for order in ORDERS)

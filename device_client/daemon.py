@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from device_client.device_store import save_session
-from device_client.errors import BudgetSpentError, StoreError, TrainingError
+from device_client.errors import StoreError
 from device_client.events import (
     Action,
     Discard,
@@ -26,7 +26,7 @@ from device_client.ports import Clock, Store, Transport
 from device_client.session import DeviceSession
 from device_client.training import evaluate
 from fl_protocol.adapters.journal import Journal
-from fl_protocol.errors import ProtocolError
+from fl_protocol.errors import CoveyError
 
 LONGEST_WAIT_S = 0.5
 """How long one poll may take, so that a stop request is noticed soon."""
@@ -93,7 +93,7 @@ class DeviceDaemon:
         manifest, started_s = action.manifest, self.clock.now_s()
         try:
             pending = self.participant.participate(manifest, action.params, now_s=started_s)
-        except (BudgetSpentError, StoreError, TrainingError, ProtocolError) as error:
+        except CoveyError as error:  # whatever a signed plan asks for, it must not stop the daemon
             ended = ParticipationEnded(manifest.round, str(error))
             self._execute(self.session.handle(ended, self.clock.now_s()))
             return
@@ -110,7 +110,11 @@ class DeviceDaemon:
 
     def _evaluate(self, action: Evaluate) -> None:
         """Measure a global model on the device's own records; only this device's journal learns the result."""
-        result = evaluate(self.participant.graph, action.params, self.participant.records)
+        try:
+            result = evaluate(self.participant.graph, action.params, self.participant.records)
+        except CoveyError as error:
+            self._note("evaluation_failed", round=action.manifest.round, reason=str(error))
+            return
         self._note(
             "evaluated",
             round=action.manifest.round,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from device_client.adapters import litert, tflite_runtime
-from device_client.errors import DeviceError
+from device_client.errors import DeviceError, TrainingError
 from device_client.ports import Float32, Int32
 from fl_protocol.errors import BundleError
 
@@ -54,7 +54,7 @@ class TfliteGraph:
 
     def train(self, params: Float32, x: Float32, y: Int32, mask: Float32, *, clip: float) -> Float32:
         """Clipped gradient sum, float32 [d]."""
-        result = self._train(params=params, x=x, y=y, mask=mask, clip=np.float32(clip))
+        result = _run(self._train, params=params, x=x, y=y, mask=mask, clip=np.float32(clip))
         gradient: Float32 = result["grad"]
         if gradient.shape != (self._num_parameters,):
             raise BundleError(
@@ -64,8 +64,16 @@ class TfliteGraph:
 
     def evaluate(self, params: Float32, x: Float32, y: Int32, mask: Float32) -> tuple[float, float]:
         """Summed loss and number correct."""
-        result = self._evaluate(params=params, x=x, y=y, mask=mask)
+        result = _run(self._evaluate, params=params, x=x, y=y, mask=mask)
         return float(result["loss_sum"]), float(result["correct"])
+
+
+def _run(signature: Callable[..., Any], **inputs: Any) -> Any:
+    """Run a signature; what the runtimes raise (for an input of another shape, say) as ours."""
+    try:
+        return signature(**inputs)
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(f"the TFLite runtime failed: {error}") from error
 
 
 def _interpreter(model: bytes, runtime: Runtime | None, num_threads: int) -> tuple[Runtime, Any]:
