@@ -8,6 +8,7 @@ import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -82,7 +83,8 @@ def _import(files: DeviceFiles, arguments: argparse.Namespace) -> int:
     try:
         with np.load(arguments.windows, allow_pickle=False) as archive:
             records = Records(archive["x"].astype(np.float32), archive["y"].astype(np.int32))
-    except (OSError, ValueError, KeyError) as error:
+    # numpy: EOFError for an empty file, BadZipFile for a damaged one, TypeError for a single array (.npy).
+    except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:
         raise ConfigError(f"{arguments.windows}: expected an .npz with arrays x and y ({error})") from error
     manifest = files.open_bundle().manifest
     store = files.open_store(create=True)

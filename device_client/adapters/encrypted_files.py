@@ -35,14 +35,21 @@ class EncryptedFiles:
         self._folder = folder
         self._aead = AESGCM(key)
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not folder.exists():
+                folder.mkdir(mode=0o700, parents=True)
+                fsync_folder(folder.parent)
             self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreError(f"the store at {folder} cannot be opened ({error.strerror})") from error
+        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for leftover in folder.rglob(".*.tmp"):  # a write that a power cut interrupted
                 leftover.unlink()
         except BlockingIOError:
+            self.close()
             raise StoreError(f"the store at {folder} is in use by another process; stop that one first") from None
         except OSError as error:
+            self.close()
             raise StoreError(f"the store at {folder} cannot be opened ({error.strerror})") from error
 
     def close(self) -> None:
