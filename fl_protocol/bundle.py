@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import zipfile
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ MAX_MEMBER_BYTES = 64 * 1024 * 1024
 GRAPH, INFER, PARAMS = "graph.tflite", "infer.tflite", "params.npy"
 _MANIFEST, _SIGNATURE = "manifest.json", "signature"
 _HASHED = (GRAPH, INFER, PARAMS)
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _SIGNING_CONTEXT = b"covey bundle v1\0"
 
 
@@ -187,6 +189,12 @@ def open_bundle(data: bytes, *, publisher: Ed25519PublicKey, minimum_version: in
             f"The bundle is version {manifest.version} but version {minimum_version} is installed: "
             "an older model is never accepted in place of a newer one."
         )
+    params_end = manifest.infer_params_offset + 4 * manifest.num_parameters
+    if manifest.infer_params_offset < 0 or params_end > len(members[INFER]):
+        raise BundleError(
+            f"The bundle's infer_params_offset {manifest.infer_params_offset} lies outside its {INFER} of "
+            f"{len(members[INFER])} bytes."
+        )
     for name in _HASHED:
         if hashlib.sha256(members[name]).hexdigest() != manifest.members.get(name):
             raise BundleError(
@@ -207,13 +215,17 @@ def _read_members(data: bytes) -> dict[str, bytes]:
                 raise BundleError(f"The bundle should hold exactly {sorted(expected)}; it holds {sorted(names)[:8]}.")
             members = {}
             for entry in entries:
-                # Security: the declared size caps what is decompressed; zipfile stops at it and checks the CRC.
+                # Security: LZMA lets the file choose how much memory its decoder takes.
+                if entry.compress_type not in _COMPRESSIONS:
+                    raise BundleError(f"The bundle's {entry.filename} is not stored or deflated: get it again.")
                 if entry.file_size > MAX_MEMBER_BYTES:
                     raise BundleError(
                         f"The bundle's {entry.filename} declares {entry.file_size} bytes; "
                         f"at most {MAX_MEMBER_BYTES} are read."
                     )
-                members[entry.filename] = archive.read(entry)
+                # Security: read() without a length inflates up to 2 GiB at once, whatever size was declared.
+                with archive.open(entry) as stream:
+                    members[entry.filename] = stream.read(entry.file_size + 1)
             return members
     except BundleError:
         raise
@@ -236,7 +248,7 @@ def _decode_manifest(text: bytes) -> BundleManifest:
     for spec in manifest.parameters:
         if spec.offset != end or any(side <= 0 for side in spec.shape):
             raise BundleError(f"The bundle's parameter {spec.name} has offset {spec.offset}; {end} was expected.")
-        end += int(np.prod(spec.shape))
+        end += math.prod(spec.shape)
     if end != manifest.num_parameters:
         raise BundleError(f"The bundle's parameters add up to {end}, not to num_parameters={manifest.num_parameters}.")
     return manifest
@@ -244,10 +256,15 @@ def _decode_manifest(text: bytes) -> BundleManifest:
 
 def _load_params(raw: bytes, count: int) -> NDArray[np.float32]:
     """The parameter vector from its ``.npy`` bytes; pickles are never loaded."""
+    stream = io.BytesIO(raw)
     try:
-        loaded: Any = np.load(io.BytesIO(raw), allow_pickle=False)
-        return _checked_params(loaded, count)
-    except (ValueError, EOFError) as error:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("expected .npy version 1.0")
+        shape, _fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        if (shape, dtype.str) != ((count,), "<f4"):
+            raise ValueError(f"expected <f4 [{count}], got {dtype.str} {list(shape)}")
+        return _checked_params(np.frombuffer(raw[stream.tell() :], "<f4").astype(np.float32), count)
+    except ValueError as error:
         raise BundleError(f"The bundle's {PARAMS} cannot be used ({error}): get the bundle again.") from error
 
 

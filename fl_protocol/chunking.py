@@ -6,13 +6,21 @@ import hashlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
-from fl_protocol.errors import RefusalReason, RefusedError
-from fl_protocol.limits import MAX_OPEN_TRANSFERS, MAX_TRANSFER_BYTES
+from fl_protocol.errors import LocalMisuseError, RefusalReason, RefusedError
+from fl_protocol.limits import MAX_OPEN_TRANSFERS, MAX_PACKET_BYTES, MAX_TRANSFER_BYTES, MIN_CHUNK_DATA_BYTES
 from fl_protocol.messages import ChunkMsg
 
 
 def split(transfer_id: bytes, whole: bytes, *, data_bytes: int) -> Iterator[ChunkMsg]:
-    """Chunks of `whole`, each with at most `data_bytes` of data (see `limits.chunk_data_bytes`)."""
+    """Chunks of `whole`, each with `data_bytes` of data and the last with the rest (see `limits.chunk_data_bytes`).
+
+    Raises:
+        LocalMisuseError: `whole` is empty or too long for one transfer, or `data_bytes` is out of range.
+    """
+    if not 1 <= len(whole) <= MAX_TRANSFER_BYTES:
+        raise LocalMisuseError(f"whole: expected 1 to {MAX_TRANSFER_BYTES} bytes, got {len(whole)}")
+    if not MIN_CHUNK_DATA_BYTES <= data_bytes <= MAX_PACKET_BYTES:
+        raise LocalMisuseError(f"data_bytes: expected {MIN_CHUNK_DATA_BYTES} to {MAX_PACKET_BYTES}, got {data_bytes}")
     digest = hashlib.sha256(whole).digest()
     count = -(-len(whole) // data_bytes)
     for index in range(count):
@@ -24,20 +32,21 @@ def split(transfer_id: bytes, whole: bytes, *, data_bytes: int) -> Iterator[Chun
 
 @dataclass
 class _Transfer:
-    """What has arrived of one transfer."""
+    """What has arrived of one transfer; no more than `total_bytes`, since each chunk's length follows from the cut."""
 
     count: int
+    cut_bytes: int
     total_bytes: int
     digest: bytes
-    started_s: float
+    progress_s: float
     parts: dict[int, bytes] = field(default_factory=dict)
-    received_bytes: int = 0
 
 
 class Reassembler:
     """Transfers that one peer is sending, half-received ones capped in number and bytes.
 
     Chunks may come in any order and more than once; a chunk that contradicts what its transfer said before is refused.
+    Where the caps leave no room, the transfers that have gone longest without progress give way to a new one.
     """
 
     def __init__(self, *, max_bytes: int = MAX_TRANSFER_BYTES, max_transfers: int = MAX_OPEN_TRANSFERS) -> None:
@@ -58,15 +67,12 @@ class Reassembler:
             raise RefusedError(RefusalReason.MALFORMED, f"chunk {chunk.index} came twice with different data")
         if known is None:
             transfer.parts[chunk.index] = chunk.data
-            transfer.received_bytes += len(chunk.data)
-        if transfer.received_bytes > transfer.total_bytes:
-            self.forget(chunk.transfer_id)
-            raise RefusedError(RefusalReason.OVERSIZED, f"more than the announced {transfer.total_bytes} bytes came")
+            transfer.progress_s = now_s
         if len(transfer.parts) < transfer.count:
             return None
         self.forget(chunk.transfer_id)
         whole = b"".join(transfer.parts[index] for index in range(transfer.count))
-        if len(whole) != transfer.total_bytes or hashlib.sha256(whole).digest() != transfer.digest:
+        if hashlib.sha256(whole).digest() != transfer.digest:
             raise RefusedError(RefusalReason.MALFORMED, "the chunks do not add up to the announced digest")
         return whole
 
@@ -76,37 +82,41 @@ class Reassembler:
         if transfer is not None:
             if (chunk.total_bytes, chunk.digest) != (transfer.total_bytes, transfer.digest):
                 raise RefusedError(RefusalReason.MALFORMED, "chunks of one transfer disagree about the whole")
-            if chunk.count == transfer.count:
+            if (chunk.count, chunk.cut_bytes) == (transfer.count, transfer.cut_bytes):
                 return transfer
             # The same whole cut anew: its sender reconnected to a server with another packet limit.
             self.forget(chunk.transfer_id)
-        announced = chunk.total_bytes + sum(other.total_bytes for other in self._open.values())
-        if announced > self._max_bytes:
+        if chunk.total_bytes > self._max_bytes:
             raise RefusedError(
-                RefusalReason.OVERSIZED, f"{announced} bytes announced, at most {self._max_bytes} are held"
+                RefusalReason.OVERSIZED, f"{chunk.total_bytes} bytes announced, at most {self._max_bytes} are held"
             )
-        if len(self._open) >= self._max_transfers:
-            # The oldest gives way: a peer that never finishes anything only starves itself.
-            del self._open[min(self._open, key=lambda key: self._open[key].started_s)]
-        transfer = _Transfer(chunk.count, chunk.total_bytes, chunk.digest, now_s)
+        # Refusing the new one instead would lose an update for good because an abandoned one is still held;
+        # a peer that never finishes anything only starves itself.
+        while len(self._open) >= self._max_transfers or self._announced_bytes() + chunk.total_bytes > self._max_bytes:
+            del self._open[min(self._open, key=lambda key: self._open[key].progress_s)]
+        transfer = _Transfer(chunk.count, chunk.cut_bytes, chunk.total_bytes, chunk.digest, now_s)
         self._open[chunk.transfer_id] = transfer
         return transfer
+
+    def _announced_bytes(self) -> int:
+        """What all open transfers may grow to."""
+        return sum(transfer.total_bytes for transfer in self._open.values())
 
     def forget(self, transfer_id: bytes) -> None:
         """Drop what has arrived of a transfer."""
         self._open.pop(transfer_id, None)
 
-    def forget_before(self, started_s: float) -> None:
-        """Drop transfers begun before this time."""
-        for key in [key for key, transfer in self._open.items() if transfer.started_s < started_s]:
+    def forget_before(self, progress_s: float) -> None:
+        """Drop transfers that had their last new chunk before this time."""
+        for key in [key for key, transfer in self._open.items() if transfer.progress_s < progress_s]:
             del self._open[key]
 
-    def stalled(self, started_before_s: float) -> list[tuple[bytes, bytes]]:
-        """(transfer id, bitmap of missing chunks) of the transfers begun before this time and not complete."""
+    def stalled(self, progress_s: float) -> list[tuple[bytes, bytes]]:
+        """(transfer id, bitmap of missing chunks) of the transfers that had their last new chunk before this time."""
         return [
             (key, missing_bitmap(transfer.count, transfer.parts.keys()))
             for key, transfer in self._open.items()
-            if transfer.started_s < started_before_s
+            if transfer.progress_s < progress_s
         ]
 
     def __len__(self) -> int:

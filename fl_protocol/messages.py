@@ -1,9 +1,10 @@
 """Every message on the wire, as frozen structs in MessagePack maps; versioned and decoded strictly.
 
 `decode` raises `ProtocolError` and nothing else, whatever the bytes. Ranges stand in the types, relations between
-fields in ``__post_init__``; a struct that was decoded is valid. Signed messages travel as `SignedMsg`, whose
-signature covers a context string and the exact payload bytes, so no canonical encoding is needed (see
-`fl_protocol.signing`).
+fields in ``__post_init__``; a struct that was decoded is valid. A message has exactly one encoding: every field once,
+in the order written here, integers in their shortest form, floats as float64. `decode` refuses any other, so that no
+two readers can understand the same bytes differently (a field given twice, say). Signed messages travel as
+`SignedMsg`, whose signature covers a context string and the exact payload bytes (see `fl_protocol.signing`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from fl_protocol.errors import ProtocolError, RefusalReason
+from fl_protocol.errors import LocalMisuseError, ProtocolError, RefusalReason
 from fl_protocol.limits import MAX_PACKET_BYTES, MAX_PARAMETERS, MAX_TRANSFER_BYTES, MIN_CHUNK_DATA_BYTES
 from fl_protocol.topics import NAME_PATTERN
 
@@ -126,6 +127,9 @@ class RoundManifestMsg(_Msg, frozen=True):
 class ChunkMsg(_Msg, frozen=True):
     """One piece of a transfer; idempotent on (transfer_id, index).
 
+    All chunks of one cut hold `cut_bytes` of data, except the last, which holds the rest; so one chunk alone says how
+    the whole was cut, and what a transfer can hold is known from its first chunk.
+
     Args:
         transfer_id: the update id, or the first 16 bytes of a model's digest.
         count: number of chunks; ``index`` runs from 0 to count - 1.
@@ -143,8 +147,19 @@ class ChunkMsg(_Msg, frozen=True):
     def __post_init__(self) -> None:
         if self.index >= self.count:
             raise ValueError(f"chunk index {self.index} is not below count {self.count}")
-        if self.count > -(-self.total_bytes // MIN_CHUNK_DATA_BYTES):
+        is_last, before = self.index == self.count - 1, self.count - 1
+        cut, left = self.cut_bytes, self.total_bytes - before * self.cut_bytes
+        if not 1 <= left <= cut or len(self.data) != (left if is_last else cut):
+            raise ValueError(f"{len(self.data)} bytes cannot be chunk {self.index} of {self.count}")
+        if before and cut < MIN_CHUNK_DATA_BYTES:
             raise ValueError(f"{self.count} chunks for {self.total_bytes} bytes: needlessly small")
+
+    @property
+    def cut_bytes(self) -> int:
+        """Bytes of data in every chunk of this cut but the last."""
+        if self.index < self.count - 1 or self.count == 1:
+            return len(self.data)
+        return (self.total_bytes - len(self.data)) // (self.count - 1)
 
 
 class UpdateHeaderMsg(_Msg, frozen=True):
@@ -216,21 +231,36 @@ class PresenceMsg(_Msg, frozen=True):
 
 
 def encode(message: _Msg) -> bytes:
-    """MessagePack bytes of a message; equal messages give equal bytes."""
-    return msgspec.msgpack.encode(message)
+    """MessagePack bytes of a message; equal messages give equal bytes.
+
+    Raises:
+        LocalMisuseError: a field is out of its range, so that every peer would refuse the message.
+    """
+    try:
+        # Structs do not check their own types: read back, a wrong value is found here and an int becomes its float.
+        checked = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message))
+    except msgspec.ValidationError as error:
+        raise LocalMisuseError(f"{type(message).__name__} cannot be sent: {error}") from error
+    return msgspec.msgpack.encode(checked)
 
 
 def decode(data: bytes, kind: type[M]) -> M:
     """Decode untrusted bytes as a message of this kind.
 
     Raises:
-        ProtocolError: malformed, of another version, out of range, or with fields unknown or missing.
+        ProtocolError: malformed, of another version, out of range, with fields unknown, missing or repeated, or not in
+            the message's one encoding.
     """
     try:
-        return msgspec.msgpack.decode(data, type=kind, strict=True)
+        message = msgspec.msgpack.decode(data, type=kind, strict=True)
     # msgspec reports bad UTF-8 as UnicodeDecodeError and deep nesting as RecursionError.
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         raise ProtocolError(f"not a valid {kind.__name__}: {error}") from error
+    if msgspec.msgpack.encode(message) != data:
+        raise ProtocolError(
+            f"not a valid {kind.__name__}: fields repeated, left out, reordered or not in shortest form"
+        )
+    return message
 
 
 def _require_finite(**values: float) -> None:

@@ -10,12 +10,12 @@ from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.limits import NUM_SHARDS
 
 _ROOT = "fl/v1"
-NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}\Z"
 """What a tenant, task or device may be called: also a file name, a certificate CN and one MQTT topic level."""
 _NAME = re.compile(NAME_PATTERN)
 _UP = re.compile(
     r"fl/v1/(?P<tenant>[a-z0-9][a-z0-9_-]{0,63})/up/(?P<shard>[0-9]{2})/(?P<device>[a-z0-9][a-z0-9_-]{0,63})"
-    r"/(?P<update>[0-9a-f]{32})/(?P<index>[0-9]{1,5})",
+    r"/(?P<update>[0-9a-f]{32})/(?P<index>0|[1-9][0-9]{0,4})",
     re.ASCII,
 )
 

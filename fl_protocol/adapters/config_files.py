@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from fl_protocol.errors import ConfigError
 
@@ -21,8 +22,8 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
         certificate, key: this client's own P-256 certificate and private key.
     """
 
-    host: str
-    port: int
+    host: Annotated[str, Meta(min_length=1)]
+    port: Annotated[int, Meta(ge=1, le=65_535)]
     ca: str | None = None
     certificate: str | None = None
     key: str | None = None

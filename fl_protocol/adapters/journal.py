@@ -22,10 +22,10 @@ class JsonLines:
         self._stream = stream if stream is not None else sys.stdout
 
     def write(self, event: str, /, *, at_s: float, **fields: Any) -> None:
-        """Write and flush one line; a reader that went away does not stop a daemon."""
+        """Write and flush one line; a reader that went away, or a full disk behind the stream, does not stop a daemon."""
         line = msgspec.json.encode({"event": event, "at_s": round(at_s, 3), **fields}).decode()
         try:
             self._stream.write(line + "\n")
             self._stream.flush()
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError):  # ValueError: the stream is closed
             return

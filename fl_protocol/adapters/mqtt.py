@@ -1,8 +1,10 @@
 """The transport over paho-mqtt 2: MQTT 5, QoS 1, TLS when configured, reconnecting with back-off.
 
-Callbacks only put events on a queue: an exception inside a paho callback would silently end its thread. paho ignores
-the server's MaximumPacketSize, so it is read here and handed up. TCP_NODELAY is set: without it a 2 MB update in 120
-KiB chunks took 45 ms on loopback, with it 5 ms.
+Callbacks only put events on a queue: an exception inside a paho callback would silently end its thread. So would one
+in paho's parser on malformed bytes; then the connection is made anew. paho ignores the server's MaximumPacketSize, so
+it is read here and handed up. What paho holds back from an older connection is dropped on a new one: resending is the
+sender's business, and a late duplicate of an old retained message could replace a newer one. TCP_NODELAY is set:
+without it a 2 MB update in 120 KiB chunks took 45 ms on loopback, with it 5 ms.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import queue
 import socket
 import ssl
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,15 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.limits import MAX_PACKET_BYTES, PACKET_RESERVE_BYTES
 from fl_protocol.transport import Connected, Disconnected, Received, TransportEvent
 
 MAX_QUEUED_EVENTS = 20_000
 """Inbound events held for a slow consumer; beyond it messages are dropped, and resending covers for them."""
+MAX_QUEUED_BYTES = 64 * 1024 * 1024
+"""Inbound payload bytes held for a slow consumer; see `MAX_QUEUED_EVENTS`."""
+MAX_INFLIGHT_MESSAGES = 10
+"""Unacknowledged publishes; paho ignores the server's ReceiveMaximum, and brokers in use allow at least ten."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,13 @@ class MqttTransport:
     ) -> None:
         self._address = (host, port)
         self._keepalive_s = keepalive_s
+        self._max_back_off_s = max_back_off_s
         self._events: queue.Queue[TransportEvent] = queue.Queue(MAX_QUEUED_EVENTS)
-        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
+        self._queued_bytes = 0
+        self._counting = threading.Lock()
+        self._closing = threading.Event()
+        client = _Client(client_id, on_crash=self._on_crash)
+        client.max_inflight_messages_set(MAX_INFLIGHT_MESSAGES)
         if tls is not None:
             client.tls_set_context(_tls_context(tls))
         if will is not None:
@@ -76,16 +90,26 @@ class MqttTransport:
 
     def open(self) -> None:
         """Start connecting in the background; failures arrive as `Disconnected` and are retried with back-off."""
-        host, port = self._address
-        self._client.connect_async(host, port, keepalive=self._keepalive_s, clean_start=True)
+        self._closing.clear()
+        self._connect()
         self._client.loop_start()
+
+    def _connect(self) -> None:
+        """Have paho's thread make a new connection."""
+        host, port = self._address
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        # Security: an honest broker then keeps the oversized messages of others away from this client.
+        properties.MaximumPacketSize = MAX_PACKET_BYTES + PACKET_RESERVE_BYTES
+        self._client.connect_async(host, port, keepalive=self._keepalive_s, clean_start=True, properties=properties)
 
     def poll(self, timeout_s: float) -> TransportEvent | None:
         """The next event, or None after `timeout_s`."""
         try:
-            return self._events.get(timeout=max(0.0, timeout_s)) if timeout_s > 0 else self._events.get_nowait()
+            event = self._events.get(timeout=max(0.0, timeout_s)) if timeout_s > 0 else self._events.get_nowait()
         except queue.Empty:
             return None
+        self._count(event, -1)
+        return event
 
     def subscribe(self, topic_filter: str) -> None:
         """Subscribe at QoS 1."""
@@ -96,7 +120,9 @@ class MqttTransport:
         self._client.unsubscribe(topic_filter)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, expires_s: int | None = None) -> None:
-        """Publish at QoS 1; nothing is concluded from the broker's acknowledgement."""
+        """Publish at QoS 1; lost when not connected. Nothing is concluded from the broker's acknowledgement."""
+        if not self._client.is_connected():
+            return
         properties: Properties | None = None
         if expires_s is not None:
             properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
@@ -105,23 +131,45 @@ class MqttTransport:
 
     def close(self) -> None:
         """Disconnect cleanly (the last will is not sent) and end the network thread."""
+        self._closing.set()
         self._client.disconnect()
         self._client.loop_stop()
 
     def _put(self, event: TransportEvent) -> None:
         """Queue an event, or drop it when the consumer is hopelessly behind."""
+        if isinstance(event, Received) and self._queued_bytes + len(event.payload) > MAX_QUEUED_BYTES:
+            return
+        self._count(event, 1)
         try:
             self._events.put_nowait(event)
         except queue.Full:
             # Dropped messages are resent by their senders; a lost Connected would not be, so make room for those.
-            if not isinstance(event, Received):
-                self._events.get_nowait()
+            if isinstance(event, Received):
+                self._count(event, -1)
+            else:
+                self.poll(0.0)
                 self._events.put_nowait(event)
+
+    def _count(self, event: TransportEvent, sign: int) -> None:
+        """Keep count of the bytes on the queue, which two threads change."""
+        if isinstance(event, Received):
+            with self._counting:
+                self._queued_bytes += sign * len(event.payload)
+
+    def _on_crash(self, error: Exception, count: int) -> bool:
+        """Paho's network thread failed on what came; wait, then start over. False to end the thread instead."""
+        self._put(Disconnected(f"connection to the broker ended: it sent something unreadable ({error!r})"))
+        self._closing.wait(min(2.0 ** min(count, 16), self._max_back_off_s))
+        if self._closing.is_set():
+            return False
+        self._connect()
+        return True
 
     def _on_connect(self, _c: Any, _u: Any, _flags: Any, reason: ReasonCode, properties: Properties | None) -> None:
         if reason.is_failure:
             self._put(Disconnected(f"broker refused the connection: {reason}"))
         else:
+            self._client.drop_out_messages()
             self._put(Connected(getattr(properties, "MaximumPacketSize", None)))
 
     def _on_connect_fail(self, _client: Any, _userdata: Any) -> None:
@@ -137,6 +185,25 @@ class MqttTransport:
         except UnicodeDecodeError:  # a hostile broker may send a topic that is not UTF-8
             return
         self._put(Received(topic, bytes(message.payload)))
+
+
+class _Client(paho.Client):
+    """A paho client whose network thread outlives what a broker may send."""
+
+    def __init__(self, client_id: str, *, on_crash: Callable[[Exception, int], bool]) -> None:
+        super().__init__(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
+        self._on_crash = on_crash
+
+    def loop_forever(self, timeout: float = 1.0, retry_first_connection: bool = False) -> paho.MQTTErrorCode:
+        """As paho's, which this thread runs; called again after an exception until `on_crash` says no."""
+        count = 0
+        while True:
+            try:
+                return super().loop_forever(timeout, retry_first_connection)
+            except Exception as error:  # MalformedPacket, struct.error, IndexError, KeyError, ... by what came
+                if not self._on_crash(error, count):
+                    return paho.MQTT_ERR_PROTOCOL
+                count += 1
 
 
 def _tls_context(files: TlsFiles) -> ssl.SSLContext:
