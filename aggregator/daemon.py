@@ -37,6 +37,8 @@ from aggregator.rounds import (
 )
 from aggregator.store import AggregatorStore
 from fl_protocol.adapters.journal import Journal
+from fl_protocol.errors import LocalMisuseError
+from fl_protocol.limits import chunk_data_bytes
 from fl_protocol.sealing import RoundKey, round_key_bytes
 from fl_protocol.topics import upload_filter
 from fl_protocol.transport import Connected, Disconnected, Received, Transport
@@ -88,6 +90,8 @@ class AggregatorDaemon:
         self._keys: OpenRoundKeys | None = None
         self._maximum_packet_bytes: int | None = None
         self._connected = False
+        self._stale = False  # memory may lag behind the database, which could not be read or written
+        self._unerased = True  # SQLite's log may still hold what a closed round erased
 
     @property
     def state(self) -> RoundState:
@@ -119,23 +123,54 @@ class AggregatorDaemon:
             case Disconnected():
                 self._connected = False
                 self._note("disconnected", reason=event.reason)
-            case Received():
+            # While stale, uploads are dropped without an answer: their senders come again.
+            case Received() if not self._stale:
                 if self._intake.take(event, self._keys):
                     self._advance(UpdateAccepted())
         # Rounds run only while connected: one that nobody can reach would abort for nothing.
         if self._connected:
-            self._advance(Ticked())
+            if self._stale:
+                self._refresh()
+            else:
+                self._advance(Ticked())
             self._intake.ask_for_missing_chunks()
+        if self._unerased:
+            self._erase()
 
     def _on_connected(self, event: Connected) -> None:
         """Subscribe, and publish again what should be retained (a broker may have lost it)."""
+        try:
+            chunk_data_bytes(event.maximum_packet_bytes)
+        except LocalMisuseError as error:
+            self._note("broker_unusable", reason=str(error))
+            return
         self._connected, self._maximum_packet_bytes = True, event.maximum_packet_bytes
         self.transport.subscribe(upload_filter(self.tenant))
         self._note("connected")
         if self._state.phase is Phase.IDLE:
             self._advance(Started())
         else:
-            self._publish_current()
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """Take over what the database says and publish it; when it cannot be read, again at the next step."""
+        self._stale = True
+        try:
+            self._state = self.store.round_state()
+            self._load_keys()
+            if self._state.phase is not Phase.IDLE:
+                self._publish_current()
+        except DatabaseError as error:
+            self._note("store_failed", reason=str(error))
+        else:
+            self._stale = False
+
+    def _erase(self) -> None:
+        """Empty the database's log; when somebody reads it just now, again at the next step."""
+        try:
+            self._unerased = not self.store.empty_log()
+        except DatabaseError as error:
+            self._note("store_failed", reason=str(error))
 
     def _advance(self, event: RoundEvent) -> None:
         """Let the round table decide, carry out what it says in one transaction, then publish."""
@@ -147,14 +182,15 @@ class AggregatorDaemon:
         try:
             notes = self._carry_out(state, actions, now_s)
         except DatabaseError as error:
-            self._note("store_failed", reason=str(error))  # the state is as before; the next tick tries again
+            # Nearly always the state is as before, but a commit that failed may still have become durable.
+            self._stale = True
+            self._note("store_failed", reason=str(error))
             return
         except CombineError as error:
             self._advance(CombineFailed(str(error)))
             return
-        self._state = state
-        self._load_keys()
-        self._publish_current()
+        self._unerased = True
+        self._refresh()
         for name, fields in notes:
             self._note(name, **fields)
 
@@ -163,12 +199,14 @@ class AggregatorDaemon:
     ) -> list[tuple[str, dict[str, object]]]:
         """One transaction for all actions of a transition: a crash leaves the state before or after, never between."""
         with self.store.transaction() as connection:
-            notes = [self._do(connection, action, now_s) for action in actions]
+            notes = [self._do(connection, action, state, now_s) for action in actions]
             self.store.save_state(connection, state)
         return notes
 
-    def _do(self, connection: Connection, action: RoundAction, now_s: float) -> tuple[str, dict[str, object]]:
-        """Carry out one action; what to tell the journal once it is durable."""
+    def _do(
+        self, connection: Connection, action: RoundAction, state: RoundState, now_s: float
+    ) -> tuple[str, dict[str, object]]:
+        """Carry out one action on the way to `state`; what to tell the journal once it is durable."""
         match action:
             case CommitRound():
                 return "round_committed", self._commit(connection, action.number, now_s)
@@ -182,9 +220,15 @@ class AggregatorDaemon:
                 self.store.open_round(
                     connection, number=action.number, opened_s=action.opened_s, deadline_s=action.deadline_s, key=key
                 )
-                return "round_opened", {"round": action.number, "goal": self.task.goal, "deadline_s": action.deadline_s}
+                return "round_opened", {
+                    "round": action.number,
+                    "goal": self.task.goal,
+                    "deadline_s": action.deadline_s,
+                    "version": state.committed,
+                    "model_digest": self.store.digest(connection, state.committed).hex(),
+                }
             case FinishTask():
-                return "task_finished", self._finish(connection)
+                return "task_finished", self._finish(connection, state.committed)
 
     def _commit(self, connection: Connection, number: int, now_s: float) -> dict[str, object]:
         """Combine a round's updates into the next model version and close the round."""
@@ -205,9 +249,8 @@ class AggregatorDaemon:
             "mean_update_norm": float(np.linalg.norm(mean)),
         }
 
-    def _finish(self, connection: Connection) -> dict[str, object]:
-        """Add the finished model: the mean of the last versions."""
-        last = self.task.rounds
+    def _finish(self, connection: Connection, last: int) -> dict[str, object]:
+        """Add the finished model: the mean of the versions up to the last."""
         first = max(0, last - self.task.server.average_last + 1)
         model = average_models(self.store.models(connection, first, last))
         digest = self.store.add_model(connection, last + 1, model)

@@ -51,12 +51,12 @@ class Intake:
         except ProtocolError as error:
             self._count_refusal(RefusalReason.MALFORMED, device="", detail=str(error))
             return False
-        key = self.store.device_key(topic.device)
-        if key is None:
-            # Nobody to answer: an unknown sender gets nothing, and nothing of it is kept.
-            self._count_refusal(RefusalReason.UNKNOWN_DEVICE, device=topic.device, detail="not registered")
-            return False
         try:
+            key = self.store.device_key(topic.device)
+            if key is None:
+                # Nobody to answer: an unknown sender gets nothing, and nothing of it is kept.
+                self._count_refusal(RefusalReason.UNKNOWN_DEVICE, device=topic.device, detail="not registered")
+                return False
             return self._on_chunk(topic, message.payload, Ed25519PublicKey.from_public_bytes(key), current)
         except RefusedError as refusal:
             self._count_refusal(refusal.reason, device=topic.device, detail=refusal.detail)

@@ -183,6 +183,7 @@ def _abort(state: RoundState, event: RoundEvent, now_s: float, policy: RoundPoli
 
 _TABLE: dict[tuple[Phase, type], Callable[[RoundState, RoundEvent, float, RoundPolicy], _Step]] = {
     (Phase.IDLE, Started): _open_first,
+    (Phase.IDLE, Ticked): _open_first,  # when the database did not take the first opening
     (Phase.OPEN, Started): _check_open,
     (Phase.OPEN, UpdateAccepted): _count,
     (Phase.OPEN, Ticked): _check_open,

@@ -1,7 +1,8 @@
 """The aggregator's database: one transaction per state change (SQLAlchemy Core; SQLite in WAL mode by default).
 
 Single updates are kept only while their round is open; closing it erases their values and the round's private key in
-the same transaction that stores the new model, and SQLite overwrites what it frees (``secure_delete``).
+the same transaction that stores the new model, and SQLite overwrites what it frees (``secure_delete``); its write-ahead
+log is emptied after that (`empty_log`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from aggregator.rounds import Phase, RoundState
 from fl_protocol.errors import RefusalReason
 from fl_protocol.messages import KemName, UpdateHeaderMsg
 from fl_protocol.sealing import RoundKey
+
+_BUSY_TIMEOUT_MS = 10_000
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,9 @@ class AggregatorStore:
     def round_state(self) -> RoundState:
         """The task's state as the last transaction left it."""
         with self.transaction() as connection:
-            task = connection.execute(select(schema.tasks).where(schema.tasks.c.task == self._task)).one()
+            task = connection.execute(select(schema.tasks).where(schema.tasks.c.task == self._task)).one_or_none()
+            if task is None:
+                raise DatabaseError(f"task {self._task} is not in the database; run covey-aggregator init first")
             state = RoundState(phase=Phase(task.phase), number=task.number, committed=task.committed)
             if state.phase is not Phase.OPEN:
                 return state
@@ -172,6 +177,14 @@ class AggregatorStore:
                 velocity=little_endian(model.velocity),
             )
         )
+        return digest
+
+    def digest(self, connection: Connection, version: int) -> bytes:
+        """Digest of one version of the global model; part of a transaction."""
+        query = select(schema.models.c.digest).where(
+            schema.models.c.task == self._task, schema.models.c.version == version
+        )
+        digest: bytes = connection.execute(query).scalar_one()
         return digest
 
     def model(self, version: int) -> StoredModel:
@@ -257,6 +270,18 @@ class AggregatorStore:
             rows = connection.execute(select(schema.refusals).where(schema.refusals.c.task == self._task))
             return {row.reason: row.times for row in rows}
 
+    def empty_log(self) -> bool:
+        """Empty SQLite's write-ahead log, where what a transaction erased lives on; False while somebody reads it."""
+        if self._engine.dialect.name != "sqlite":
+            return True
+        with _translated("cannot be checkpointed"), self._engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA busy_timeout=0")
+            try:
+                busy, _, _ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+            finally:
+                connection.exec_driver_sql(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
+        return not busy
+
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
@@ -288,7 +313,12 @@ def _make_engine(url: str) -> Engine:
 
         @event.listens_for(engine, "connect")
         def _pragmas(connection: Any, _record: Any) -> None:
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "busy_timeout=10000"):
+            for pragma in (
+                "journal_mode=WAL",
+                "synchronous=FULL",
+                "secure_delete=ON",
+                f"busy_timeout={_BUSY_TIMEOUT_MS}",
+            ):
                 connection.execute(f"PRAGMA {pragma}")
 
     return engine
