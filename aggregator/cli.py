@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aggregator.assembly import AggregatorFiles, assemble
+from aggregator.command_line import make_app, run_app
 from aggregator.errors import DatabaseError
 from aggregator.export import export_model
 from fl_protocol.adapters.files import write_atomic
@@ -46,36 +45,15 @@ Examples:
 Exit codes: 0 done, 1 other error, 2 usage or configuration, 3 database, 4 model bundle.
 """
 
-app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+app = make_app("covey-aggregator", _HELP)
 device_app = typer.Typer(help="Devices that may send updates.", no_args_is_help=True)
 app.add_typer(device_app, name="device")
 Config = Annotated[Path, typer.Option(help="Path of aggregator.toml.")]
 
 
 def main() -> None:
-    """Entry point; every error of ours is one sentence on standard error."""
-    try:
-        app()
-    except CoveyError as error:
-        sys.stderr.write(f"covey-aggregator: {error}\n")
-        sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
-
-
-def _show_version(wanted: bool) -> None:
-    """Print the version and stop."""
-    if wanted:
-        try:
-            typer.echo(f"covey-aggregator {version('covey')}")
-        except PackageNotFoundError:
-            typer.echo("covey-aggregator 0 (not installed)")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    _version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
-) -> None:
-    """Options of every command."""
+    """Entry point."""
+    run_app(app, "covey-aggregator", _EXIT_CODES)
 
 
 @app.command()

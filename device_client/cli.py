@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -17,6 +16,7 @@ from device_client.device_store import create_identity, load_records, save_recor
 from device_client.errors import LedgerError, StoreError
 from device_client.training import Records
 from fl_protocol.adapters.journal import JsonLines
+from fl_protocol.adapters.software import software_version
 from fl_protocol.errors import BundleError, ConfigError, CoveyError
 from fl_protocol.signing import public_key_hex
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"covey-device {_software()}")
+    parser.add_argument("--version", action="version", version=f"covey-device {software_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
         ("init", _init, "make the store and this device's keys; print its public key"),
@@ -99,7 +99,7 @@ def _run(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda signum, _frame: stop.append(signum))
-    assemble(files, software=f"covey {_software()}", journal=JsonLines()).run(lambda: bool(stop))
+    assemble(files, software=f"covey {software_version()}", journal=JsonLines()).run(lambda: bool(stop))
     return 0
 
 
@@ -115,14 +115,6 @@ def _ledger(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
             f"sampling rate {entry.sampling_rate:g}, noise multiplier {entry.noise_multiplier:g}"
         )
     return 0
-
-
-def _software() -> str:
-    """The installed version."""
-    try:
-        return version("covey")
-    except PackageNotFoundError:
-        return "0 (not installed)"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,11 @@ _PICKLE_GLOBALS = {
 }
 
 
+MIRROR = np.array([-1, 1, 1, 1, -1, -1], np.float32)
+"""Turns the right wrist's axes into the left's: a reflection of x, under which the rotation rate is an axial vector.
+The wearer declares the wrist when the device is set up; nothing is learned from the recordings for it."""
+
+
 @dataclass(frozen=True)
 class Wrist:
     """One person's watch: a device of the fleet."""
@@ -48,7 +53,13 @@ class Wrist:
 
 @dataclass(frozen=True)
 class Recording:
-    """One exercise of one wrist: float32 [samples, 6] (ax ay az in g, wx wy wz in rad/s) at 50 Hz, and its label."""
+    """One exercise of one wrist at 50 Hz, and its label.
+
+    Args:
+        wrist: whose.
+        label: index into `LABELS`.
+        samples: float32 [samples, 6]: ax ay az in g, wx wy wz in rad/s, in the left wrist's axes.
+    """
 
     wrist: Wrist
     label: int
@@ -74,7 +85,10 @@ def load_recordings(cache: Path) -> list[Recording]:
         samples, ends = arrays["samples"], np.cumsum(arrays["lengths"])
         pieces = np.split(samples, ends[:-1])
         meta = zip(arrays["person"], arrays["side"], arrays["label"], pieces, strict=True)
-        return [Recording(Wrist(int(p), SIDES[int(s)]), int(label), piece) for p, s, label, piece in meta]
+        return [
+            Recording(Wrist(int(person), SIDES[int(side)]), int(label), piece * MIRROR if side else piece)
+            for person, side, label, piece in meta
+        ]
 
 
 def windows_of(recordings: list[Recording], wrist: Wrist, *, samples: int) -> Records:

@@ -9,7 +9,7 @@ import msgspec
 
 
 class Journal(Protocol):
-    """Where a daemon says what happened; fields are JSON values and never hold recordings, keys or updates."""
+    """Where a daemon tells what happened; fields are JSON values, never recordings, keys or updates."""
 
     def write(self, event: str, /, *, at_s: float, **fields: Any) -> None:
         """Record that `event` happened at `at_s` (Unix seconds)."""

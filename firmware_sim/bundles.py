@@ -1,0 +1,25 @@
+"""Where the model bundles that come with covey are; they are files, so the models room is never imported."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from firmware_sim.errors import FleetError
+
+
+def bundle_and_publisher(model: str) -> tuple[Path, str]:
+    """Path of a bundle and its publisher's key (64 hex digits).
+
+    Raises:
+        FleetError: there is no such bundle.
+    """
+    spec = importlib.util.find_spec("models")
+    if spec is None or spec.origin is None:
+        raise FleetError("covey's own bundles are not installed; install covey again")
+    folder = Path(spec.origin).parent / "bundles"
+    path = folder / f"{model}.covey"
+    if not path.exists():
+        known = ", ".join(sorted(bundle.stem for bundle in folder.glob("*.covey")))
+        raise FleetError(f"there is no bundle {model}; covey comes with {known}")
+    return path, (folder / "publisher.pub").read_text().strip()

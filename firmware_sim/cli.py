@@ -1,0 +1,138 @@
+"""The command ``covey-fleet`` (typer and rich)."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+
+from aggregator.command_line import make_app, run_app
+from firmware_sim.brokers import BrokerChoice, start_broker
+from firmware_sim.demo import DemoRun
+from firmware_sim.errors import FleetError
+from firmware_sim.metrics import RunMetrics
+from firmware_sim.report import report_html
+from firmware_sim.run_folder import RunFolder, create_run
+from firmware_sim.settings import DemoSettings
+from firmware_sim.watch_data import default_cache, load_recordings
+from fl_protocol.adapters.files import write_atomic
+from fl_protocol.errors import CoveyError
+
+_HELP = """Run fleets of real device daemons.
+
+Examples:
+
+  covey-fleet demo                                  20 wrists train one model over MQTT, under a privacy budget
+
+  covey-fleet demo --held-out 1,2 --rounds 20       measure on other people, stop earlier
+
+  covey-fleet demo --no-dp                          without noise, to see what privacy costs
+
+  covey-fleet demo --resume runs/2026-01-31-1200    go on with a run that was stopped
+
+  covey-fleet report runs/2026-01-31-1200           draw its report again
+
+Exit codes: 0 done, 1 error, 2 usage, 130 stopped before the end (resume it).
+"""
+_STOPPED = 130
+
+app = make_app("covey-fleet", _HELP)
+
+
+def main() -> None:
+    """Entry point."""
+    run_app(app, "covey-fleet", [(CoveyError, 1)])
+
+
+@app.command()
+def demo(
+    held_out: Annotated[
+        str, typer.Option(help="People (1 to 10) who never train; accuracy is measured on them.")
+    ] = "9,10",
+    rounds: Annotated[int, typer.Option(help="Rounds to run.")] = 60,
+    epsilon: Annotated[float, typer.Option(help="Record-level privacy budget of each wrist, at delta 1e-5.")] = 3.0,
+    no_dp: Annotated[bool, typer.Option("--no-dp", help="Train without noise; no privacy is claimed.")] = False,
+    broker: Annotated[BrokerChoice, typer.Option(help="auto takes mosquitto where it is installed.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="New folder for the run; default: runs/ and the time.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of a stopped run; its settings stand.")] = None,
+) -> None:
+    """Wrists of the smartwatch recordings train one model over MQTT; see what it learns and what it costs."""
+    console = Console()
+    if resume is not None:
+        folder = RunFolder(resume)
+        settings = folder.load_settings()
+    else:
+        settings = DemoSettings(held_out=_people(held_out), rounds=rounds, epsilon=None if no_dp else epsilon)
+        path = out or Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")  # noqa: DTZ005 - a name
+        console.print(f"Run folder: {path}", highlight=False)
+        folder = create_run(path, settings, load_recordings(default_cache()))
+    _run(folder, settings, console, broker)
+
+
+def _run(folder: RunFolder, settings: DemoSettings, console: Console, choice: BrokerChoice) -> None:
+    """Start the broker and the run; tell what came out."""
+    broker = start_broker(choice, folder, settings)
+    try:
+        console.print(f"Broker:     {broker.description}", highlight=False)
+        console.print(
+            f"Fleet:      1 aggregator, {len(settings.training_wrists)} wrists train, "
+            f"{len(settings.held_out_wrists)} held-out wrists measure; each its own process",
+            highlight=False,
+        )
+        run = DemoRun(folder, settings, console)
+        finished = run.run()
+    finally:
+        broker.stop()
+    metrics = run.write_results(broker=broker.description)
+    _summary(console, folder, metrics)
+    if not finished:
+        console.print(f"Stopped; go on with: covey-fleet demo --resume {folder.path}", highlight=False)
+        raise typer.Exit(_STOPPED)
+
+
+@app.command()
+def report(folder: Path) -> None:
+    """Draw a run's report.html again from its metrics.json."""
+    source = folder / "metrics.json"
+    try:
+        metrics = msgspec.json.decode(source.read_bytes(), type=RunMetrics)
+        write_atomic(folder / "report.html", report_html(metrics).encode(), mode=0o644)
+    except OSError as error:
+        raise FleetError(f"{folder} holds no run that can be reported: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise FleetError(f"{source} cannot be read ({error})") from error
+    typer.echo(str(folder / "report.html"))
+
+
+def _summary(console: Console, folder: RunFolder, metrics: RunMetrics) -> None:
+    """The result, and where everything is."""
+    if metrics.final is not None:
+        people = ", ".join(f"person {name}: {100 * value:.1f} %" for name, value in metrics.final.by_person.items())
+        console.print(
+            f"\nUnseen people: {100 * metrics.final.accuracy:.1f} % of {metrics.final.windows} windows ({people})",
+            highlight=False,
+        )
+        privacy = "none claimed: trained without noise"
+        if metrics.settings.epsilon is not None:
+            spent = max(metrics.epsilon_spent.values(), default=0.0)
+            privacy = f"largest ε spent {spent:.3f} of {metrics.settings.epsilon:g} at δ {metrics.settings.delta:g}"
+        console.print(f"Privacy:       {privacy}", highlight=False)
+    for name in ("report.html", "metrics.json", "model.covey", "model.tflite", "logs"):
+        if (folder.path / name).exists():
+            console.print(f"  {folder.path / name}", highlight=False, soft_wrap=True)
+
+
+def _people(text: str) -> tuple[int, ...]:
+    """People from the command line."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise FleetError(f"--held-out: expected numbers such as 9,10, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    main()

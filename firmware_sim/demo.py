@@ -1,0 +1,141 @@
+"""The main job: start broker, aggregator and wrists, watch them to the end, stop them, and write what was measured."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from aggregator.assembly import AggregatorFiles
+from aggregator.export import export_model
+from firmware_sim.errors import FleetError
+from firmware_sim.live import LiveRounds
+from firmware_sim.metrics import RunMetrics, gather
+from firmware_sim.observation import LogTail, Observation
+from firmware_sim.processes import DaemonProcess, Fleet
+from firmware_sim.report import report_html
+from firmware_sim.run_folder import RunFolder
+from firmware_sim.settings import AGGREGATOR, DemoSettings
+from fl_protocol.adapters.files import write_atomic
+from fl_protocol.adapters.software import software_version
+
+POLL_S = 0.1
+LAST_MEASUREMENT_WITHIN_S = 30.0
+"""How long to wait, after the task is finished, for held-out wrists to measure the finished model."""
+
+
+@dataclass
+class DemoRun:
+    """One start of a run: from provisioned folder to report."""
+
+    folder: RunFolder
+    settings: DemoSettings
+    console: Console
+    stopped: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.observation = Observation(self.settings)
+        wrists = self.settings.training_wrists + self.settings.held_out_wrists
+        self.fleet = Fleet(
+            [
+                self._daemon(AGGREGATOR, "aggregator.cli", self.folder.aggregator_toml),
+                *(
+                    self._daemon(wrist.device_id, "device_client.cli", self.folder.device_toml(wrist))
+                    for wrist in wrists
+                ),
+            ]
+        )
+        self._tails = [LogTail(daemon.name, daemon.log) for daemon in self.fleet.daemons]
+        self._peak_rss_mb: dict[str, float] = {}
+
+    def _daemon(self, name: str, module: str, config: Path) -> DaemonProcess:
+        """One process of the run."""
+        return DaemonProcess(name, module, config, self.folder.log(name))
+
+    def run(self) -> bool:
+        """Start all, watch until the task is finished or a stop is asked for, stop all; whether it finished.
+
+        Raises:
+            FleetError: a process cannot run.
+        """
+        with LiveRounds(self.console, self.observation) as live, _signals_into(self.stopped):
+            try:
+                self.fleet.start()
+                self._watch(live)
+            finally:
+                self._read_memory()
+                self.fleet.stop()
+                self._read_logs()
+                live.refresh()
+        return self.observation.finished
+
+    def _watch(self, live: LiveRounds) -> None:
+        """Follow the logs until done."""
+        finished_at_s: float | None = None
+        while not self.stopped and not self.observation.finished:
+            for text in self.fleet.watch():
+                live.say(f"[yellow]{text}[/]")
+            self._read_logs()
+            live.refresh()
+            if self.observation.finished_digest is not None:
+                now_s = time.monotonic()
+                finished_at_s = now_s if finished_at_s is None else finished_at_s
+                if now_s > finished_at_s + LAST_MEASUREMENT_WITHIN_S:
+                    raise FleetError("the held-out wrists did not measure the finished model in time; see the logs")
+            time.sleep(POLL_S)
+
+    def _read_logs(self) -> None:
+        """Take the new events of all processes."""
+        for tail in self._tails:
+            for event in tail.read():
+                self.observation.take(tail.name, event)
+
+    def _read_memory(self) -> None:
+        """Peak memory of each process while it still lives."""
+        for daemon in self.fleet.daemons:
+            peak = daemon.peak_rss_mb()
+            if peak is not None:
+                self._peak_rss_mb[daemon.name] = round(peak, 1)
+
+    def write_results(self, *, broker: str) -> RunMetrics:
+        """Write metrics, report and, when the task is finished, the model's files.
+
+        Raises:
+            FleetError: the folder does not take them.
+        """
+        metrics = gather(self.observation, covey=software_version(), broker=broker, peak_rss_mb=self._peak_rss_mb)
+        folder = self.folder.path
+        try:
+            text = msgspec.json.format(msgspec.json.encode(metrics), indent=1)
+            write_atomic(folder / "metrics.json", text, mode=0o644)
+            write_atomic(folder / "report.html", report_html(metrics).encode(), mode=0o644)
+            if metrics.final is not None:
+                files = AggregatorFiles.load(self.folder.aggregator_toml)
+                store = files.open_store()
+                model = store.model(metrics.final.version)
+                store.close()
+                exported = export_model(files.open_bundle(), model, signing_key=files.signing_key())
+                write_atomic(folder / "model.covey", exported.bundle, mode=0o644)
+                write_atomic(folder / "model.tflite", exported.inference, mode=0o644)
+        except OSError as error:
+            raise FleetError(f"the results cannot be written to {folder} ({error.strerror})") from error
+        return metrics
+
+
+@contextmanager
+def _signals_into(stopped: list[int]) -> Iterator[None]:
+    """Collect SIGINT and SIGTERM instead of dying of them."""
+    before: dict[int, Callable[..., object] | int | None] = {}
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        before[number] = signal.signal(number, lambda signum, _frame: stopped.append(signum))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

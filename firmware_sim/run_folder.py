@@ -1,0 +1,176 @@
+"""A run folder: everything one run needs and leaves behind, so that it can be looked at, resumed or thrown away.
+
+run.json            settings                    logs/            one JSON line per event, a file per process
+broker/             configuration, ACL, CA      model.covey      the trained bundle
+aggregator/         configuration, database     model.tflite     for inference only
+devices/NAME/       configuration, key, store   metrics.json, report.html
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from aggregator.assembly import AggregatorFiles
+from aggregator.certificates import KeyPair, issue, make_ca
+from aggregator.config import AggregatorConfig, AggregatorSection, TaskConfig
+from device_client.assembly import DeviceFiles
+from device_client.config import DeviceConfig, DeviceSection, PrivacyConfig, StudyConfig
+from device_client.device_store import create_identity, save_records
+from device_client.session import Role
+from firmware_sim.bundles import bundle_and_publisher
+from firmware_sim.errors import FleetError
+from firmware_sim.settings import AGGREGATOR, TASK, TENANT, DemoSettings
+from firmware_sim.watch_data import Recording, Wrist, windows_of
+from fl_protocol.adapters.config_files import BrokerConfig
+from fl_protocol.adapters.files import write_atomic
+from fl_protocol.signing import public_key_hex
+
+HOST = "127.0.0.1"
+_TLS_NAMES = ("ca.pem", "client.pem", "client.key")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run folder."""
+
+    path: Path
+
+    @property
+    def settings_file(self) -> Path:
+        """Settings; a folder without it is not a run."""
+        return self.path / "run.json"
+
+    @property
+    def broker(self) -> Path:
+        """Broker configuration, its certificates and the CA."""
+        return self.path / "broker"
+
+    @property
+    def aggregator_toml(self) -> Path:
+        """The aggregator's configuration."""
+        return self.path / "aggregator" / "aggregator.toml"
+
+    def device_toml(self, wrist: Wrist) -> Path:
+        """A device's configuration."""
+        return self.path / "devices" / wrist.device_id / "device.toml"
+
+    def log(self, name: str) -> Path:
+        """A process's event log."""
+        return self.path / "logs" / f"{name}.jsonl"
+
+    def load_settings(self) -> DemoSettings:
+        """The run's settings. Raises FleetError where the folder is not a run."""
+        try:
+            return msgspec.json.decode(self.settings_file.read_bytes(), type=DemoSettings)
+        except OSError as error:
+            raise FleetError(f"{self.path} is not a run folder: {self.settings_file.name} {error.strerror}") from error
+        except msgspec.DecodeError as error:
+            raise FleetError(f"{self.settings_file} cannot be read ({error})") from error
+
+
+def create_run(folder: Path, settings: DemoSettings, recordings: list[Recording]) -> RunFolder:
+    """Provision a new run: CA, certificates, aggregator key and database, and each wrist's keys, store and records.
+
+    Raises:
+        FleetError: the folder is not empty or cannot be written.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise FleetError(f"{folder} is not empty; name a new folder, or use --resume to go on with a run")
+    run = RunFolder(folder)
+    try:
+        for name in ("broker", "aggregator", "logs", "devices"):
+            (folder / name).mkdir(parents=True, mode=0o700)
+        write_configs(run, settings, port=1, tls=True)
+        _write_certificates(run, settings)
+        _provision(run, settings, recordings)
+        # Last, so that a folder with settings is a whole run.
+        write_atomic(run.settings_file, msgspec.json.format(msgspec.json.encode(settings), indent=1), mode=0o644)
+    except OSError as error:
+        raise FleetError(f"the run folder {folder} cannot be written ({error.strerror})") from error
+    return run
+
+
+def write_configs(run: RunFolder, settings: DemoSettings, *, port: int, tls: bool) -> None:
+    """Write every configuration file, for the broker's port of this start."""
+    bundle, publisher = bundle_and_publisher(settings.model)
+    broker = BrokerConfig(HOST, port, *_TLS_NAMES) if tls else BrokerConfig(HOST, port)
+    aggregator = AggregatorConfig(
+        aggregator=AggregatorSection(
+            tenant=TENANT, client_id=AGGREGATOR, database="aggregator.db", signing_key="signing.key"
+        ),
+        broker=broker,
+        task=TaskConfig(
+            name=TASK,
+            bundle=str(bundle),
+            publisher_key=publisher,
+            plan=settings.plan(),
+            server=settings.server(),
+            rounds=settings.rounds,
+            goal=len(settings.training_wrists),
+            minimum_cohort=max(1, len(settings.training_wrists) // 2),
+            round_duration_s=settings.round_duration_s,
+        ),
+    )
+    write_atomic(run.aggregator_toml, msgspec.toml.encode(aggregator))
+    key = public_key_hex(AggregatorFiles.load(run.aggregator_toml).signing_key(create=True).public_key())
+    for wrist in settings.training_wrists + settings.held_out_wrists:
+        role: Role = "evaluate" if wrist.person in settings.held_out else "train"
+        device = DeviceConfig(
+            study=StudyConfig(
+                tenant=TENANT, task=TASK, bundle=str(bundle), publisher_key=publisher, aggregator_key=key
+            ),
+            device=DeviceSection(id=wrist.device_id, store="store", store_key="store.key", role=role),
+            broker=broker,
+            privacy=PrivacyConfig(
+                epsilon=math.inf if settings.epsilon is None else settings.epsilon,
+                delta=settings.delta,
+                minimum_noise_multiplier=settings.noise_multiplier,
+                minimum_cohort=aggregator.task.minimum_cohort,
+            ),
+        )
+        path = run.device_toml(wrist)
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        write_atomic(path, msgspec.toml.encode(device))
+
+
+def _write_certificates(run: RunFolder, settings: DemoSettings) -> None:
+    """One CA, one certificate for the broker, one for the aggregator and one for each wrist."""
+    now_s = time.time()
+    ca = make_ca(f"covey {TENANT}", now_s=now_s)
+    write_atomic(run.broker / "ca.pem", ca.certificate)
+    broker = issue(ca, "broker", now_s=now_s, server_hosts=(HOST, "localhost"))
+    write_atomic(run.broker / "broker.pem", broker.certificate)
+    write_atomic(run.broker / "broker.key", broker.key)
+    clients = {AGGREGATOR: run.aggregator_toml.parent}
+    for wrist in settings.training_wrists + settings.held_out_wrists:
+        clients[wrist.device_id] = run.device_toml(wrist).parent
+    for name, folder in clients.items():
+        _write_client_certificate(folder, ca, issue(ca, name, now_s=now_s))
+
+
+def _write_client_certificate(folder: Path, ca: KeyPair, client: KeyPair) -> None:
+    """A client's three TLS files."""
+    for name, data in zip(_TLS_NAMES, (ca.certificate, client.certificate, client.key), strict=True):
+        write_atomic(folder / name, data)
+
+
+def _provision(run: RunFolder, settings: DemoSettings, recordings: list[Recording]) -> None:
+    """Create the task, and each wrist's identity, encrypted records and registration."""
+    aggregator = AggregatorFiles.load(run.aggregator_toml)
+    bundle, store = aggregator.open_bundle(), aggregator.open_store()
+    store.create_task(bundle.graph_digest, bundle.params)
+    samples = bundle.manifest.input.shape[0]
+    for wrist in settings.training_wrists + settings.held_out_wrists:
+        device = DeviceFiles.load(run.device_toml(wrist)).open_store(create=True)
+        key = create_identity(device, os.urandom)
+        save_records(device, windows_of(recordings, wrist, samples=samples))
+        device.close()
+        if wrist.person not in settings.held_out:
+            store.add_device(wrist.device_id, key.public_key().public_bytes_raw(), time.time())
+    store.close()

@@ -1,0 +1,89 @@
+"""What a demo run is: who trains, who is measured, and the task. Stored as ``run.json`` in the run folder."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from aggregator.config import PlanConfig, ServerConfig
+from device_client.accounting import noise_multiplier_for
+from firmware_sim.errors import FleetError
+from firmware_sim.watch_data import PEOPLE, Wrist, all_wrists
+
+TENANT, TASK, AGGREGATOR = "demo", "watch-exercises", "aggregator"
+
+
+class DemoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of a run; the defaults are the ones the README's numbers were measured with.
+
+    Args:
+        held_out: people whose wrists never train; accuracy is measured on them.
+        model: name of a bundle that comes with covey.
+        epsilon: record-level budget of each wrist for the whole run; None trains without noise and claims nothing.
+        delta: of the same budget.
+        rounds: committed rounds.
+        l2_norm_clip: bound on each window's gradient norm.
+        learning_rate: on the device.
+        expected_batch_size: public divisor of the clipped sum (about the windows of one wrist).
+        server_momentum: at the aggregator.
+        average_last: versions averaged into the finished model.
+        round_duration_s: deadline of a round.
+    """
+
+    held_out: tuple[int, ...] = (9, 10)
+    model: str = "watch_features"
+    epsilon: float | None = 3.0
+    delta: float = 1e-5
+    rounds: int = 60
+    l2_norm_clip: float = 0.5
+    learning_rate: float = 1.5
+    expected_batch_size: float = 100.0
+    server_momentum: float = 0.9
+    average_last: int = 30
+    round_duration_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.held_out) - set(PEOPLE))
+        if unknown or not self.held_out or len(set(self.held_out)) == len(PEOPLE):
+            raise FleetError(
+                f"held-out people: expected some but not all of {PEOPLE[0]} to {PEOPLE[-1]}, got {self.held_out}"
+            )
+        if self.rounds < 1:
+            raise FleetError(f"rounds: expected at least 1, got {self.rounds}")
+        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
+            raise FleetError(f"epsilon: expected a finite number above 0, got {self.epsilon}")
+
+    @property
+    def training_wrists(self) -> list[Wrist]:
+        """Wrists that take part in rounds."""
+        return [wrist for wrist in all_wrists() if wrist.person not in self.held_out]
+
+    @property
+    def held_out_wrists(self) -> list[Wrist]:
+        """Wrists that only measure."""
+        return [wrist for wrist in all_wrists() if wrist.person in self.held_out]
+
+    @property
+    def noise_multiplier(self) -> float:
+        """The least noise with which a wrist's own ledger admits every round; no other wrist's noise is counted on."""
+        if self.epsilon is None:
+            return 0.0
+        return noise_multiplier_for(epsilon=self.epsilon, delta=self.delta, sampling_rate=1.0, steps=self.rounds)
+
+    def plan(self) -> PlanConfig:
+        """One full-batch step a round."""
+        return PlanConfig(
+            sampling_rate=1.0,
+            local_steps=1,
+            learning_rate=self.learning_rate,
+            l2_norm_clip=self.l2_norm_clip,
+            noise_multiplier=self.noise_multiplier,
+            expected_batch_size=self.expected_batch_size,
+        )
+
+    def server(self) -> ServerConfig:
+        """The server optimiser."""
+        return ServerConfig(
+            learning_rate=1.0, momentum=self.server_momentum, average_last=min(self.average_last, self.rounds)
+        )
