@@ -39,7 +39,15 @@ def build_bundle(
     network = Network(spec)
     params = initial_parameters(network)
     template = with_constant_params(convert_infer(network, batch_size=batch_size), params)
-    manifest = BundleManifest(
+    manifest = _manifest(network, batch_size=batch_size, version=version, infer_params_offset=template.params_offset)
+    graph = convert_network(network, batch_size=batch_size)
+    return pack_bundle(manifest, graph=graph, infer_template=template.graph, params=params, publisher_key=publisher_key)
+
+
+def _manifest(network: Network, *, batch_size: int, version: int, infer_params_offset: int) -> BundleManifest:
+    """What the bundle says about itself; the digests of its members are filled in when it is packed."""
+    spec = network.spec
+    return BundleManifest(
         format=BUNDLE_FORMAT,
         name=spec.name,
         version=version,
@@ -52,7 +60,5 @@ def build_bundle(
         preprocessing=spec.preprocessing,
         defaults=spec.defaults,
         norm_methods=network.norm_methods,
-        infer_params_offset=template.params_offset,
+        infer_params_offset=infer_params_offset,
     )
-    graph = convert_network(network, batch_size=batch_size)
-    return pack_bundle(manifest, graph=graph, infer_template=template.graph, params=params, publisher_key=publisher_key)
