@@ -157,13 +157,10 @@ class MqttTransport:
                 self._queued_bytes += sign * len(event.payload)
 
     def _on_crash(self, error: Exception, count: int) -> bool:
-        """Paho's network thread failed on what came; wait, then start over. False to end the thread instead."""
-        self._put(Disconnected(f"connection to the broker ended: it sent something unreadable ({error!r})"))
-        self._closing.wait(min(2.0 ** min(count, 16), self._max_back_off_s))
-        if self._closing.is_set():
-            return False
-        self._connect()
-        return True
+        """The network thread failed on what came; wait, then start over. False to end the thread instead."""
+        self._put(Disconnected(f"connection to the broker ended: what came cannot be read ({error!r})"))
+        self._connect()  # takes effect when this returns; until then it only closes the old connection
+        return not self._closing.wait(min(2.0 ** min(count, 16), self._max_back_off_s))
 
     def _on_connect(self, _c: Any, _u: Any, _flags: Any, reason: ReasonCode, properties: Properties | None) -> None:
         if reason.is_failure:
