@@ -35,7 +35,7 @@ from fl_protocol.signing import public_key_from_hex
 
 FOLDS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10))
 NO_CLIP = 1e6
-NO_DP = {"epsilon": None, "rounds": 150, "l2_norm_clip": NO_CLIP, "learning_rate": 5.0, "average_last": 75}
+NO_DP = {"epsilon": None, "rounds": 150, "l2_norm_clip": NO_CLIP, "learning_rate": 5.0}
 
 
 @dataclass(frozen=True)

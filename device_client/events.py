@@ -37,12 +37,15 @@ class SessionState(msgspec.Struct, frozen=True):
         study: ``tenant/task`` that the round numbers belong to; another study starts over.
         highest_round: newest round seen; an older manifest is a replay.
         decided_round: newest round for which the coin was tossed; it is tossed once.
+        willing_round: the round for which the coin said yes and nothing was charged yet, 0 if none; a device that is
+            restarted between the two still takes part.
         participated_s: when this device last took part, Unix seconds.
     """
 
     study: str = ""
     highest_round: int = 0
     decided_round: int = 0
+    willing_round: int = 0
     participated_s: float = 0.0
 
 

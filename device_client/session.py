@@ -101,7 +101,6 @@ class DeviceSession:
         self._download: Reassembler | None = None  # set while the current manifest's model is wanted
         self._stalled_s = math.inf  # when a download in silence is asked for again
         self._silences = 0
-        self._willing_round = 0  # the round for which the coin said yes, until it is trained
 
     def next_wake_s(self) -> float | None:
         """When a `Tick` is next needed."""
@@ -184,7 +183,7 @@ class DeviceSession:
         if self._config.role == "train":
             decided = self._decide(manifest, now_s)
             actions += decided
-            if manifest.status != "open" or self._willing_round != manifest.round:
+            if manifest.status != "open" or self._state.willing_round != manifest.round:
                 return actions
         self._download = Reassembler(max_bytes=4 * self._config.num_parameters, max_transfers=1)
         self._stalled_s, self._silences = now_s + STALLED_AFTER_S, 0
@@ -217,7 +216,8 @@ class DeviceSession:
         state = self._state
         if manifest.status != "open" or manifest.round <= state.decided_round:
             return []
-        decided = self._remember(decided_round=manifest.round)
+        willing = 0
+        reason = ""
         if now_s >= manifest.deadline_s:
             reason = "its deadline has passed"
         elif state.participated_s and now_s < state.participated_s + manifest.minimum_separation_s:
@@ -225,9 +225,9 @@ class DeviceSession:
         elif uniform(self._entropy) >= manifest.participation_probability:
             reason = "the coin said no"
         else:
-            self._willing_round = manifest.round
-            return [decided]
-        return [decided, Note("round_skipped", {"round": manifest.round, "reason": reason})]
+            willing = manifest.round
+        decided = self._remember(decided_round=manifest.round, willing_round=willing)
+        return [decided] if willing else [decided, Note("round_skipped", {"round": manifest.round, "reason": reason})]
 
     def _remember(self, **changes: float) -> Remember:
         """Change the state and have it stored."""
@@ -274,8 +274,7 @@ class DeviceSession:
             return [*actions, Evaluate(manifest, params)]
         if now_s >= manifest.deadline_s:
             return [*actions, Note("round_skipped", {"round": manifest.round, "reason": "the model came too late"})]
-        self._willing_round = 0
-        return [*actions, self._remember(participated_s=now_s), Participate(manifest, params)]
+        return [*actions, self._remember(participated_s=now_s, willing_round=0), Participate(manifest, params)]
 
 
 def _state_for(study: str, state: SessionState) -> SessionState:

@@ -84,7 +84,7 @@ def _settings_rows(metrics: RunMetrics) -> list[tuple[str, str]]:
         ("rounds", str(settings.rounds)),
         ("clip, noise multiplier", f"{settings.l2_norm_clip:g}, {metrics.noise_multiplier:g}"),
         ("learning rate, public divisor", f"{settings.learning_rate:g}, {settings.expected_batch_size:g}"),
-        ("server momentum, versions averaged", f"{settings.server_momentum:g}, {settings.average_last}"),
+        ("server momentum, versions averaged", f"{settings.server_momentum:g}, {settings.server().average_last}"),
         ("seconds", f"{metrics.seconds:g}"),
     ]
 

@@ -27,7 +27,7 @@ class DemoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         learning_rate: on the device.
         expected_batch_size: public divisor of the clipped sum (about the windows of one wrist).
         server_momentum: at the aggregator.
-        average_last: versions averaged into the finished model.
+        average_last: versions averaged into the finished model; None for the second half of the rounds.
         round_duration_s: deadline of a round.
     """
 
@@ -40,7 +40,7 @@ class DemoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     learning_rate: float = 1.5
     expected_batch_size: float = 100.0
     server_momentum: float = 0.9
-    average_last: int = 30
+    average_last: int | None = None
     round_duration_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -84,6 +84,5 @@ class DemoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def server(self) -> ServerConfig:
         """The server optimiser."""
-        return ServerConfig(
-            learning_rate=1.0, momentum=self.server_momentum, average_last=min(self.average_last, self.rounds)
-        )
+        average_last = max(1, self.rounds // 2) if self.average_last is None else self.average_last
+        return ServerConfig(learning_rate=1.0, momentum=self.server_momentum, average_last=average_last)
