@@ -1,0 +1,151 @@
+"""The ledger's accounting against dp-accounting's."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting import pld, rdp
+from dp_accounting.pld import privacy_loss_distribution
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from device_client.accounting import (
+    ORDERS,
+    epsilon_by_order,
+    filter_order_index,
+    noise_multiplier_for,
+    poisson_gaussian_rdp,
+    rdp_to_epsilon,
+)
+from fl_protocol.errors import LocalMisuseError
+
+ADD_OR_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+REPLACE = dp_accounting.NeighboringRelation.REPLACE_ONE
+INTEGER = [order == math.floor(order) for order in ORDERS]
+GRID = list(itertools.product((0.01, 0.1, 0.5, 1.0), (0.6, 1.0, 2.0, 5.0, 20.0), (1, 30, 1000), (1e-3, 1e-5, 1e-7)))
+
+
+def peer(q: float, z: float, steps: int) -> rdp.RdpAccountant:
+    event = dp_accounting.GaussianDpEvent(z)
+    sampled = event if q == 1 else dp_accounting.PoissonSampledDpEvent(q, event)
+    accountant = rdp.RdpAccountant(list(ORDERS), ADD_OR_REMOVE)
+    accountant.compose(sampled, steps)
+    return accountant
+
+
+def ours(q: float, z: float, steps: int) -> np.ndarray:
+    return poisson_gaussian_rdp(sampling_rate=q, noise_multiplier=z, steps=steps)
+
+
+@pytest.mark.parametrize(("q", "z"), sorted({(q, z) for q, z, _, _ in GRID}))
+def test_each_order_costs_no_less_than_dp_accounting_says_and_integer_orders_cost_the_same(q: float, z: float) -> None:
+    mine, theirs = ours(q, z, 1), np.array(peer(q, z, 1)._rdp)
+    assert (mine >= theirs * (1 - 1e-9)).all()
+    np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(mine[INTEGER], theirs[INTEGER], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("q", "z", "steps", "delta"), GRID)
+def test_epsilon_is_never_below_dp_accounting_and_at_most_a_millionth_above(
+    q: float, z: float, steps: int, delta: float
+) -> None:
+    mine, theirs = rdp_to_epsilon(ours(q, z, steps), delta), peer(q, z, steps).get_epsilon(delta)
+    assert mine >= theirs - 1e-9
+    assert mine <= (1 + 1e-6) * theirs + 1e-9
+
+
+def test_the_neighbouring_relation_is_add_or_remove_one_record() -> None:
+    # One Gaussian, z = 1, delta = 1e-5. dp-accounting 0.4.3 takes the event's sensitivity for the relation's: its
+    # accountants give the same number for REPLACE_ONE, where a record's replacement moves the sum by twice the clip.
+    def peer_epsilon(accountant: dp_accounting.PrivacyAccountant) -> float:
+        return float(accountant.compose(dp_accounting.GaussianDpEvent(1.0)).get_epsilon(1e-5))
+
+    for relation in (ADD_OR_REMOVE, REPLACE):
+        assert peer_epsilon(rdp.RdpAccountant(list(ORDERS), relation)) == pytest.approx(4.7289, abs=1e-3)
+        assert peer_epsilon(pld.PLDAccountant(relation, 1e-3)) == pytest.approx(4.3772, abs=1e-3)
+    replaced = privacy_loss_distribution.from_gaussian_mechanism(1.0, sensitivity=2)
+    assert replaced.get_epsilon_for_delta(1e-5) == pytest.approx(9.997, abs=1e-3)
+    assert rdp_to_epsilon(ours(1.0, 1.0, 1), 1e-5) == pytest.approx(4.7289, abs=1e-3)
+    # What the ledger would have to charge if records were replaced: half the noise relative to the sensitivity.
+    assert rdp_to_epsilon(ours(1.0, 0.5, 1), 1e-5) > 9.997
+
+
+def test_the_exact_epsilon_of_a_sampled_study_is_below_ours() -> None:
+    event = dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.GaussianDpEvent(1.5))
+    exact = pld.PLDAccountant(ADD_OR_REMOVE, 1e-3).compose(event, 100).get_epsilon(1e-5)
+    assert exact < rdp_to_epsilon(ours(0.1, 1.5, 100), 1e-5) < 1.3 * exact
+
+
+@given(
+    q=st.floats(1e-4, 1.0),
+    z=st.floats(0.3, 50.0),
+    parts=st.lists(st.integers(0, 500), min_size=1, max_size=5),
+)
+@settings(max_examples=50, deadline=None)
+def test_cost_adds_up_and_grows_with_steps_and_shrinks_with_noise(q: float, z: float, parts: list[int]) -> None:
+    total = sum(ours(q, z, part) for part in parts)
+    np.testing.assert_allclose(total, ours(q, z, sum(parts)), rtol=1e-12)
+    assert (ours(q, z, 2) > ours(q, z, 1)).all()
+    assert (ours(q, 1.5 * z, 1) <= ours(q, z, 1) * (1 + 1e-12)).all()
+
+
+@given(
+    epsilon=st.floats(0.2, 20.0),
+    delta=st.sampled_from([1e-3, 1e-5, 1e-8]),
+    q=st.sampled_from([0.02, 0.3, 1.0]),
+    steps=st.integers(1, 300),
+)
+@settings(max_examples=40, deadline=None)
+def test_noise_multiplier_for_is_the_smallest_that_fits(epsilon: float, delta: float, q: float, steps: int) -> None:
+    index = filter_order_index(epsilon=epsilon, delta=delta)
+    z = noise_multiplier_for(epsilon=epsilon, delta=delta, sampling_rate=q, steps=steps)
+    assert epsilon_by_order(ours(q, z, steps), delta)[index] <= epsilon
+    assert rdp_to_epsilon(ours(q, z, steps), delta) <= epsilon
+    assert peer(q, z, steps).get_epsilon(delta) <= epsilon + 1e-9
+    less = round(z - 1e-4, 4)
+    assert less == 0 or epsilon_by_order(ours(q, less, steps), delta)[index] > epsilon
+
+
+def test_an_impossible_budget_says_so() -> None:
+    with pytest.raises(LocalMisuseError, match="no noise multiplier"):
+        noise_multiplier_for(epsilon=1e-9, delta=1e-9, sampling_rate=1.0, steps=100_000)
+
+
+@pytest.mark.parametrize("q", [0.001, 0.3, 0.999])
+@pytest.mark.parametrize("z", [0.04, 0.05, 0.1, 300.0])
+def test_at_the_edges_of_the_quadrature_no_order_is_undercharged(q: float, z: float) -> None:
+    mine, theirs = ours(q, z, 1), np.array(peer(q, z, 1)._rdp)
+    assert (mine >= theirs * (1 - 1e-6) - 1e-13).all()
+    assert (np.diff(mine) >= -1e-12).all()  # RDP grows with the order
+
+
+@pytest.mark.parametrize("z", [0.0, 5e-324, 1e-200, 1e-101])
+@pytest.mark.parametrize("q", [0.5, 1.0])
+def test_next_to_no_noise_costs_everything(z: float, q: float) -> None:
+    assert np.isinf(ours(q, z, 1)).all()
+    assert not ours(q, z, 0).any()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"sampling_rate": 0.0},
+        {"sampling_rate": 1.1},
+        {"sampling_rate": math.nan},
+        {"noise_multiplier": -1.0},
+        {"noise_multiplier": math.nan},
+        {"noise_multiplier": math.inf},
+        {"steps": -1},
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments: dict[str, float]) -> None:
+    with pytest.raises(LocalMisuseError, match=next(iter(arguments))):
+        poisson_gaussian_rdp(**{"sampling_rate": 0.5, "noise_multiplier": 1.0, "steps": 1, **arguments})  # type: ignore[arg-type]
+
+
+def test_nothing_spent_is_epsilon_zero() -> None:
+    assert rdp_to_epsilon(ours(1.0, 1.0, 0), 1e-5) == 0.0
