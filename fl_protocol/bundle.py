@@ -258,9 +258,9 @@ def _load_params(raw: bytes, count: int) -> NDArray[np.float32]:
     """The parameter vector from its ``.npy`` bytes; pickles are never loaded."""
     stream = io.BytesIO(raw)
     try:
-        if np.lib.format.read_magic(stream) != (1, 0):
+        if np.lib.format.read_magic(stream) != (1, 0):  # type: ignore[no-untyped-call]
             raise ValueError("expected .npy version 1.0")
-        shape, _fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        shape, _fortran, dtype = np.lib.format.read_array_header_1_0(stream)  # type: ignore[no-untyped-call]
         if (shape, dtype.str) != ((count,), "<f4"):
             raise ValueError(f"expected <f4 [{count}], got {dtype.str} {list(shape)}")
         return _checked_params(np.frombuffer(raw[stream.tell() :], "<f4").astype(np.float32), count)

@@ -22,7 +22,7 @@ class JsonLines:
         self._stream = stream if stream is not None else sys.stdout
 
     def write(self, event: str, /, *, at_s: float, **fields: Any) -> None:
-        """Write and flush one line; a reader that went away, or a full disk behind the stream, does not stop a daemon."""
+        """Write and flush one line; neither a reader that went away nor a full disk stops a daemon."""
         line = msgspec.json.encode({"event": event, "at_s": round(at_s, 3), **fields}).decode()
         try:
             self._stream.write(line + "\n")

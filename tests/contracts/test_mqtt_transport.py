@@ -1,0 +1,243 @@
+"""`MqttTransport` against brokers that are absent, that refuse, and that send bytes no broker should."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fl_protocol.adapters.mqtt import MAX_QUEUED_BYTES, MqttTransport, TlsFiles
+from fl_protocol.errors import LocalMisuseError
+from fl_protocol.limits import MAX_PACKET_BYTES
+from fl_protocol.transport import Connected, Disconnected, Received
+from tests.contracts.brokers import (
+    WITHIN_S,
+    Real,
+    await_event,
+    find_mosquitto,
+    free_port,
+    start_iotcore,
+    start_mosquitto,
+)
+
+CONNACK = bytes([0x20, 3, 0, 0, 0])
+CONNECT, PUBLISH = 0x10, 0x30
+
+
+def publish_packet(topic: bytes, payload: bytes) -> bytes:
+    """An MQTT 5 PUBLISH at QoS 0."""
+    body = len(topic).to_bytes(2, "big") + topic + b"\0" + payload
+    length, left = b"", len(body)
+    while True:
+        left, digit = left >> 7, left & 0x7F
+        length += bytes([digit | (0x80 if left else 0)])
+        if not left:
+            return bytes([PUBLISH]) + length + body
+
+
+class ScriptedBroker:
+    """A TCP server that accepts clients one after another and lets the test read and write their bytes."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(WITHIN_S)
+        self.port = int(self._listener.getsockname()[1])
+        self._connection: socket.socket | None = None
+
+    def accept(self) -> None:
+        """Take the next connection and read its CONNECT."""
+        self.hang_up()
+        self._connection, _ = self._listener.accept()
+        self._connection.settimeout(WITHIN_S)
+        assert self.read_packet()[0] == CONNECT
+
+    def send(self, data: bytes) -> None:
+        assert self._connection is not None
+        self._connection.sendall(data)
+
+    def read_packet(self) -> tuple[int, bytes]:
+        """(type, body) of the next packet."""
+        kind, length, shift = self._read(1)[0], 0, 0
+        while True:
+            digit = self._read(1)[0]
+            length, shift = length | (digit & 0x7F) << shift, shift + 7
+            if not digit & 0x80:
+                return kind & 0xF0, self._read(length)
+
+    def _read(self, count: int) -> bytes:
+        assert self._connection is not None
+        data = b""
+        while len(data) < count:
+            more = self._connection.recv(count - len(data))
+            assert more, "the client hung up"
+            data += more
+        return data
+
+    def hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def stop(self) -> None:
+        self.hang_up()
+        self._listener.close()
+
+
+@pytest.fixture
+def scripted() -> Iterator[ScriptedBroker]:
+    broker = ScriptedBroker()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture
+def transport(scripted: ScriptedBroker) -> Iterator[MqttTransport]:
+    transport = MqttTransport(host="127.0.0.1", port=scripted.port, client_id="one", max_back_off_s=1)
+    yield transport
+    scripted.stop()
+    transport.close()
+
+
+def test_an_unreachable_broker_is_named_and_tried_again_until_it_is_there() -> None:
+    port = free_port()
+    transport = MqttTransport(host="127.0.0.1", port=port, client_id="one", max_back_off_s=1)
+    transport.open()
+    for _ in range(2):
+        assert await_event(transport, Disconnected).reason == f"no broker reachable at 127.0.0.1:{port}"
+    stop = start_iotcore(port)
+    await_event(transport, Connected)
+    transport.close()
+    stop()
+
+
+def test_closing_while_the_broker_is_unreachable_ends_the_thread() -> None:
+    before = threading.active_count()
+    transport = MqttTransport(host="127.0.0.1", port=free_port(), client_id="one")
+    transport.open()
+    await_event(transport, Disconnected)
+    transport.close()
+    assert threading.active_count() == before
+
+
+def test_a_broker_that_refuses_is_reported_with_its_reason(tmp_path: Path) -> None:
+    if find_mosquitto() is None:
+        pytest.skip("mosquitto is not installed")
+    broker = Real(start_mosquitto(tmp_path, "allow_anonymous false"))
+    transport = broker.client("stranger")
+    transport.open()
+    assert await_event(transport, Disconnected).reason == "broker refused the connection: Not authorized"
+    broker.stop()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        bytes([0x90, 0]),  # SUBACK without a message id
+        bytes([0x40, 1, 0]),  # PUBACK with half a message id
+        bytes([0x30, 2, 0xFF, 0xFF]),  # PUBLISH whose topic is longer than the packet
+        bytes([0x30, 5, 0, 1, 0x61, 2, 0x99]),  # PUBLISH with a property that does not exist
+        bytes([0x30, 6, 0, 1, 0x61, 3, 0x08, 0]),  # PUBLISH with a property cut off
+        bytes([0xE0, 1, 0x05]),  # DISCONNECT with a reason code that does not exist
+        bytes([0x20, 0]),  # CONNACK, empty, in the middle of a connection
+        bytes([0xF0, 0xFF, 0xFF, 0xFF, 0xFF, 0x01]),  # AUTH with an endless length
+    ],
+    ids=lambda packet: packet.hex(),
+)
+def test_malformed_packets_do_not_end_the_transport(
+    garbage: bytes, scripted: ScriptedBroker, transport: MqttTransport
+) -> None:
+    transport.open()
+    scripted.accept()
+    scripted.send(CONNACK)
+    await_event(transport, Connected)
+    scripted.send(garbage)
+    await_event(transport, Disconnected)
+    scripted.accept()
+    scripted.send(CONNACK + publish_packet(b"t", b"alive"))
+    await_event(transport, Connected)
+    assert await_event(transport, Received) == Received("t", b"alive")
+
+
+def test_a_topic_that_is_not_utf8_is_dropped(scripted: ScriptedBroker, transport: MqttTransport) -> None:
+    transport.open()
+    scripted.accept()
+    scripted.send(CONNACK + publish_packet(b"\xff\xfe", b"bad") + publish_packet(b"t", b"good"))
+    assert await_event(transport, Received) == Received("t", b"good")
+
+
+def test_nothing_left_over_from_an_old_connection_is_sent_on_a_new_one(
+    scripted: ScriptedBroker, transport: MqttTransport
+) -> None:
+    transport.open()
+    scripted.accept()
+    scripted.send(CONNACK)
+    await_event(transport, Connected)
+    transport.publish("round", b"manifest of round 1", retain=True)
+    kind, body = scripted.read_packet()
+    assert (kind, b"round 1" in body) == (PUBLISH, True)
+    scripted.hang_up()  # without an acknowledgement
+    scripted.accept()
+    scripted.send(CONNACK)
+    await_event(transport, Disconnected)
+    await_event(transport, Connected)
+    transport.publish("round", b"manifest of round 2", retain=True)
+    kind, body = scripted.read_packet()
+    assert (kind, b"round 2" in body) == (PUBLISH, True)
+
+
+def test_a_slow_consumer_holds_a_bounded_number_of_bytes(scripted: ScriptedBroker, transport: MqttTransport) -> None:
+    transport.open()
+    scripted.accept()
+    scripted.send(CONNACK)
+    await_event(transport, Connected)
+    size = 8 * 1024 * 1024
+    for _ in range(MAX_QUEUED_BYTES // size + 3):
+        scripted.send(publish_packet(b"flood", bytes(size)))
+    scripted.send(bytes([0xE0, 0]))  # DISCONNECT: the event after which nothing more comes
+    scripted.accept()  # everything was taken from the socket before the client came back
+    held = 0
+    while not isinstance(event := transport.poll(WITHIN_S), Disconnected):
+        assert isinstance(event, Received)
+        held += len(event.payload)
+    assert held == MAX_QUEUED_BYTES
+
+
+def test_messages_larger_than_any_of_ours_are_kept_away_by_an_honest_broker(tmp_path: Path) -> None:
+    if find_mosquitto() is None:
+        pytest.skip("mosquitto is not installed")
+    broker = Real(start_mosquitto(tmp_path))
+    receiver, sender = broker.client("receiver"), broker.client("sender")
+    for client in (receiver, sender):
+        client.open()
+        await_event(client, Connected)
+    receiver.subscribe("t/+")
+    receiver.publish("t/ready", b"")
+    await_event(receiver, Received)
+    sender.publish("t/huge", bytes(2 * MAX_PACKET_BYTES))
+    sender.publish("t/end", b"end")
+    assert await_event(receiver, Received) == Received("t/end", b"end")
+    broker.stop()
+
+
+def test_the_embedded_broker_listens_on_loopback_only() -> None:
+    port = free_port()
+    stop = start_iotcore(port)
+    # Columns of /proc/net/tcp: local address in hexadecimal, little-endian; 0A is LISTEN.
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = [row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port]
+    stop()
+    assert listening == ["0100007F"]
+
+
+def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    missing = TlsFiles(ca=tmp_path / "ca.pem", certificate=tmp_path / "cert.pem", key=tmp_path / "key.pem")
+    with pytest.raises(LocalMisuseError, match=r"ca\.pem.*cert\.pem.*key\.pem"):
+        MqttTransport(host="127.0.0.1", port=1, client_id="one", tls=missing)
+
+
+def test_a_host_that_no_resolver_takes_is_refused_at_once() -> None:
+    with pytest.raises(LocalMisuseError, match="host: expected"):
+        MqttTransport(host="x" * 70 + ".example", port=1883, client_id="one")
