@@ -18,6 +18,9 @@ class RunningBroker(Protocol):
     def description(self) -> str:
         """What it is and what it lacks, for people."""
 
+    def watch(self) -> str | None:
+        """Start it again if it died; what happened, if anything."""
+
     def stop(self) -> None:
         """End it."""
 

@@ -83,11 +83,11 @@ def _run(folder: RunFolder, settings: DemoSettings, console: Console, choice: Br
             f"{len(settings.held_out_wrists)} held-out wrists measure; each its own process",
             highlight=False,
         )
-        run = DemoRun(folder, settings, console)
+        run = DemoRun(folder, settings, console, broker)
         finished = run.run()
     finally:
         broker.stop()
-    metrics = run.write_results(broker=broker.description)
+    metrics = run.write_results()
     _summary(console, folder, metrics)
     if not finished:
         console.print(f"Stopped; go on with: covey-fleet demo --resume {folder.path}", highlight=False)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from aggregator.assembly import AggregatorFiles
 from aggregator.export import export_model
+from firmware_sim.brokers import RunningBroker
 from firmware_sim.errors import FleetError
 from firmware_sim.live import LiveRounds
 from firmware_sim.metrics import RunMetrics, gather
@@ -37,6 +38,7 @@ class DemoRun:
     folder: RunFolder
     settings: DemoSettings
     console: Console
+    broker: RunningBroker
     stopped: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -79,7 +81,8 @@ class DemoRun:
         """Follow the logs until done."""
         finished_at_s: float | None = None
         while not self.stopped and not self.observation.finished:
-            for text in self.fleet.watch():
+            broker_happened = self.broker.watch()
+            for text in [*self.fleet.watch(), *([broker_happened] if broker_happened else [])]:
                 live.say(f"[yellow]{text}[/]")
             self._read_logs()
             live.refresh()
@@ -103,13 +106,15 @@ class DemoRun:
             if peak is not None:
                 self._peak_rss_mb[daemon.name] = round(peak, 1)
 
-    def write_results(self, *, broker: str) -> RunMetrics:
+    def write_results(self) -> RunMetrics:
         """Write metrics, report and, when the task is finished, the model's files.
 
         Raises:
             FleetError: the folder does not take them.
         """
-        metrics = gather(self.observation, covey=software_version(), broker=broker, peak_rss_mb=self._peak_rss_mb)
+        metrics = gather(
+            self.observation, covey=software_version(), broker=self.broker.description, peak_rss_mb=self._peak_rss_mb
+        )
         folder = self.folder.path
         try:
             text = msgspec.json.format(msgspec.json.encode(metrics), indent=1)

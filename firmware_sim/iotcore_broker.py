@@ -65,6 +65,13 @@ class IotcoreBroker:
         """What it is and what it lacks."""
         return "iotcore on loopback: no TLS, no ACL; for demos on one machine only"
 
+    def watch(self) -> str | None:
+        """Start it again if it died; what happened, if anything. Raises FleetError when it does not start."""
+        if self._broker.is_running:
+            return None
+        self._broker = start(self.port)._broker
+        return "iotcore ended; it was started again, without its retained messages"
+
     def stop(self) -> None:
         """End it and release the port; last wills and retained messages are gone. May be called twice."""
         self._broker.stop()

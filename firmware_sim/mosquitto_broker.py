@@ -11,6 +11,7 @@ from pathlib import Path
 
 from aggregator.broker_config import mosquitto_acl, mosquitto_config
 from firmware_sim.errors import FleetError
+from firmware_sim.processes import die_with_parent
 
 _STARTS_WITHIN_S = 10.0
 
@@ -47,19 +48,34 @@ class MosquittoBroker:
         program = find_mosquitto()
         if program is None:
             raise FleetError("mosquitto is not installed: apt install mosquitto, or use --broker iotcore")
-        with log.open("ab") as stream:
+        self._command = [program, "-c", str(config)]
+        self._address, self._log = (host, port), log
+        self._start()
+
+    def _start(self) -> None:
+        """Start the process and wait until it listens."""
+        with self._log.open("ab") as stream:
             self._process = subprocess.Popen(
-                [program, "-c", str(config)],
+                self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
                 start_new_session=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - a single prctl call, no Python locks are taken
             )
         try:
-            self._wait_until_listening(host, port, log)
+            self._wait_until_listening()
         except FleetError:
             self.stop()
             raise
+
+    def watch(self) -> str | None:
+        """Start it again if it died; what happened, if anything. Raises FleetError when it does not start."""
+        if self._process.poll() is None:
+            return None
+        code = self._process.returncode
+        self._start()
+        return f"mosquitto ended (code {code}); it was started again"
 
     @property
     def description(self) -> str:
@@ -71,8 +87,9 @@ class MosquittoBroker:
         """Process id."""
         return self._process.pid
 
-    def _wait_until_listening(self, host: str, port: int, log: Path) -> None:
+    def _wait_until_listening(self) -> None:
         """Wait for the listener, or for the process to end."""
+        (host, port), log = self._address, self._log
         ends_s = time.monotonic() + _STARTS_WITHIN_S
         while time.monotonic() < ends_s:
             if self._process.poll() is not None:

@@ -40,7 +40,7 @@ class DaemonProcess:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,  # Ctrl-C in the terminal reaches the runner only, which then stops its own
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - a single prctl call, no Python locks are taken
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - a single prctl call, no Python locks are taken
             )
 
     @property
@@ -132,6 +132,6 @@ class Fleet:
             daemon.wait_stopped(until_s)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to end this process when the runner dies, however it dies: nothing it started is left behind."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -41,7 +41,7 @@ class DemoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expected_batch_size: float = 100.0
     server_momentum: float = 0.9
     average_last: int | None = None
-    round_duration_s: float = 30.0
+    round_duration_s: float = 20.0
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.held_out) - set(PEOPLE))
