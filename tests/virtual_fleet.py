@@ -46,17 +46,14 @@ def load_bundle(name: str = "watch_features") -> ModelBundle:
 
 
 class SeededEntropy:
-    """A deterministic stream of bytes: SHA-256 in counter mode over a seed. For tests only."""
+    """Deterministic bytes: SHAKE-256 of a seed and the number of the call. For tests only."""
 
     def __init__(self, seed: str) -> None:
         self._seed, self._counter = seed.encode(), 0
 
     def __call__(self, count: int) -> bytes:
-        out = b""
-        while len(out) < count:
-            out += hashlib.sha256(self._seed + self._counter.to_bytes(8, "little")).digest()
-            self._counter += 1
-        return out[:count]
+        self._counter += 1
+        return hashlib.shake_256(self._counter.to_bytes(8, "little") + self._seed).digest(count)
 
 
 @dataclass
