@@ -51,7 +51,7 @@ class LiveRounds:
                 completed=record.arrived,
                 total=record.goal,
                 number=record.number,
-                text=round_text(record, score, self._observation.settings.epsilon),
+                text=self._text(record, score, max(self._observation.epsilon.values(), default=0.0)),
             )
 
     def _print_when_complete(self, record: RoundRecord, *, newest: int) -> None:
@@ -71,14 +71,14 @@ class LiveRounds:
             self.say(f"round {record.number:>3} [yellow]aborted[/]: {record.reason}")
             return
         bar = "━" * round(_BAR_CELLS * min(1.0, record.arrived / record.goal))
-        text = round_text(record, score, self._observation.settings.epsilon)
+        text = self._text(record, score, record.epsilon_max or 0.0)
         self.say(f"round {record.number:>3} [green]{bar:<{_BAR_CELLS}}[/] {record.arrived:>2}/{record.goal} {text}")
 
-
-def round_text(record: RoundRecord, score: ModelScore | None, budget: float | None) -> str:
-    """Bytes, loss, accuracy and privacy of a round, in words."""
-    measured = "loss     –, accuracy      –"
-    if score is not None:
-        measured = f"loss {score.loss:5.3f}, accuracy {100 * score.accuracy:4.1f} %"
-    spent = "no privacy claimed" if budget is None else f"ε {record.epsilon_max or 0.0:4.2f}/{budget:g}"
-    return f"{record.bytes_up / 1000:4.1f} kB up, {measured}, {spent}"
+    def _text(self, record: RoundRecord, score: ModelScore | None, epsilon: float) -> str:
+        """Bytes, loss, accuracy and privacy of a round, in words."""
+        budget = self._observation.settings.epsilon
+        measured = "loss     –, accuracy      –"
+        if score is not None:
+            measured = f"loss {score.loss:5.3f}, accuracy {100 * score.accuracy:4.1f} %"
+        spent = "no privacy claimed" if budget is None else f"ε {epsilon:4.2f}/{budget:g}"
+        return f"{record.bytes_up / 1000:4.1f} kB up, {measured}, {spent}"

@@ -27,6 +27,7 @@ class DaemonProcess:
     module: str
     config: Path
     log: Path
+    python: str = sys.executable
     restarts: int = 0
     _process: subprocess.Popen[bytes] | None = None
     _died_s: float = 0.0
@@ -35,7 +36,7 @@ class DaemonProcess:
         """Start it; its events are appended to its log, its complaints to the file beside it."""
         with self.log.open("ab") as out, self.errors.open("ab") as err:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", self.module, "run", "--config", str(self.config)],
+                [self.python, "-m", self.module, "run", "--config", str(self.config)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
