@@ -1,0 +1,133 @@
+"""One valid message of every kind, with fixed keys and digests, and changes that keep or break validity."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fl_protocol import messages
+from fl_protocol.errors import RefusalReason
+from fl_protocol.messages import (
+    ChunkMsg,
+    KemName,
+    NackMsg,
+    PresenceMsg,
+    ReceiptMsg,
+    RecipientKeyMsg,
+    RoundManifestMsg,
+    SignedMsg,
+    TrainingPlanMsg,
+    UpdateBodyMsg,
+    UpdateEnvelopeMsg,
+    UpdateHeaderMsg,
+)
+from fl_protocol.sealing import RoundKey, round_key_bytes
+
+TENANT, TASK, DEVICE = "clinic", "watch", "watch-1"
+AGGREGATOR_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+DEVICE_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32, 64)))
+UPDATE_ID = bytes(range(16))
+MODEL_DIGEST = hashlib.sha256(b"model").digest()
+GRAPH_DIGEST = hashlib.sha256(b"graph").digest()
+SEALED_DIGEST = hashlib.sha256(b"sealed").digest()
+KEMS: tuple[KemName, ...] = ("x25519", "mlkem768-x25519")
+VALUES = np.array([0.5, -1.25, 0.0], "<f4").tobytes()
+BODY = UpdateBodyMsg(num_parameters=3, values=VALUES)
+
+PLAN = TrainingPlanMsg(
+    sampling_rate=0.25,
+    local_steps=4,
+    learning_rate=0.5,
+    l2_norm_clip=1.0,
+    noise_multiplier=1.5,
+    expected_batch_size=16.0,
+)
+
+
+def round_key(kem: KemName, seed: int = 7) -> RoundKey:
+    """A fixed round key."""
+    return RoundKey(kem, hashlib.shake_128(bytes([seed])).digest(round_key_bytes(kem)))
+
+
+def manifest(kem: KemName = "x25519", **changes: Any) -> RoundManifestMsg:
+    """A valid open round."""
+    fields: dict[str, Any] = {
+        "tenant": TENANT,
+        "task": TASK,
+        "round": 5,
+        "status": "open",
+        "engine": "open",
+        "model_digest": MODEL_DIGEST,
+        "graph_digest": GRAPH_DIGEST,
+        "num_parameters": 3,
+        "recipient": round_key(kem).recipient(),
+        "plan": PLAN,
+        "opened_s": 1_000_000.0,
+        "deadline_s": 1_000_060.0,
+        "goal": 10,
+        "minimum_cohort": 5,
+        "participation_probability": 0.5,
+        "minimum_separation_s": 3600.0,
+    }
+    return RoundManifestMsg(**{**fields, **changes})
+
+
+RECEIPT = ReceiptMsg(
+    tenant=TENANT,
+    task=TASK,
+    round=5,
+    device=DEVICE,
+    update_id=UPDATE_ID,
+    sealed_digest=SEALED_DIGEST,
+    accepted_s=1_000_030.0,
+)
+NACK = NackMsg(
+    tenant=TENANT,
+    device=DEVICE,
+    update_id=UPDATE_ID,
+    reason=RefusalReason.TRUNCATED,
+    missing=b"\x05",
+    detail="chunks 0 and 2 are missing",
+)
+HEADER = UpdateHeaderMsg(
+    tenant=TENANT,
+    task=TASK,
+    round=5,
+    model_digest=MODEL_DIGEST,
+    device=DEVICE,
+    update_id=UPDATE_ID,
+    kem="x25519",
+    sealed_digest=SEALED_DIGEST,
+)
+CHUNK = ChunkMsg(transfer_id=UPDATE_ID, index=1, count=2, total_bytes=300, digest=SEALED_DIGEST, data=bytes(range(44)))
+
+EXAMPLES: tuple[messages._Msg, ...] = (
+    PLAN,
+    RecipientKeyMsg(kem="x25519", public_key=round_key("x25519").recipient().public_key),
+    manifest(),
+    manifest(status="finished", recipient=None),
+    CHUNK,
+    HEADER,
+    UpdateEnvelopeMsg(header=messages.encode(HEADER), signature=bytes(range(64)), sealed=b"sealed"),
+    BODY,
+    RECEIPT,
+    NACK,
+    PresenceMsg(state="online", software="covey 0.1.0"),
+    SignedMsg(payload=messages.encode(RECEIPT), signature=bytes(range(64))),
+)
+
+
+def as_map(message: messages._Msg) -> dict[str, Any]:
+    """The message as a plain map, as another implementation would build it."""
+    loaded = msgspec.msgpack.decode(messages.encode(message))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def packed(fields: dict[str, Any]) -> bytes:
+    """A plain map as MessagePack."""
+    return msgspec.msgpack.encode(fields)

@@ -1,0 +1,301 @@
+"""The codec: one encoding per message; anything else is a `ProtocolError`, and nothing but a `ProtocolError`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fl_protocol.errors import LocalMisuseError, ProtocolError
+from fl_protocol.messages import (
+    ChunkMsg,
+    NackMsg,
+    PresenceMsg,
+    RecipientKeyMsg,
+    RoundManifestMsg,
+    TrainingPlanMsg,
+    UpdateBodyMsg,
+    UpdateHeaderMsg,
+    _Msg,
+    decode,
+    encode,
+)
+from tests.fl_protocol.examples import CHUNK, EXAMPLES, NACK, PLAN, UPDATE_ID, as_map, manifest, packed
+
+KINDS = sorted({type(message) for message in EXAMPLES}, key=lambda kind: kind.__name__)
+any_example = pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+
+
+def refused(data: bytes, kind: type[_Msg]) -> str:
+    """The error's text; any other outcome fails the test."""
+    with pytest.raises(ProtocolError) as caught:
+        decode(data, kind)
+    return str(caught.value)
+
+
+def decodes_or_is_refused(data: bytes, kind: type[_Msg]) -> None:
+    """Decoding gives a message whose one encoding is `data`, or a `ProtocolError`."""
+    try:
+        message = decode(data, kind)
+    except ProtocolError:
+        return
+    assert encode(message) == data
+
+
+@any_example
+def test_every_message_survives_the_round_trip(message: _Msg) -> None:
+    assert decode(encode(message), type(message)) == message
+
+
+@any_example
+def test_a_field_too_many_is_refused(message: _Msg) -> None:
+    assert "unknown field `extra`" in refused(packed({**as_map(message), "extra": 1}), type(message))
+
+
+@any_example
+def test_every_missing_field_is_refused_even_one_with_a_default(message: _Msg) -> None:
+    fields = as_map(message)
+    for name in fields:
+        refused(packed({key: value for key, value in fields.items() if key != name}), type(message))
+
+
+@any_example
+def test_a_field_given_twice_is_refused(message: _Msg) -> None:
+    fields = as_map(message)
+    entries = encode(message)[1 if len(fields) < 16 else 3 :]
+    for name, value in fields.items():
+        header = b"\xde" + (len(fields) + 1).to_bytes(2, "big")
+        refused(header + entries + packed({name: value})[1:], type(message))
+
+
+@any_example
+def test_fields_in_another_order_are_refused(message: _Msg) -> None:
+    refused(packed(dict(reversed(as_map(message).items()))), type(message))
+
+
+@any_example
+@pytest.mark.parametrize("version", [0, 2, 1.0, "1", True, None, 2**64 - 1])
+def test_another_version_is_refused(message: _Msg, version: object) -> None:
+    refused(packed({**as_map(message), "v": version}), type(message))
+
+
+@any_example
+def test_a_field_of_another_type_is_refused(message: _Msg) -> None:
+    fields = as_map(message)
+    for name, value in fields.items():
+        wrong: list[object] = [[], {}, True, b"x" if not isinstance(value, bytes) else "x" * len(value)]
+        wrong += [2**64 - 1, -1, "x"] if not isinstance(value, str) else [1]
+        wrong += [None] if name != "recipient" else []
+        for other in wrong:
+            refused(packed({**fields, name: other}), type(message))
+
+
+@any_example
+def test_trailing_bytes_and_truncations_are_refused(message: _Msg) -> None:
+    data = encode(message)
+    refused(data + b"\0", type(message))
+    refused(data + data, type(message))
+    for length in range(len(data)):
+        refused(data[:length], type(message))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc0",
+        b"\xc1",  # never used by MessagePack
+        b"\x80",
+        b"\x81\xa1\xff\x01",  # a field name that is not UTF-8
+        b"\x81\xa1v" + b"\x91" * 100_000,  # nested in a known field
+        b"\x81\xa1q" + b"\x91" * 100_000,  # nested in an unknown one
+        b"\x81" * 100_000,
+        b"\xdf\xff\xff\xff\xff",  # a map of four billion entries
+        b"\xdd\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\xc7\x05\x01abcde",  # an extension type
+        b"\xd6\xff\0\0\0\0",  # a timestamp
+        b"\x81\xa1v\xcf\xff\xff\xff\xff\xff\xff\xff\xff",
+    ],
+    ids=lambda data: data[:8].hex(),
+)
+def test_bytes_that_are_no_message_are_refused(kind: type[_Msg], data: bytes) -> None:
+    refused(data, kind)
+
+
+def test_text_that_is_not_utf8_is_refused() -> None:
+    data = encode(PresenceMsg(state="online", software="AAAA"))
+    assert "utf-8" in refused(data.replace(b"AAAA", b"A\xff\xfeA"), PresenceMsg)
+
+
+def test_an_integer_in_a_longer_form_is_refused() -> None:
+    data = encode(PLAN)
+    at = data.index(b"\xa1v\x01") + 2
+    assert "shortest form" in refused(data[:at] + b"\xcc\x01" + data[at + 1 :], TrainingPlanMsg)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in as_map(PLAN) if name not in {"v", "local_steps"} for value in (math.nan, math.inf)),
+        ("sampling_rate", 0.0),
+        ("sampling_rate", 1.5),
+        ("local_steps", 0),
+        ("local_steps", 100_001),
+        ("learning_rate", 0.0),
+        ("l2_norm_clip", -1.0),
+        ("noise_multiplier", -0.5),
+        ("expected_batch_size", 0.0),
+        ("learning_rate", 1),  # an integer where a float belongs has two encodings
+    ],
+)
+def test_a_plan_out_of_range_is_refused(name: str, value: float) -> None:
+    assert "TrainingPlanMsg" in refused(packed({**as_map(PLAN), name: value}), TrainingPlanMsg)
+    # Nested in a manifest too.
+    nested = {**as_map(manifest()), "plan": {**as_map(PLAN), name: value}}
+    refused(packed(nested), RoundManifestMsg)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tenant", "Clinic"),
+        ("tenant", ""),
+        ("tenant", "clinic\n"),  # `$` in a pattern would let this pass
+        ("tenant", "a/b"),
+        ("task", "+"),
+        ("task", "x" * 65),
+        ("task", "é"),
+        ("task", "-watch"),
+        ("round", 0),
+        ("round", 2**31),
+        ("status", "paused"),
+        ("engine", "secure"),
+        ("model_digest", bytes(31)),
+        ("graph_digest", bytes(33)),
+        ("num_parameters", 0),
+        ("num_parameters", 4_000_001),
+        ("recipient", None),  # an open round needs one
+        ("status", "finished"),  # with a recipient
+        ("opened_s", math.nan),
+        ("opened_s", -1.0),
+        ("deadline_s", math.inf),
+        ("deadline_s", 999_999.0),  # before it was opened
+        ("goal", 4),  # below the minimum cohort
+        ("minimum_cohort", 0),
+        ("participation_probability", 1.01),
+        ("participation_probability", math.nan),
+        ("minimum_separation_s", -math.inf),
+    ],
+)
+def test_a_manifest_out_of_range_is_refused(name: str, value: object) -> None:
+    refused(packed({**as_map(manifest()), name: value}), RoundManifestMsg)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"index": 2},
+        {"count": 0},
+        {"count": 65_537},
+        {"total_bytes": 0},
+        {"total_bytes": 16 * 1024 * 1024 + 1},
+        {"data": b""},
+        {"data": bytes(96 * 1024 + 1)},
+        {"transfer_id": bytes(15)},
+        {"index": 0},  # the first of two chunks cannot be shorter than the second
+        {"count": 3, "index": 2, "total_bytes": 601},  # the 557 bytes before it do not divide by two
+        {"count": 3, "index": 2},  # 256 bytes in two chunks: 128 each is needlessly small
+        {"data": bytes(300)},  # nothing left for the first
+    ],
+    ids=str,
+)
+def test_a_chunk_that_no_cut_gives_is_refused(changes: dict[str, Any]) -> None:
+    refused(packed({**as_map(CHUNK), **changes}), ChunkMsg)
+
+
+def test_a_chunk_says_how_the_whole_was_cut() -> None:
+    assert CHUNK.cut_bytes == 256
+    first = msgspec.structs.replace(CHUNK, index=0, data=bytes(256))
+    assert first.cut_bytes == 256
+
+
+@pytest.mark.parametrize(
+    "changes", [{"reason": "because"}, {"missing": bytes(8193)}, {"detail": "x" * 401}, {"device": "watch 1"}]
+)
+def test_a_nack_out_of_range_is_refused(changes: dict[str, object]) -> None:
+    refused(packed({**as_map(NACK), **changes}), NackMsg)
+
+
+@pytest.mark.parametrize("length", [0, 31, 1217])
+def test_a_recipient_key_of_an_impossible_length_is_refused(length: int) -> None:
+    refused(packed({"v": 1, "kem": "x25519", "public_key": bytes(length)}), RecipientKeyMsg)
+
+
+def test_an_update_whose_length_contradicts_its_count_is_refused() -> None:
+    refused(packed({"v": 1, "num_parameters": 3, "values": bytes(11)}), UpdateBodyMsg)
+
+
+def test_what_every_peer_would_refuse_cannot_be_sent() -> None:
+    with pytest.raises(LocalMisuseError, match="PresenceMsg cannot be sent"):
+        encode(PresenceMsg(state="online", software="x" * 65))
+    with pytest.raises(LocalMisuseError, match=r"\$\.tenant"):
+        encode(manifest(tenant="Clinic"))
+
+
+def test_an_integer_given_for_a_float_is_sent_as_the_float() -> None:
+    assert encode(manifest(opened_s=1_000_000)) == encode(manifest(opened_s=1_000_000.0))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@given(data=st.binary(max_size=300))
+@example(data=b"\xc4\x00")
+def test_random_bytes_decode_or_are_refused(kind: type[_Msg], data: bytes) -> None:
+    decodes_or_is_refused(data, kind)
+
+
+@any_example
+@given(data=st.data())
+def test_mutated_messages_decode_or_are_refused(message: _Msg, data: st.DataObject) -> None:
+    mutant = bytearray(encode(message))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(mutant) - 1))
+        match data.draw(st.sampled_from(["flip", "set", "insert", "delete", "repeat"])):
+            case "flip":
+                mutant[at] ^= 1 << data.draw(st.integers(0, 7))
+            case "set":
+                mutant[at] = data.draw(st.integers(0, 255))
+            case "insert":
+                mutant[at:at] = data.draw(st.binary(min_size=1, max_size=9))
+            case "delete" if len(mutant) > 1:
+                del mutant[at]
+            case _:
+                mutant[at:at] = mutant[at : at + data.draw(st.integers(1, 40))]
+    decodes_or_is_refused(bytes(mutant), type(message))
+
+
+@any_example
+@given(data=st.data())
+def test_structured_nonsense_decodes_or_is_refused(message: _Msg, data: st.DataObject) -> None:
+    fields = as_map(message)
+    scalar = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary()
+    anything = st.recursive(scalar, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+    for name in data.draw(st.lists(st.sampled_from(sorted(fields)), min_size=1, max_size=3)):
+        fields[name] = data.draw(anything)
+    decodes_or_is_refused(packed(fields), type(message))
+
+
+def test_the_codec_names_what_was_expected() -> None:
+    text = refused(packed({**as_map(manifest()), "round": "five"}), RoundManifestMsg)
+    assert "RoundManifestMsg" in text
+    assert "$.round" in text
+
+
+def test_ids_are_bytes_of_fixed_length() -> None:
+    assert len(UPDATE_ID) == 16
+    refused(packed({**as_map(EXAMPLES[5]), "update_id": bytes(17)}), UpdateHeaderMsg)
