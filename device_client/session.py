@@ -148,6 +148,7 @@ class DeviceSession:
         self._deliveries.connected(event.maximum_packet_bytes)
         if self._download is not None:
             self._manifest = self._download = None  # the retained manifest comes again and restarts it
+            self._stalled_s = math.inf
         return [
             Subscribe(down_filter(config.tenant, config.device)),
             Subscribe(round_topic(config.tenant, config.task)),

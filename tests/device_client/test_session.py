@@ -1,0 +1,393 @@
+"""The session: every check on a manifest, the coin, the download, and what it remembers."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from scipy import stats
+
+from device_client.delivery import Deliveries
+from device_client.events import (
+    Evaluate,
+    Participate,
+    ParticipationEnded,
+    PendingUpdate,
+    Publish,
+    Remember,
+    SessionState,
+    Subscribe,
+    Tick,
+    Unsubscribe,
+    UpdateReady,
+)
+from device_client.session import STALLED_AFTER_S, Floors
+from fl_protocol.messages import PresenceMsg, ReceiptMsg, decode, encode
+from fl_protocol.signing import sign
+from fl_protocol.topics import down_topic, model_filter, model_topic, round_topic, state_topic
+from fl_protocol.transport import Connected, Disconnected, Received
+from tests.device_client.noise_checks import FALSE_ALARM_RATE
+from tests.device_client.ports import DEVICE, TASK, TENANT, make_plan
+from tests.device_client.session_driver import (
+    AGGREGATOR,
+    DIGEST,
+    NUM_PARAMETERS,
+    PARAMS,
+    STRANGER,
+    Driver,
+    chunk_message,
+    manifest,
+    manifest_message,
+    model_chunks,
+    notes,
+    participations,
+    reasons,
+)
+from tests.virtual_fleet import SeededEntropy
+
+STUDY = f"{TENANT}/{TASK}"
+MODEL = Subscribe(model_filter(TENANT, DIGEST))
+
+
+def test_a_round_is_joined_with_the_verified_model() -> None:
+    driver = Driver()
+    assert MODEL in driver.open_round()
+    actions = driver.send_model()
+    (joined,) = [action for action in actions if isinstance(action, Participate)]
+    np.testing.assert_array_equal(joined.params, PARAMS)
+    assert actions.index(Unsubscribe(MODEL.topic_filter)) < actions.index(joined)
+    # What would let a crash repeat the round is stored before it begins.
+    remembered = [action.state for action in actions if isinstance(action, Remember)]
+    assert remembered == [SessionState(STUDY, highest_round=1, decided_round=1, participated_s=driver.now_s)]
+    assert actions.index(Remember(remembered[0])) < actions.index(joined)
+
+
+def test_it_subscribes_and_announces_itself_on_every_connection() -> None:
+    driver = Driver()
+    for _ in range(2):
+        actions = driver.tell(Connected())
+        filters = [action.topic_filter for action in actions if isinstance(action, Subscribe)]
+        assert filters == [f"fl/v1/{TENANT}/down/{DEVICE}/+", round_topic(TENANT, TASK)]
+        (presence,) = [action for action in actions if isinstance(action, Publish)]
+        assert (presence.topic, presence.retain) == (state_topic(TENANT, DEVICE), True)
+        assert decode(presence.payload, PresenceMsg).state == "online"
+        driver.tell(Disconnected("gone"))
+    assert decode(driver.session.offline_presence().payload, PresenceMsg).state == "offline"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tenant": "elsewhere"}, "the manifest is for elsewhere/watch"),
+        ({"task": "other"}, "the manifest is for clinic/other"),
+        ({"round": 4}, "a replay"),
+        ({"graph_digest": b"\x09" * 32}, "another model graph"),
+        ({"num_parameters": NUM_PARAMETERS + 1}, "another model graph"),
+        ({"plan": make_plan(noise_multiplier=1.9)}, "noise_multiplier 1.9 is below the wearer's floor 2"),
+        ({"plan": make_plan(noise_multiplier=0.0)}, "below the wearer's floor"),
+        ({"minimum_cohort": 2}, "minimum_cohort 2 is below the wearer's floor 3"),
+    ],
+)
+def test_a_manifest_that_fails_a_check_changes_nothing(changes: dict[str, object], reason: str) -> None:
+    driver = Driver(floors=Floors(2.0, 3), state=SessionState(highest_round=5, decided_round=5))
+    good: dict[str, object] = {"round": 6, "minimum_cohort": 3}
+    actions = driver.open_round(**{**good, **changes})
+    assert notes(actions) == ["message_refused"]
+    assert reason in reasons(actions)
+    assert driver.send_model() == []
+    # The good one is still welcome.
+    assert MODEL in driver.open_round(**good)
+    assert participations(driver.send_model()) == [6]
+
+
+@pytest.mark.parametrize("damage", ["stranger", "flipped", "cut", "empty", "unsigned", "receipt"])
+def test_a_manifest_without_the_pinned_signature_is_refused(damage: str) -> None:
+    driver, message = Driver(), manifest()
+    payload = sign(message, AGGREGATOR)
+    match damage:
+        case "stranger":
+            payload = sign(message, STRANGER)
+        case "flipped":
+            payload = payload[:100] + bytes([payload[100] ^ 1]) + payload[101:]
+        case "cut":
+            payload = payload[:-1]
+        case "empty":
+            payload = b""
+        case "unsigned":
+            payload = encode(message)
+        case "receipt":
+            payload = sign(receipt_for(some_update()), AGGREGATOR)
+    actions = driver.tell(Received(round_topic(TENANT, TASK), payload))
+    assert notes(actions) == ["message_refused"]
+    assert driver.state is None
+
+
+def test_an_evaluating_device_ignores_floors_and_never_trains() -> None:
+    driver = Driver(role="evaluate", floors=Floors(100.0, 100))
+    assert MODEL in driver.open_round()
+    actions = driver.send_model()
+    (measured,) = [action for action in actions if isinstance(action, Evaluate)]
+    np.testing.assert_array_equal(measured.params, PARAMS)
+    assert participations(driver.actions) == []
+    # Also the finished model, which has the same round number.
+    driver.tell(manifest_message(manifest(status="finished")))
+    assert any(isinstance(action, Evaluate) for action in driver.send_model())
+
+
+def test_a_training_device_does_not_fetch_the_finished_model() -> None:
+    driver = Driver()
+    assert MODEL not in driver.open_round(status="finished")
+    assert driver.send_model() == []
+
+
+def test_the_coin_is_tossed_once_per_round_even_across_restarts() -> None:
+    tosses = []
+
+    def entropy(count: int) -> bytes:
+        tosses.append(count)
+        return b"\xff" * count  # the coin says no
+
+    driver = Driver(entropy=entropy)
+    assert reasons(driver.open_round(participation_probability=0.5)) == "the coin said no"
+    for again in range(5):
+        driver.open_round(participation_probability=0.5, deadline_s=2000.0 + again)
+    assert len(tosses) == 1
+    restarted = Driver(entropy=entropy, state=driver.state)
+    restarted.open_round(participation_probability=1.0)
+    assert len(tosses) == 1
+    assert restarted.send_model() == []
+
+
+def test_the_toss_is_remembered_before_the_model_is_asked_for() -> None:
+    actions = Driver().open_round()
+    remembered = [index for index, action in enumerate(actions) if isinstance(action, Remember)]
+    assert actions[remembered[-1]] == Remember(SessionState(STUDY, highest_round=1, decided_round=1, willing_round=1))
+    assert max(remembered) < actions.index(MODEL)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.03, 0.5, 1.0])
+def test_participation_has_the_wanted_probability(probability: float) -> None:
+    # False-alarm rate: FALSE_ALARM_RATE.
+    rounds = 4000
+    driver = Driver(entropy=SeededEntropy(f"coin {probability}"))
+    joined = sum(
+        MODEL in driver.open_round(round=number, participation_probability=probability)
+        for number in range(1, rounds + 1)
+    )
+    if probability in {0.0, 1.0}:
+        assert joined == probability * rounds
+    else:
+        assert stats.binomtest(joined, rounds, probability).pvalue > FALSE_ALARM_RATE
+
+
+def test_a_device_stays_out_for_the_minimum_separation() -> None:
+    driver = Driver()
+    driver.open_round(round=1)
+    assert participations(driver.send_model()) == [1]
+    driver.now_s += 99.0
+    assert reasons(driver.open_round(round=2, minimum_separation_s=100.0)) == "took part too recently"
+    restarted = Driver(state=driver.state, now_s=driver.now_s)
+    assert reasons(restarted.open_round(round=3, minimum_separation_s=100.0)) == "took part too recently"
+    restarted.now_s += 1.0
+    restarted.open_round(round=4, minimum_separation_s=100.0)
+    assert participations(restarted.send_model()) == [4]
+
+
+def test_a_round_whose_deadline_has_passed_is_skipped() -> None:
+    driver = Driver(now_s=2000.0)
+    assert reasons(driver.open_round()) == "its deadline has passed"
+    assert driver.send_model() == []
+
+
+def test_a_model_that_comes_after_the_deadline_is_not_trained() -> None:
+    driver = Driver(now_s=1999.0)
+    driver.open_round()
+    driver.now_s = 2000.0
+    assert "the model came too late" in reasons(driver.send_model())
+    assert participations(driver.actions) == []
+
+
+def test_rounds_of_another_study_do_not_count_but_separation_does() -> None:
+    state = SessionState("clinic/older", highest_round=50, decided_round=50, willing_round=1, participated_s=1000.0)
+    driver = Driver(state=state)
+    assert reasons(driver.open_round(round=1, minimum_separation_s=500.0)) == "took part too recently"
+    assert MODEL in driver.open_round(round=2)
+    assert driver.state == SessionState(STUDY, highest_round=2, decided_round=2, willing_round=2, participated_s=1000.0)
+
+
+def test_a_device_restarted_between_coin_and_training_still_takes_part_once() -> None:
+    driver = Driver()
+    driver.open_round()
+    restarted = Driver(state=driver.state, entropy=lambda count: b"\xff" * count)
+    assert MODEL in restarted.open_round()
+    assert participations(restarted.send_model()) == [1]
+    again = Driver(state=restarted.state)
+    again.open_round()
+    assert participations(again.send_model()) == []
+
+
+@pytest.mark.parametrize("kind", ["other digest", "other bytes", "not finite", "other length", "garbage"])
+def test_a_wrong_model_is_refused_and_the_right_one_still_taken(kind: str) -> None:
+    driver = Driver()
+    driver.open_round()
+    wrong = model_chunks()
+    match kind:
+        case "other digest":
+            wrong = model_chunks((PARAMS + 1).tobytes())
+        case "other bytes":
+            wrong = [replace(chunk, data=bytes(len(chunk.data))) for chunk in wrong]
+        case "not finite":
+            wrong = model_chunks(np.full(NUM_PARAMETERS, np.nan, "<f4").tobytes())
+        case "other length":
+            wrong = [replace(chunk, digest=DIGEST) for chunk in model_chunks(PARAMS.tobytes() + bytes(700))]
+        case "garbage":
+            driver.tell(Received(model_topic(TENANT, DIGEST, 0), b"garbage"))
+            wrong = []
+    for chunk in wrong:
+        driver.tell(chunk_message(chunk))
+    assert participations(driver.actions) == []
+    assert "message_refused" in notes(driver.actions)
+    driver.send_model()
+    if kind == "other bytes":  # the last forged chunk was only found out with the whole
+        driver.send_model()
+    assert participations(driver.actions) == [1]
+
+
+@pytest.mark.parametrize("values", [np.nan, np.inf])
+def test_a_signed_model_that_is_not_finite_is_refused(values: float) -> None:
+    params = np.full(NUM_PARAMETERS, values, "<f4").tobytes()
+    digest = hashlib.sha256(params).digest()
+    driver = Driver()
+    driver.open_round(model_digest=digest)
+    actions = [action for chunk in model_chunks(params) for action in driver.tell(chunk_message(chunk, digest))]
+    assert "not finite" in reasons(actions)
+    assert participations(actions) == []
+
+
+def test_a_forged_first_chunk_does_not_block_the_download() -> None:
+    driver = Driver()
+    driver.open_round()
+    driver.tell(chunk_message(replace(model_chunks(data_bytes=1200)[0], total_bytes=1500, count=2)))
+    driver.send_model()
+    driver.send_model()
+    assert participations(driver.actions) == [1]
+
+
+def test_a_download_cut_by_a_reconnection_goes_on() -> None:
+    driver = Driver()
+    driver.open_round()
+    driver.tell(chunk_message(model_chunks()[0]))
+    driver.tell(Disconnected("gone"))
+    driver.tell(Connected())
+    assert MODEL in driver.open_round()  # the retained manifest comes again
+    assert participations(driver.send_model()) == [1]
+
+
+def test_a_download_in_silence_is_asked_for_again_ever_less_often() -> None:
+    driver = Driver(now_s=0.0)
+    driver.open_round(deadline_s=1e6)
+    driver.tell(chunk_message(model_chunks()[0]))
+    asked = []
+    for _ in range(3000):
+        driver.now_s += 1.0
+        if MODEL in driver.tell(Tick()):
+            asked.append(driver.now_s)
+    assert asked[0] == STALLED_AFTER_S
+    gaps = np.diff(asked)
+    assert (gaps[:3] == [2 * STALLED_AFTER_S, 4 * STALLED_AFTER_S, 8 * STALLED_AFTER_S]).all()
+    assert gaps.max() <= 300.0
+    wake_s = driver.session.next_wake_s()
+    assert wake_s is not None
+    assert wake_s > driver.now_s
+    assert participations([a for c in model_chunks()[1:] for a in driver.tell(chunk_message(c))]) == [1]
+    assert driver.session.next_wake_s() is None
+
+
+def test_a_newer_manifest_ends_an_older_download() -> None:
+    driver, other = Driver(), hashlib.sha256(b"newer").digest()
+    driver.open_round()
+    actions = driver.open_round(round=2, model_digest=other)
+    assert Unsubscribe(MODEL.topic_filter) in actions
+    assert Subscribe(model_filter(TENANT, other)) in actions
+    driver.send_model()
+    assert participations(driver.actions) == []
+
+
+def test_the_same_manifest_again_changes_nothing() -> None:
+    driver = Driver()
+    driver.open_round()
+    assert driver.open_round() == []
+    driver.send_model()
+    assert driver.open_round() == []
+    assert driver.send_model() == []
+
+
+def test_a_round_that_was_trained_is_not_trained_again_for_a_changed_manifest() -> None:
+    driver = Driver()
+    driver.open_round()
+    driver.send_model()
+    driver.open_round(deadline_s=3000.0)
+    assert participations(driver.send_model()) == []
+
+
+@pytest.mark.parametrize("maximum", [0, 1, 1024, 1535])
+def test_a_server_without_room_for_a_chunk_is_noted_and_nothing_else(maximum: int) -> None:
+    driver = Driver(outbox=(some_update(),))
+    driver.tell(Disconnected("gone"))
+    assert notes(driver.tell(Connected(maximum))) == ["broker_unusable"]
+    assert driver.tell(Tick()) == []
+
+
+def some_update() -> PendingUpdate:
+    return PendingUpdate(
+        update_id=b"\x08" * 16, task=TASK, round=1, envelope=bytes(500), sealed_digest=b"\x04" * 32, deadline_s=2000.0
+    )
+
+
+def receipt_for(update: PendingUpdate) -> ReceiptMsg:
+    return ReceiptMsg(
+        tenant=TENANT,
+        task=TASK,
+        round=1,
+        device=DEVICE,
+        update_id=update.update_id,
+        sealed_digest=update.sealed_digest,
+        accepted_s=1.0,
+    )
+
+
+def test_only_a_signed_receipt_delivers() -> None:
+    update = some_update()
+    driver = Driver()
+    assert len([a for a in driver.tell(UpdateReady(update)) if isinstance(a, Publish)]) == 1
+    topic = down_topic(TENANT, DEVICE, "receipt")
+    assert notes(driver.tell(Received(topic, sign(receipt_for(update), STRANGER)))) == ["message_refused"]
+    assert notes(driver.tell(Received(topic, encode(receipt_for(update))))) == ["message_refused"]
+    # A NACK cannot pass for a receipt, nor a receipt come in by the NACK's topic.
+    nack_topic = down_topic(TENANT, DEVICE, "nack")
+    assert notes(driver.tell(Received(nack_topic, sign(receipt_for(update), AGGREGATOR)))) == ["message_refused"]
+    assert notes(driver.tell(Received(topic, sign(receipt_for(update), AGGREGATOR)))) == ["update_delivered"]
+
+
+def test_a_participation_that_ended_is_told_and_the_next_round_joined() -> None:
+    driver = Driver()
+    driver.open_round()
+    driver.send_model()
+    assert notes(driver.tell(ParticipationEnded(1, "spent"))) == ["participation_ended"]
+    driver.open_round(round=2)
+    assert participations(driver.send_model()) == [2]
+
+
+def test_messages_on_other_topics_are_ignored() -> None:
+    driver = Driver()
+    for topic in ("", "fl/v1", f"fl/v1/{TENANT}/down/watch-1/receipt", f"fl/v1/{TENANT}/round/other", "x" * 10_000):
+        assert driver.tell(Received(topic, sign(manifest(), AGGREGATOR))) == []
+
+
+def test_what_waits_in_the_outbox_is_sent_after_a_restart() -> None:
+    driver = Driver(outbox=(some_update(),))
+    sent = [action for action in driver.actions if isinstance(action, Publish) and "/up/" in action.topic]
+    assert len(sent) == 1
+    assert isinstance(driver.session._deliveries, Deliveries)
