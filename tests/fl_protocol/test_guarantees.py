@@ -56,7 +56,7 @@ def must_fail(check: Callable[[Any], None], broken: Any) -> None:
 
 
 def check_context_separation(verify: Verify) -> None:
-    """A receipt's signature must not vouch for its bytes as another kind: that they do not parse as one is no reason."""
+    """A receipt's signature must not vouch for another kind; that its bytes do not parse as one is no reason."""
     signed = signing.sign(RECEIPT, AGGREGATOR_KEY)
     for kind in (NackMsg, RoundManifestMsg):
         with pytest.raises(ProtocolError, match="not signed"):

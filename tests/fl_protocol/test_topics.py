@@ -29,7 +29,6 @@ names = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,63}", fullmatch=True)
 ids = st.binary(min_size=16, max_size=16)
 GOOD = upload_topic("clinic", "watch-1", bytes(range(16)), 7)
 HOSTILE = ["", "A", "a/b", "+", "#", "a+", "$sys", "-a", "_a", "a b", "a\n", "a\0", "é", "x" * 65, "..", "a\u200b"]
-]
 
 
 @given(tenant=names, device=names, update_id=ids, index=st.integers(0, 65_535))
