@@ -19,6 +19,9 @@ MIN_CHUNK_DATA_BYTES = 256
 MAX_TRANSFER_BYTES = 16 * 1024 * 1024
 """Largest update or model that is reassembled."""
 
+MAX_CHUNKS = MAX_TRANSFER_BYTES // MIN_CHUNK_DATA_BYTES
+"""Most chunks a transfer is cut into: 65,536."""
+
 MAX_OPEN_TRANSFERS = 4
 """Transfers one peer may have half-sent at a time."""
 

@@ -16,7 +16,13 @@ import msgspec
 from msgspec import Meta
 
 from fl_protocol.errors import LocalMisuseError, ProtocolError, RefusalReason
-from fl_protocol.limits import MAX_PACKET_BYTES, MAX_PARAMETERS, MAX_TRANSFER_BYTES, MIN_CHUNK_DATA_BYTES
+from fl_protocol.limits import (
+    MAX_CHUNKS,
+    MAX_PACKET_BYTES,
+    MAX_PARAMETERS,
+    MAX_TRANSFER_BYTES,
+    MIN_CHUNK_DATA_BYTES,
+)
 from fl_protocol.topics import NAME_PATTERN
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
@@ -138,8 +144,8 @@ class ChunkMsg(_Msg, frozen=True):
     """
 
     transfer_id: UpdateId
-    index: Annotated[int, Meta(ge=0, le=65_535)]
-    count: Annotated[int, Meta(ge=1, le=65_536)]
+    index: Annotated[int, Meta(ge=0, lt=MAX_CHUNKS)]
+    count: Annotated[int, Meta(ge=1, le=MAX_CHUNKS)]
     total_bytes: Annotated[int, Meta(ge=1, le=MAX_TRANSFER_BYTES)]
     digest: Digest
     data: Annotated[bytes, Meta(min_length=1, max_length=MAX_PACKET_BYTES)]
@@ -219,7 +225,7 @@ class NackMsg(_Msg, frozen=True):
     device: Name
     update_id: UpdateId
     reason: RefusalReason
-    missing: Annotated[bytes, Meta(max_length=8192)] = b""
+    missing: Annotated[bytes, Meta(max_length=MAX_CHUNKS // 8)] = b""
     detail: Annotated[str, Meta(max_length=400)] = ""
 
 

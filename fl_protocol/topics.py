@@ -7,7 +7,7 @@ import re
 from typing import Literal, NamedTuple
 
 from fl_protocol.errors import LocalMisuseError, ProtocolError
-from fl_protocol.limits import NUM_SHARDS
+from fl_protocol.limits import MAX_CHUNKS, NUM_SHARDS
 
 _ROOT = "fl/v1"
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}\Z"
@@ -78,7 +78,7 @@ def parse_upload_topic(topic: str) -> UploadTopic:
         ProtocolError: not an upload topic, or the shard is not the device's.
     """
     match = _UP.fullmatch(topic)
-    if match is None:
+    if match is None or int(match["index"]) >= MAX_CHUNKS:
         raise ProtocolError(f"expected an upload topic, got {topic[:120]!r}")
     if int(match["shard"]) != shard_of(match["device"]):
         raise ProtocolError(

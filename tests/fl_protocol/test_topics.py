@@ -93,6 +93,7 @@ def test_a_hostile_name_gets_into_no_topic(name: str) -> None:
         GOOD.replace("0a0b", "0A0B"),
         GOOD[:-1] + "07",  # one chunk has one topic
         GOOD[:-1] + "-7",
+        GOOD[:-1] + "65536",
         GOOD[:-1] + "100000",
         GOOD[:-1] + "٧",  # a digit, but not an ASCII one
         "fl/v1/" + "clinic/" * 10_000,

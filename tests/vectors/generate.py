@@ -1,0 +1,451 @@
+"""Writes the test vectors beside this file: ``python -m tests.vectors.generate [--reseal]``.
+
+Everything in ``messages``, ``signing``, ``chunks`` and ``topics`` follows from fixed keys and inputs and is written
+anew each time, bit for bit. HPKE draws its encapsulation from the operating system, so ``sealing`` and ``uploads`` are
+written only where they are missing, or with ``--reseal``. Byte strings are hexadecimal. docs/protocol.md says what
+each field means; another implementation can be tested against the files alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fl_protocol import signing
+from fl_protocol.chunking import missing_bitmap, split
+from fl_protocol.messages import (
+    ChunkMsg,
+    KemName,
+    NackMsg,
+    PresenceMsg,
+    ReceiptMsg,
+    RoundManifestMsg,
+    SignedMsg,
+    TrainingPlanMsg,
+    UpdateBodyMsg,
+    UpdateEnvelopeMsg,
+    UpdateHeaderMsg,
+    _Msg,
+    decode,
+    encode,
+)
+from fl_protocol.sealing import seal_info, seal_update
+from fl_protocol.topics import (
+    down_filter,
+    down_topic,
+    model_filter,
+    model_topic,
+    round_topic,
+    shard_of,
+    state_topic,
+    upload_filter,
+    upload_topic,
+)
+from tests.fl_protocol.examples import (
+    AGGREGATOR_KEY,
+    BODY,
+    DEVICE,
+    DEVICE_KEY,
+    EXAMPLES,
+    KEMS,
+    MODEL_DIGEST,
+    NACK,
+    PLAN,
+    RECEIPT,
+    TASK,
+    TENANT,
+    UPDATE_ID,
+    as_map,
+    manifest,
+    packed,
+    round_key,
+)
+
+FOLDER = Path(__file__).parent
+Vectors = dict[str, Any]
+
+
+def plain(value: Any) -> Any:
+    """A message or a field as JSON: structs as objects, bytes as hexadecimal."""
+    if isinstance(value, msgspec.Struct):
+        return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, bytes):
+        return value.hex()
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def messages() -> Vectors:
+    """Every kind with its fields, and encodings that must be refused."""
+    valid = [
+        {"kind": type(message).__name__, "fields": plain(message), "encoded": encode(message).hex()}
+        for message in EXAMPLES
+    ]
+    presence = PresenceMsg(state="online", software="covey")
+    good = encode(presence)
+    (chunk,) = [message for message in EXAMPLES if isinstance(message, ChunkMsg)]
+    body = encode(BODY)
+    cases: list[tuple[str, type[_Msg], bytes]] = [
+        ("empty", PresenceMsg, b""),
+        ("a trailing byte", PresenceMsg, good + b"\0"),
+        ("cut short", PresenceMsg, good[:-1]),
+        ("an unknown field", PresenceMsg, packed({**as_map(presence), "extra": 1})),
+        ("a missing field", PresenceMsg, packed({"state": "online", "v": 1})),
+        ("no version", PresenceMsg, packed({"state": "online", "software": "covey"})),
+        ("version 2", PresenceMsg, packed({**as_map(presence), "v": 2})),
+        ("a version that is true", PresenceMsg, packed({**as_map(presence), "v": True})),
+        ("a field given twice", PresenceMsg, bytes([good[0] + 1]) + packed({"state": "offline"})[1:] + good[1:]),
+        ("fields in another order", PresenceMsg, packed(dict(reversed(as_map(presence).items())))),
+        ("an integer in a longer form", PresenceMsg, good[:-1] + b"\xcc\x01"),
+        ("text that is not UTF-8", PresenceMsg, good.replace(b"covey", b"cov\xff\xfe")),
+        ("text as bytes", PresenceMsg, packed({**as_map(presence), "software": b"covey"})),
+        ("deep nesting", PresenceMsg, b"\x81\xa1v" + b"\x91" * 2000),
+        ("a map of four billion entries", PresenceMsg, b"\xdf\xff\xff\xff\xff"),
+        ("a huge integer", ReceiptMsg, packed({**as_map(RECEIPT), "round": 2**64 - 1})),
+        ("round 0", ReceiptMsg, packed({**as_map(RECEIPT), "round": 0})),
+        ("a name with a line break", ReceiptMsg, packed({**as_map(RECEIPT), "device": "watch-1\n"})),
+        ("a name with a slash", ReceiptMsg, packed({**as_map(RECEIPT), "device": "watch/1"})),
+        ("a digest too short", ReceiptMsg, packed({**as_map(RECEIPT), "sealed_digest": bytes(31)})),
+        ("an integer for a float", ReceiptMsg, packed({**as_map(RECEIPT), "accepted_s": 1})),
+        ("an unknown reason", NackMsg, packed({**as_map(NACK), "reason": "because"})),
+        ("a clip that is not a number", TrainingPlanMsg, packed({**as_map(PLAN), "l2_norm_clip": math.nan})),
+        ("an infinite noise multiplier", TrainingPlanMsg, packed({**as_map(PLAN), "noise_multiplier": math.inf})),
+        ("a sampling rate above 1", TrainingPlanMsg, packed({**as_map(PLAN), "sampling_rate": 1.5})),
+        ("open without a recipient", RoundManifestMsg, packed({**as_map(manifest()), "recipient": None})),
+        ("a goal below the minimum cohort", RoundManifestMsg, packed({**as_map(manifest()), "goal": 4})),
+        ("a deadline before the opening", RoundManifestMsg, packed({**as_map(manifest()), "deadline_s": 1.0})),
+        ("an index not below the count", ChunkMsg, packed({**as_map(chunk), "index": 2})),
+        ("chunks needlessly small", ChunkMsg, packed({**as_map(chunk), "index": 2, "count": 3})),
+        ("a length that no cut gives", ChunkMsg, packed({**as_map(chunk), "index": 0})),
+        ("too few values", UpdateBodyMsg, body.replace(b"\xaenum_parameters\x03", b"\xaenum_parameters\x04")),
+    ]
+    refused = [
+        {"why": why, "kind": kind.__name__, "encoded": data.hex(), "error": "ProtocolError"}
+        for why, kind, data in cases
+    ]
+    return {"valid": valid, "must_fail": refused}
+
+
+def signed_vectors() -> Vectors:
+    """Signed manifest, receipt and NACK; header signatures; and signatures that fit no more."""
+    public = AGGREGATOR_KEY.public_key().public_bytes_raw()
+    by_kind: dict[str, RoundManifestMsg | ReceiptMsg | NackMsg] = {
+        "RoundManifestMsg": manifest(),
+        "ReceiptMsg": RECEIPT,
+        "NackMsg": NACK,
+    }
+    valid = [
+        {
+            "kind": kind,
+            "context": signing._CONTEXTS[type(message)].hex(),
+            "payload": encode(message).hex(),
+            "signed": signing.sign(message, AGGREGATOR_KEY).hex(),
+        }
+        for kind, message in by_kind.items()
+    ]
+    good = decode(signing.sign(RECEIPT, AGGREGATOR_KEY), SignedMsg)
+
+    def signed(payload: bytes, signature: bytes) -> bytes:
+        return encode(SignedMsg(payload=payload, signature=signature))
+
+    # L of RFC 8032, section 5.1: the same signature with another scalar of the same class.
+    order = 2**252 + 27742317777372353535851937790883648493
+    scalar = int.from_bytes(good.signature[32:], "little") + order
+    without_v = encode(RECEIPT)[:-3]
+    cases = [
+        ("signed by another key", "ReceiptMsg", signing.sign(RECEIPT, DEVICE_KEY)),
+        ("a receipt offered as a NACK", "NackMsg", signing.sign(RECEIPT, AGGREGATOR_KEY)),
+        ("a receipt offered as a manifest", "RoundManifestMsg", signing.sign(RECEIPT, AGGREGATOR_KEY)),
+        ("a header signature offered as a receipt's", "ReceiptMsg",
+         signed(good.payload, signing.sign_header(good.payload, AGGREGATOR_KEY))),
+        ("signed without a context", "ReceiptMsg", signed(good.payload, AGGREGATOR_KEY.sign(good.payload))),
+        ("one bit of the payload flipped", "ReceiptMsg", signed(good.payload[:-1] + b"\x03", good.signature)),
+        ("one bit of the signature flipped", "ReceiptMsg",
+         signed(good.payload, bytes([good.signature[0] ^ 1]) + good.signature[1:])),
+        ("the group order added to the scalar", "ReceiptMsg",
+         signed(good.payload, good.signature[:32] + scalar.to_bytes(32, "little"))),
+        ("signed, but malformed", "ReceiptMsg",
+         signed(without_v, AGGREGATOR_KEY.sign(signing._CONTEXTS[ReceiptMsg] + without_v))),
+    ]  # fmt: skip
+    header = encode(next(message for message in EXAMPLES if isinstance(message, UpdateHeaderMsg)))
+    return {
+        "aggregator_seed": AGGREGATOR_KEY.private_bytes_raw().hex(),
+        "aggregator_public_key": public.hex(),
+        "device_seed": DEVICE_KEY.private_bytes_raw().hex(),
+        "device_public_key": DEVICE_KEY.public_key().public_bytes_raw().hex(),
+        "valid": valid,
+        "header": {
+            "context": signing._CONTEXTS[UpdateHeaderMsg].hex(),
+            "header": header.hex(),
+            "signature": signing.sign_header(header, DEVICE_KEY).hex(),
+        },
+        "must_fail": [
+            {"why": why, "kind": kind, "signed": data.hex(), "error": "ProtocolError"} for why, kind, data in cases
+        ],
+    }
+
+
+def chunks() -> Vectors:
+    """Sequences of chunks with what each gives: the whole, nothing yet, or a refusal."""
+    whole = hashlib.shake_128(b"whole").digest(700)
+    other = hashlib.shake_128(b"other").digest(700)
+    one, two, three = split(UPDATE_ID, whole, data_bytes=256)
+    anew = list(split(UPDATE_ID, whole, data_bytes=300))
+    forged = msgspec.structs.replace(two, data=bytes(256))
+    elsewhere = [next(split(bytes([number]) * 16, other, data_bytes=256)) for number in range(3)]
+    claim = msgspec.structs.replace(two, digest=bytes(32))
+    # Chunk, and what it must give: the whole, None, or a reason.
+    cases: list[tuple[str, list[tuple[ChunkMsg, bytes | str | None]]]] = [
+        ("in order", [(one, None), (two, None), (three, whole)]),
+        ("in reverse", [(three, None), (two, None), (one, whole)]),
+        ("repeated", [(one, None), (one, None), (three, None), (one, None), (two, whole)]),
+        ("repeated after the whole: a new transfer begins", [(one, None), (two, None), (three, whole), (three, None)]),
+        ("other data under a known index", [(two, None), (forged, "malformed"), (two, None)]),
+        ("chunks that do not add up", [(one, None), (forged, None), (three, "malformed")]),
+        ("another digest under a known id", [(one, None), (claim, "malformed"), (two, None), (three, whole)]),
+        ("cut anew with as many chunks", [(one, None), *((chunk, None) for chunk in anew[:2]), (anew[2], whole)]),
+        ("too large for this receiver", [(msgspec.structs.replace(one, total_bytes=768), "oversized")]),
+        ("a third transfer displaces the first",
+         [(one, None), (elsewhere[0], None), (elsewhere[1], None), (two, None), (three, None)]),
+    ]  # fmt: skip
+    return {
+        "max_transfers": 2,
+        "sequences": [
+            {
+                "name": name,
+                "max_bytes": 2250 if "displaces" in name else 750,
+                "steps": [
+                    {
+                        "chunk": encode(chunk).hex(),
+                        **(
+                            {"refused": outcome}
+                            if isinstance(outcome, str)
+                            else {"whole": None if outcome is None else outcome.hex()}
+                        ),
+                    }
+                    for chunk, outcome in steps
+                ],
+            }
+            for name, steps in cases
+        ],
+        "missing_bitmaps": [
+            {"count": count, "present": present, "bitmap": missing_bitmap(count, set(present)).hex()}
+            for count, present in ((1, []), (3, [1]), (8, [0, 7]), (9, []), (17, [0, 8, 16]), (3, [0, 1, 2]))
+        ],
+    }
+
+
+def topics() -> Vectors:
+    """Topic names with their parts, and names that are no upload topic."""
+    good = upload_topic(TENANT, DEVICE, UPDATE_ID, 7)
+    shard = shard_of(DEVICE)
+    return {
+        "tenant": TENANT,
+        "task": TASK,
+        "device": DEVICE,
+        "update_id": UPDATE_ID.hex(),
+        "model_digest": MODEL_DIGEST.hex(),
+        "index": 7,
+        "topics": {
+            "round": round_topic(TENANT, TASK),
+            "model": model_topic(TENANT, MODEL_DIGEST, 7),
+            "model_filter": model_filter(TENANT, MODEL_DIGEST),
+            "upload": good,
+            "upload_filter": upload_filter(TENANT),
+            "receipt": down_topic(TENANT, DEVICE, "receipt"),
+            "nack": down_topic(TENANT, DEVICE, "nack"),
+            "down_filter": down_filter(TENANT, DEVICE),
+            "state": state_topic(TENANT, DEVICE),
+        },
+        "shards": {device: shard_of(device) for device in ("watch-0", "watch-1", "a", "x" * 64)},
+        "must_fail": [
+            good.replace(f"/up/{shard:02d}/", f"/up/{(shard + 1) % 64:02d}/"),
+            good.replace(f"/up/{shard:02d}/", f"/up/{shard}0/"),
+            good + "0000",
+            good[:-1] + "07",
+            good + "\n",
+            good.replace("clinic", "Clinic"),
+            good.replace("clinic", "+"),
+            good.replace("0a0b", "0A0B"),
+            good.replace("v1", "v2"),
+            good.replace("/up/", "/down/"),
+            "",
+        ],
+    }
+
+
+def sealing() -> Vectors:
+    """Sealed updates that open, and what opens no more because one thing was changed."""
+    valid, refused = [], []
+    for kem in KEMS:
+        key = round_key(kem)
+        whole = seal_update(BODY, manifest=manifest(kem), device=DEVICE, update_id=UPDATE_ID, signing_key=DEVICE_KEY)
+        envelope = decode(whole, UpdateEnvelopeMsg)
+        header, sealed = decode(envelope.header, UpdateHeaderMsg), envelope.sealed
+        valid.append(
+            {
+                "kem": kem,
+                "secret": key.secret.hex(),
+                "public_key": key.recipient().public_key.hex(),
+                "envelope": whole.hex(),
+                "header": plain(header),
+                "info": _info(header).hex(),
+                "sealed": sealed.hex(),
+                "plaintext": encode(BODY).hex(),
+            }
+        )
+        (other_kem,) = set(KEMS) - {kem}
+        changes: list[tuple[str, dict[str, Any], bytes, bytes]] = [
+            ("another tenant", {"tenant": "other"}, sealed, key.secret),
+            ("another task", {"task": "other"}, sealed, key.secret),
+            ("another round", {"round": 6}, sealed, key.secret),
+            ("another model", {"model_digest": bytes(32)}, sealed, key.secret),
+            ("another device", {"device": "watch-2"}, sealed, key.secret),
+            ("another update id", {"update_id": bytes(16)}, sealed, key.secret),
+            ("the other KEM", {"kem": other_kem}, sealed, key.secret),
+            ("another key", {}, sealed, round_key(kem, seed=8).secret),
+            ("cut short", {}, sealed[:-1], key.secret),
+            ("a byte too many", {}, sealed + b"\0", key.secret),
+            ("one bit flipped in the encapsulation", {}, bytes([sealed[0] ^ 1]) + sealed[1:], key.secret),
+            ("one bit flipped in the tag", {}, sealed[:-1] + bytes([sealed[-1] ^ 1]), key.secret),
+            ("empty", {}, b"", key.secret),
+        ]
+        refused += [
+            {
+                "why": why,
+                "kem": kem,
+                "secret": secret.hex(),
+                "header": encode(msgspec.structs.replace(header, **change)).hex(),
+                "sealed": data.hex(),
+                "error": "ProtocolError",
+            }
+            for why, change, data, secret in changes
+        ]
+    return {"valid": valid, "must_fail": refused}
+
+
+def _info(header: UpdateHeaderMsg) -> bytes:
+    """The HPKE info of a header."""
+    return seal_info(
+        tenant=header.tenant,
+        task=header.task,
+        round_number=header.round,
+        model_digest=header.model_digest,
+        device=header.device,
+        update_id=header.update_id,
+    )
+
+
+def uploads() -> Vectors:
+    """Whole envelopes as an aggregator gets them, each with what it must answer."""
+    number = 0
+
+    def sealed_update(
+        values: bytes = BODY.values,
+        *,
+        device: str = DEVICE,
+        signer: Ed25519PrivateKey = DEVICE_KEY,
+        kem: KemName = "x25519",
+        **changes: Any,
+    ) -> bytes:
+        nonlocal number
+        number += 1
+        body = UpdateBodyMsg(num_parameters=len(values) // 4, values=values)
+        return seal_update(
+            body,
+            manifest=manifest(kem, **changes),
+            device=device,
+            update_id=bytes([number]) * 16,
+            signing_key=signer,
+        )
+
+    def with_header(whole: bytes, *, resign: bool = True, **changes: Any) -> bytes:
+        envelope = decode(whole, UpdateEnvelopeMsg)
+        header = encode(msgspec.structs.replace(decode(envelope.header, UpdateHeaderMsg), **changes))
+        signature = signing.sign_header(header, DEVICE_KEY) if resign else envelope.signature
+        return encode(UpdateEnvelopeMsg(header=header, signature=signature, sealed=envelope.sealed))
+
+    first = sealed_update()
+    first_envelope = decode(first, UpdateEnvelopeMsg)
+    garbage = encode(
+        UpdateEnvelopeMsg(header=b"garbage", signature=signing.sign_header(b"garbage", DEVICE_KEY), sealed=b"x")
+    )
+    other_sealed = decode(sealed_update(), UpdateEnvelopeMsg).sealed
+    nan = np.array([1.0, math.nan, 0.0], "<f4").tobytes()
+    infinite = np.array([1.0, 2.0, -math.inf], "<f4").tobytes()
+    steps: list[tuple[str, bytes, str]] = [
+        ("random bytes", bytes(range(40)), "malformed"),
+        ("a header that is no header", garbage, "malformed"),
+        ("the header changed, the old signature kept", with_header(first, resign=False, round=4), "bad_signature"),
+        ("signed by another device", sealed_update(signer=AGGREGATOR_KEY), "bad_signature"),
+        ("a header in another device's name", sealed_update(device="watch-2"), "bad_signature"),
+        ("another task", sealed_update(task="other"), "wrong_task"),
+        ("another tenant", sealed_update(tenant="other"), "wrong_task"),
+        ("other sealed bytes than the header's digest",
+         encode(msgspec.structs.replace(first_envelope, sealed=other_sealed)), "malformed"),
+        ("a round that is over", sealed_update(round=4), "round_closed"),
+        ("a round to come", sealed_update(round=6), "wrong_round"),
+        ("another model", sealed_update(model_digest=bytes(32)), "wrong_model"),
+        ("sealed to another key", sealed_update(recipient=round_key("x25519", seed=8).recipient()), "unsealable"),
+        ("sealed under another update id", with_header(sealed_update(), update_id=b"z" * 16), "unsealable"),
+        ("the other KEM", sealed_update(kem="mlkem768-x25519"), "unsealable"),
+        ("too few values", sealed_update(bytes(8)), "wrong_length"),
+        ("not a number", sealed_update(nan), "not_finite"),
+        ("infinite", sealed_update(infinite), "not_finite"),
+        ("a good update", first, "accepted"),
+        ("the very same again: its receipt was lost", first, "accepted_before"),
+        ("its id with other content",
+         with_header(sealed_update(), update_id=decode(first_envelope.header, UpdateHeaderMsg).update_id), "replayed"),
+        ("a second update in the round", sealed_update(), "second_update"),
+    ]  # fmt: skip
+    return {
+        "note": "In this order at one aggregator, whose round 5 is open; all on the topic of the device.",
+        "tenant": TENANT,
+        "task": TASK,
+        "device": DEVICE,
+        "device_public_key": DEVICE_KEY.public_key().public_bytes_raw().hex(),
+        "round": 5,
+        "model_digest": MODEL_DIGEST.hex(),
+        "num_parameters": 3,
+        "kem": "x25519",
+        "secret": round_key("x25519").secret.hex(),
+        "steps": [{"name": name, "envelope": whole.hex(), "outcome": outcome} for name, whole, outcome in steps],
+    }
+
+
+DETERMINISTIC: dict[str, Callable[[], Vectors]] = {
+    "messages": messages,
+    "signing": signed_vectors,
+    "chunks": chunks,
+    "topics": topics,
+}
+RANDOMISED: dict[str, Callable[[], Vectors]] = {"sealing": sealing, "uploads": uploads}
+
+
+def text_of(vectors: Vectors) -> str:
+    """A file's content."""
+    return json.dumps(vectors, indent=1, ensure_ascii=True) + "\n"
+
+
+def main() -> None:
+    """Write the files."""
+    parser = argparse.ArgumentParser(description="write the protocol's test vectors")
+    parser.add_argument("--reseal", action="store_true", help="also the ones that HPKE makes different each time")
+    reseal = parser.parse_args().reseal
+    for name, make in {**DETERMINISTIC, **RANDOMISED}.items():
+        path = FOLDER / f"{name}.json"
+        if name in DETERMINISTIC or reseal or not path.exists():
+            path.write_text(text_of(make()))
+
+
+if __name__ == "__main__":
+    main()
