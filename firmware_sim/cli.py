@@ -13,7 +13,7 @@ from rich.console import Console
 from aggregator.command_line import make_app, run_app
 from firmware_sim.brokers import BrokerChoice, start_broker
 from firmware_sim.demo import DemoRun
-from firmware_sim.errors import FleetError
+from firmware_sim.errors import FleetError, SettingsError
 from firmware_sim.metrics import RunMetrics
 from firmware_sim.report import report_html
 from firmware_sim.run_folder import RunFolder, create_run
@@ -45,7 +45,7 @@ app = make_app("covey-fleet", _HELP)
 
 def main() -> None:
     """Entry point."""
-    run_app(app, "covey-fleet", [(CoveyError, 1)])
+    run_app(app, "covey-fleet", [(SettingsError, 2), (CoveyError, 1)])
 
 
 @app.command()
@@ -68,7 +68,7 @@ def demo(
     else:
         settings = DemoSettings(held_out=_people(held_out), rounds=rounds, epsilon=None if no_dp else epsilon)
         path = out or Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")  # noqa: DTZ005 - a name
-        console.print(f"Run folder: {path}", highlight=False)
+        _say(console, f"Run folder: {path}")
         folder = create_run(path, settings, load_recordings(default_cache()))
     _run(folder, settings, console, broker)
 
@@ -77,11 +77,11 @@ def _run(folder: RunFolder, settings: DemoSettings, console: Console, choice: Br
     """Start the broker and the run; tell what came out."""
     broker = start_broker(choice, folder, settings)
     try:
-        console.print(f"Broker:     {broker.description}", highlight=False)
-        console.print(
+        _say(console, f"Broker:     {broker.description}")
+        _say(
+            console,
             f"Fleet:      1 aggregator, {len(settings.training_wrists)} wrists train, "
             f"{len(settings.held_out_wrists)} held-out wrists measure; each its own process",
-            highlight=False,
         )
         run = DemoRun(folder, settings, console, broker)
         finished = run.run()
@@ -90,7 +90,7 @@ def _run(folder: RunFolder, settings: DemoSettings, console: Console, choice: Br
     metrics = run.write_results()
     _summary(console, folder, metrics)
     if not finished:
-        console.print(f"Stopped; go on with: covey-fleet demo --resume {folder.path}", highlight=False)
+        _say(console, f"Stopped; go on with: covey-fleet demo --resume {folder.path}")
         raise typer.Exit(_STOPPED)
 
 
@@ -112,18 +112,21 @@ def _summary(console: Console, folder: RunFolder, metrics: RunMetrics) -> None:
     """The result, and where everything is."""
     if metrics.final is not None:
         people = ", ".join(f"person {name}: {100 * value:.1f} %" for name, value in metrics.final.by_person.items())
-        console.print(
-            f"\nUnseen people: {100 * metrics.final.accuracy:.1f} % of {metrics.final.windows} windows ({people})",
-            highlight=False,
-        )
+        accuracy = f"{100 * metrics.final.accuracy:.1f} % of {metrics.final.windows} windows"
+        _say(console, f"\nUnseen people: {accuracy} ({people})")
         privacy = "none claimed: trained without noise"
         if metrics.settings.epsilon is not None:
             spent = max(metrics.epsilon_spent.values(), default=0.0)
             privacy = f"largest ε spent {spent:.3f} of {metrics.settings.epsilon:g} at δ {metrics.settings.delta:g}"
-        console.print(f"Privacy:       {privacy}", highlight=False)
+        _say(console, f"Privacy:       {privacy}")
     for name in ("report.html", "metrics.json", "model.covey", "model.tflite", "logs"):
         if (folder.path / name).exists():
-            console.print(f"  {folder.path / name}", highlight=False, soft_wrap=True)
+            _say(console, f"  {folder.path / name}")
+
+
+def _say(console: Console, text: str) -> None:
+    """A line as it is: paths keep their brackets, and are not broken where the terminal ends."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _people(text: str) -> tuple[int, ...]:
@@ -131,7 +134,7 @@ def _people(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise FleetError(f"--held-out: expected numbers such as 9,10, got {text!r}") from None
+        raise SettingsError(f"--held-out: expected numbers such as 9,10, got {text!r}") from None
 
 
 if __name__ == "__main__":

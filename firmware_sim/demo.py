@@ -11,9 +11,11 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 
 from aggregator.assembly import AggregatorFiles
 from aggregator.export import export_model
+from device_client.assembly import DeviceFiles
 from firmware_sim.brokers import RunningBroker
 from firmware_sim.errors import FleetError
 from firmware_sim.live import LiveRounds
@@ -83,7 +85,7 @@ class DemoRun:
         while not self.stopped and not self.observation.finished:
             broker_happened = self.broker.watch()
             for text in [*self.fleet.watch(), *([broker_happened] if broker_happened else [])]:
-                live.say(f"[yellow]{text}[/]")
+                live.say(f"[yellow]{escape(text)}[/]")
             self._read_logs()
             live.refresh()
             if self.observation.finished_digest is not None:
@@ -106,12 +108,27 @@ class DemoRun:
             if peak is not None:
                 self._peak_rss_mb[daemon.name] = round(peak, 1)
 
+    def _read_ledgers(self) -> None:
+        """Take what was spent from the wrists' own ledgers: one that was killed may have charged without telling."""
+        if self.settings.epsilon is None:
+            return
+        for wrist in self.settings.training_wrists:
+            files = DeviceFiles.load(self.folder.device_toml(wrist))
+            store = files.open_store()
+            try:
+                ledger = files.open_ledger(store)
+            finally:
+                store.close()
+            if ledger.reservations:
+                self.observation.epsilon[wrist.device_id] = ledger.spent_epsilon
+
     def write_results(self) -> RunMetrics:
         """Write metrics, report and, when the task is finished, the model's files.
 
         Raises:
             FleetError: the folder does not take them.
         """
+        self._read_ledgers()
         metrics = gather(
             self.observation, covey=software_version(), broker=self.broker.description, peak_rss_mb=self._peak_rss_mb
         )

@@ -7,3 +7,7 @@ from fl_protocol.errors import CoveyError
 
 class FleetError(CoveyError):
     """A fleet cannot be set up, started or watched."""
+
+
+class SettingsError(FleetError):
+    """An option of a run is outside its range."""

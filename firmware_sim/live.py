@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from firmware_sim.observation import ModelScore, Observation, RoundRecord
@@ -68,7 +69,7 @@ class LiveRounds:
             return
         self._printed.add(record.number)
         if record.outcome == "aborted":
-            self.say(f"round {record.number:>3} [yellow]aborted[/]: {record.reason}")
+            self.say(f"round {record.number:>3} [yellow]aborted[/]: {escape(record.reason)}")
             return
         bar = "━" * round(_BAR_CELLS * min(1.0, record.arrived / record.goal))
         text = self._text(record, score, record.epsilon_max or 0.0)

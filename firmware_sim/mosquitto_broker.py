@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 import shutil
 import socket
 import subprocess
@@ -24,11 +25,19 @@ def find_mosquitto() -> str | None:
 def write_mosquitto_files(folder: Path, *, host: str, port: int, tenant: str, aggregator: str) -> Path:
     """Write ``mosquitto.conf`` and ``acl`` into `folder`, beside its certificates; the configuration's path."""
     config = folder / "mosquitto.conf"
-    config.write_text(mosquitto_config(host=host, port=port, folder=str(folder.resolve()), user=getpass.getuser()))
+    config.write_text(mosquitto_config(host=host, port=port, folder=str(folder.resolve()), user=_account()))
     acl = folder / "acl"
     acl.write_text(mosquitto_acl(tenant=tenant, aggregator=aggregator))
     acl.chmod(0o600)
     return config
+
+
+def _account() -> str:
+    """The account this process runs as: mosquitto started as root would otherwise change to another one."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's user without a name is not root, so mosquitto will not change
+        return "mosquitto"
 
 
 class MosquittoBroker:

@@ -132,6 +132,20 @@ class Observation:
         number = int(event["round"])
         return self.rounds.setdefault(number, RoundRecord(number, len(self.settings.training_wrists)))
 
+    def _started(self, source: str, event: dict[str, Any]) -> None:
+        """A killed aggregator may have closed a round without telling; what it says at its next start settles it."""
+        if source != AGGREGATOR:
+            return
+        first_open = event["round"] + 1 if event["phase"] == "finished" else event["round"]
+        for number in range(1, first_open):
+            record = self._round({"round": number})
+            if record.outcome == "open":
+                committed = sum(known.outcome == "committed" for known in self.rounds.values())
+                if committed < event["committed"]:
+                    record.outcome, record.version = "committed", committed + 1
+                else:
+                    record.outcome, record.reason = "aborted", "the aggregator ended before it could say why"
+
     def _round_opened(self, _source: str, event: dict[str, Any]) -> None:
         record = self._round(event)
         record.goal = event["goal"]
@@ -177,6 +191,8 @@ class Observation:
     def _evaluated(self, source: str, event: dict[str, Any]) -> None:
         score = self.scores.setdefault(event["model_digest"], ModelScore())
         score.wrists[source] = (event["loss_sum"], event["correct"], event["count"])
+        if event["status"] == "finished":  # signed by the aggregator, which may have been killed before it told
+            self._task_finished(source, {**event, "version": self.settings.rounds + 1})
 
     def _participation_ended(self, source: str, event: dict[str, Any]) -> None:
         self.complaints.append(f"{source}: {event['reason']}")

@@ -78,12 +78,13 @@ def create_run(folder: Path, settings: DemoSettings, recordings: list[Recording]
     """Provision a new run: CA, certificates, aggregator key and database, and each wrist's keys, store and records.
 
     Raises:
-        FleetError: the folder is not empty or cannot be written.
+        FleetError: the folder is not empty or cannot be written, or the settings cannot be carried out.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise FleetError(f"{folder} is not empty; name a new folder, or use --resume to go on with a run")
+    settings.plan()  # refuses what cannot be carried out before anything is written
     run = RunFolder(folder)
     try:
+        if folder.exists() and any(folder.iterdir()):
+            raise FleetError(f"{folder} is not empty; name a new folder, or use --resume to go on with a run")
         for name in ("broker", "aggregator", "logs", "devices"):
             (folder / name).mkdir(parents=True, mode=0o700)
         write_configs(run, settings, port=1, tls=True)

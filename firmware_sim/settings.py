@@ -8,8 +8,9 @@ import msgspec
 
 from aggregator.config import PlanConfig, ServerConfig
 from device_client.accounting import noise_multiplier_for
-from firmware_sim.errors import FleetError
+from firmware_sim.errors import SettingsError
 from firmware_sim.watch_data import PEOPLE, Wrist, all_wrists
+from fl_protocol.errors import LocalMisuseError
 
 TENANT, TASK, AGGREGATOR = "demo", "watch-exercises", "aggregator"
 
@@ -46,13 +47,13 @@ class DemoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         unknown = sorted(set(self.held_out) - set(PEOPLE))
         if unknown or not self.held_out or len(set(self.held_out)) == len(PEOPLE):
-            raise FleetError(
+            raise SettingsError(
                 f"held-out people: expected some but not all of {PEOPLE[0]} to {PEOPLE[-1]}, got {self.held_out}"
             )
         if self.rounds < 1:
-            raise FleetError(f"rounds: expected at least 1, got {self.rounds}")
+            raise SettingsError(f"rounds: expected at least 1, got {self.rounds}")
         if self.epsilon is not None and not 0 < self.epsilon < math.inf:
-            raise FleetError(f"epsilon: expected a finite number above 0, got {self.epsilon}")
+            raise SettingsError(f"epsilon: expected a finite number above 0, got {self.epsilon}")
 
     @property
     def training_wrists(self) -> list[Wrist]:
@@ -66,10 +67,17 @@ class DemoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def noise_multiplier(self) -> float:
-        """The least noise with which a wrist's own ledger admits every round; no other wrist's noise is counted on."""
+        """The least noise with which a wrist's own ledger admits every round; no other wrist's noise is counted on.
+
+        Raises:
+            SettingsError: no noise keeps so many rounds within so small a budget.
+        """
         if self.epsilon is None:
             return 0.0
-        return noise_multiplier_for(epsilon=self.epsilon, delta=self.delta, sampling_rate=1.0, steps=self.rounds)
+        try:
+            return noise_multiplier_for(epsilon=self.epsilon, delta=self.delta, sampling_rate=1.0, steps=self.rounds)
+        except LocalMisuseError as error:
+            raise SettingsError(f"epsilon {self.epsilon:g} is too small for {self.rounds} rounds: {error}") from error
 
     def plan(self) -> PlanConfig:
         """One full-batch step a round."""
