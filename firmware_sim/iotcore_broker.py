@@ -3,12 +3,13 @@
 It has no TLS here, no authentication and no ACL: whoever can open a socket on this machine may read and write every
 topic. Nothing is stored: a restart forgets retained messages. Use mosquitto for anything that leaves the machine.
 
-Measured limits that matter to us (tests/contracts/test_transport.py holds the second to the fourth):
+Measured limits that matter to us:
 
 - Only a TOML file with a ``[v5.N]`` section makes it speak MQTT 5; the keyword arguments start MQTT 3.1.1, and a
   client that speaks the other version is cut off without an answer.
 - A packet over ``max_payload_size`` ends its sender's connection; no MaximumPacketSize is announced.
-- Subscribing again to a filter that is already subscribed does not bring its retained messages again.
+- Subscribing again to a filter that is already subscribed does not bring its retained messages again; `MqttTransport`
+  therefore unsubscribes first.
 - A subscription gets at most 100 retained messages, whatever the settings; the rest never come. So a model may have
   100 chunks, about 2.4 million parameters.
 - Every subscribed filter has a log of ``max_segment_size`` times ``max_segment_count`` bytes in memory; a subscriber

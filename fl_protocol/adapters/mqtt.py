@@ -108,7 +108,9 @@ class MqttTransport:
         return event
 
     def subscribe(self, topic_filter: str) -> None:
-        """Subscribe at QoS 1."""
+        """Subscribe at QoS 1; doing so again brings the retained messages again."""
+        # Measured: iotcore 0.4 sends them for a new subscription only, though MQTT 5 (3.8.4) says always.
+        self._client.unsubscribe(topic_filter)
         self._client.subscribe(topic_filter, qos=1)
 
     def unsubscribe(self, topic_filter: str) -> None:

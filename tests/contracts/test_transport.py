@@ -118,6 +118,15 @@ def test_a_retained_message_is_delivered_to_a_later_subscriber(broker: BrokerUnd
     assert _drain_until(receiver, "t/kept/end") == []
 
 
+def test_subscribing_again_brings_retained_messages_again(broker: BrokerUnderTest) -> None:
+    sender, receiver = _connected(broker, "sender"), _connected(broker, "receiver")
+    sender.publish("t/kept/1", b"kept", retain=True)
+    _subscribed(sender)
+    for _ in range(3):
+        receiver.subscribe("t/kept/+")
+        assert await_event(receiver, Received) == Received("t/kept/1", b"kept")
+
+
 def test_an_empty_payload_makes_the_broker_forget_a_retained_message(broker: BrokerUnderTest) -> None:
     sender, receiver = _connected(broker, "sender"), _connected(broker, "receiver")
     sender.publish("t/kept/1", b"first", retain=True)
