@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from firmware_sim.metrics import RoundMetrics, RunMetrics
 
 _BLUE, _ORANGE, _GREY = "#2563a8", "#c2560c", "#6b7280"
+_DRAWING = {"svg.hashsalt": "covey", "svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
+"""The same metrics give the same text; letters stay letters, and a $ in a name starts no formula."""
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem }
@@ -30,16 +32,8 @@ def report_html(metrics: RunMetrics) -> str:
     Args:
         metrics: what the run measured; nothing on the page comes from anywhere else.
     """
-    committed = [record for record in metrics.rounds if record.outcome == "committed"]
-    plots = [
-        _figure(_accuracy_svg(metrics, committed), "Accuracy on people whose wrists never trained, by round."),
-        _figure(_epsilon_svg(metrics, committed), "Privacy spent by the wrist that spent most, against its budget."),
-        _figure(_loss_svg(committed), "Mean loss on the same people, by round."),
-        _figure(_bytes_svg(committed), "Bytes over the broker: sealed updates up, models down."),
-    ]
-    if metrics.final is not None:
-        plots.append(_figure(_person_svg(metrics), "The finished model, by person (both wrists)."))
-    plots.append(_figure(_memory_svg(metrics), "Peak resident memory of each process."))
+    with mpl.rc_context(_DRAWING):
+        plots = _plots(metrics)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Covey run</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -50,6 +44,21 @@ def report_html(metrics: RunMetrics) -> str:
         f"<h2>What went wrong</h2>{_table(_trouble_rows(metrics))}"
         "</body></html>"
     )
+
+
+def _plots(metrics: RunMetrics) -> list[str]:
+    """All plots of the page."""
+    committed = [record for record in metrics.rounds if record.outcome == "committed"]
+    plots = [
+        _figure(_accuracy_svg(metrics, committed), "Accuracy on people whose wrists never trained, by round."),
+        _figure(_epsilon_svg(metrics, committed), "Privacy spent by the wrist that spent most, against its budget."),
+        _figure(_loss_svg(committed), "Mean loss on the same people, by round."),
+        _figure(_bytes_svg(committed), "Bytes over the broker: sealed updates up, models down."),
+    ]
+    if metrics.final is not None:
+        plots.append(_figure(_person_svg(metrics), "The finished model, by person (both wrists)."))
+    plots.append(_figure(_memory_svg(metrics), "Peak resident memory of each process."))
+    return plots
 
 
 def _lead(metrics: RunMetrics) -> str:
@@ -125,8 +134,7 @@ def _axes(ylabel: str, xlabel: str = "round") -> tuple[Figure, Axes]:
 def _svg(figure: Figure) -> str:
     """The drawing as inline SVG, without the XML prologue; the same metrics give the same text."""
     out = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "covey", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
+    figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
 

@@ -12,6 +12,8 @@ import importlib.util
 import io
 import os
 import pickle
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ _PICKLE_GLOBALS = {
     # the only function: rebuilds an array; its module was renamed in numpy 2
     ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
 }
-
+_DAMAGED = (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises for an archive that was cut short or changed."""
 
 MIRROR = np.array([-1, 1, 1, 1, -1, -1], np.float32)
 """Turns the right wrist's axes into the left's: a reflection of x, under which the rotation rate is an axial vector.
@@ -72,15 +75,27 @@ def all_wrists() -> list[Wrist]:
 
 
 def load_recordings(cache: Path) -> list[Recording]:
-    """All 140 recordings, from the ``.npz`` in `cache`, made there on the first call.
+    """All 140 recordings, from the ``.npz`` in `cache`, made there on the first call and again when it is damaged.
 
     Raises:
-        FleetError: seglearn is not installed, or its file is not the one we know.
+        FleetError: seglearn is not installed, its file is not the one we know, or the cache cannot be written.
     """
     source = _dataset_path()
-    archive = cache / f"watch-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.npz"
-    if not archive.exists():
-        _convert(source, archive)
+    try:
+        archive = cache / f"watch-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.npz"
+        if not archive.exists():
+            _convert(source, archive)
+        try:
+            return _read(archive)
+        except _DAMAGED:
+            _convert(source, archive)
+            return _read(archive)
+    except OSError as error:
+        raise FleetError(f"the recordings cannot be kept in {cache} ({error.strerror}); set XDG_CACHE_HOME") from error
+
+
+def _read(archive: Path) -> list[Recording]:
+    """The recordings in a converted archive."""
     with np.load(archive, allow_pickle=False) as arrays:
         samples, ends = arrays["samples"], np.cumsum(arrays["lengths"])
         pieces = np.split(samples, ends[:-1])
@@ -129,7 +144,7 @@ def _convert(source: Path, archive: Path) -> None:
     if tuple(data["y_labels"]) != LABELS or len(data["X"]) != 140:
         raise FleetError("seglearn's recordings are not the 140 we know: install seglearn 1.2.5")
     archive.parent.mkdir(parents=True, exist_ok=True)
-    temporary = archive.with_suffix(".tmp.npz")
+    temporary = archive.with_suffix(f".{os.getpid()}.tmp.npz")  # two runs may start at once
     np.savez_compressed(
         temporary,
         samples=np.concatenate(data["X"]).astype(np.float32),
