@@ -22,6 +22,7 @@ from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.adapters.mqtt import LastWill
 from fl_protocol.bundle import ModelBundle, open_bundle
+from fl_protocol.errors import CoveyError
 from fl_protocol.signing import public_key_from_hex
 
 
@@ -87,8 +88,17 @@ def assemble(files: DeviceFiles, *, software: str, journal: Journal) -> DeviceDa
     Raises:
         CoveyError: one sentence about what is missing or wrong.
     """
-    config, study = files.config, files.config.study
-    store, bundle = files.open_store(), files.open_bundle()
+    store = files.open_store()
+    try:
+        return _assemble(files, store, software=software, journal=journal)
+    except CoveyError:
+        store.close()
+        raise
+
+
+def _assemble(files: DeviceFiles, store: EncryptedFiles, *, software: str, journal: Journal) -> DeviceDaemon:
+    """`assemble` on an open store."""
+    config, study, bundle = files.config, files.config.study, files.open_bundle()
     manifest = bundle.manifest
     graph = TfliteGraph(bundle.graph, batch_size=manifest.batch_size, num_parameters=manifest.num_parameters)
     participant = Participant(

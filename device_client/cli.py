@@ -6,13 +6,14 @@ import argparse
 import os
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 
 from device_client.assembly import DeviceFiles, assemble
-from device_client.device_store import create_identity, load_records, save_records
+from device_client.device_store import check_records, create_identity, save_records
 from device_client.errors import LedgerError, StoreError
 from device_client.training import Records
 from fl_protocol.adapters.journal import JsonLines
@@ -73,13 +74,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _init(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
     """Make keys where there are none."""
-    key = create_identity(files.open_store(create=True), os.urandom)
+    with closing(files.open_store(create=True)) as store:
+        key = create_identity(store, os.urandom)
     print(public_key_hex(key.public_key()))
     return 0
 
 
 def _import(files: DeviceFiles, arguments: argparse.Namespace) -> int:
-    """Store windows, then read them back against the model's schema."""
+    """Check windows against the model's schema, then store them."""
     try:
         with np.load(arguments.windows, allow_pickle=False) as archive:
             records = Records(archive["x"].astype(np.float32), archive["y"].astype(np.int32))
@@ -87,9 +89,9 @@ def _import(files: DeviceFiles, arguments: argparse.Namespace) -> int:
     except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:
         raise ConfigError(f"{arguments.windows}: expected an .npz with arrays x and y ({error})") from error
     manifest = files.open_bundle().manifest
-    store = files.open_store(create=True)
-    save_records(store, records)
-    load_records(store, window_shape=manifest.input.shape, num_classes=len(manifest.label.names))
+    check_records(records, window_shape=manifest.input.shape, num_classes=len(manifest.label.names))
+    with closing(files.open_store(create=True)) as store:
+        save_records(store, records)
     print(f"{len(records)} windows stored, encrypted, in {files.config.device.store}")
     return 0
 
@@ -105,7 +107,8 @@ def _run(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
 
 def _ledger(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
     """Print the ledger."""
-    ledger = files.open_ledger(files.open_store())
+    with closing(files.open_store()) as store:
+        ledger = files.open_ledger(store)
     budget = ledger.budget
     print(f"spent: epsilon {ledger.spent_epsilon:.4f} of {budget.epsilon:g} at delta {budget.delta:g}")
     print(f"participations: {len(ledger.reservations)}")

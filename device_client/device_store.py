@@ -60,17 +60,27 @@ def load_records(store: Store, *, window_shape: tuple[int, ...], num_classes: in
     if raw is None:
         raise StoreError("this device holds no records; run covey-device import first")
     stored = msgspec.msgpack.decode(raw, type=_StoredRecords)
-    if stored.shape[1:] != window_shape:
-        raise StoreError(
-            f"the stored windows are {stored.shape[1:]}, the model takes {window_shape}; import them again"
-        )
     x = np.frombuffer(stored.x, "<f4").reshape(stored.shape).astype(np.float32)
-    y = np.frombuffer(stored.y, "<i4").astype(np.int32)
+    records = Records(x, np.frombuffer(stored.y, "<i4").astype(np.int32))
+    check_records(records, window_shape=window_shape, num_classes=num_classes)
+    return records
+
+
+def check_records(records: Records, *, window_shape: tuple[int, ...], num_classes: int) -> None:
+    """Whether records fit a model's schema.
+
+    Raises:
+        StoreError: they do not.
+    """
+    x, y = records.x, records.y
+    if x.shape[1:] != window_shape:
+        raise StoreError(f"the windows are {x.shape[1:]}, the model takes {window_shape}; import others")
     if len(y) and not (y.min() >= 0 and y.max() < num_classes):
-        raise StoreError(f"the stored labels run from {y.min()} to {y.max()}, the model knows 0 to {num_classes - 1}")
+        raise StoreError(
+            f"the labels run from {y.min()} to {y.max()}, the model knows 0 to {num_classes - 1}; import others"
+        )
     if not np.isfinite(x).all():
-        raise StoreError("the stored windows hold numbers that are not finite; import them again")
-    return Records(x, y)
+        raise StoreError("the windows hold numbers that are not finite; import others")
 
 
 def save_session(store: Store, state: SessionState) -> None:

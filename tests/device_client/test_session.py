@@ -170,7 +170,7 @@ def test_the_toss_is_remembered_before_the_model_is_asked_for() -> None:
 @pytest.mark.parametrize("probability", [0.0, 0.03, 0.5, 1.0])
 def test_participation_has_the_wanted_probability(probability: float) -> None:
     # False-alarm rate: FALSE_ALARM_RATE.
-    rounds = 4000
+    rounds = 1500
     driver = Driver(entropy=SeededEntropy(f"coin {probability}"))
     joined = sum(
         MODEL in driver.open_round(round=number, participation_probability=probability)
