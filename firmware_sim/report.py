@@ -12,8 +12,6 @@ from matplotlib.figure import Figure
 from firmware_sim.metrics import RoundMetrics, RunMetrics
 
 _BLUE, _ORANGE, _GREY = "#2563a8", "#c2560c", "#6b7280"
-_DRAWING = {"svg.hashsalt": "covey", "svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
-"""The same metrics give the same text; letters stay letters, and a $ in a name starts no formula."""
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem }
@@ -32,7 +30,10 @@ def report_html(metrics: RunMetrics) -> str:
     Args:
         metrics: what the run measured; nothing on the page comes from anywhere else.
     """
-    with mpl.rc_context(_DRAWING):
+    # The same metrics give the same text; letters stay letters, and a $ in a name starts no formula.
+    with mpl.rc_context(
+        {"svg.hashsalt": "covey", "svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
+    ):
         plots = _plots(metrics)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Covey run</title>'

@@ -80,7 +80,9 @@ def create_run(folder: Path, settings: DemoSettings, recordings: list[Recording]
     Raises:
         FleetError: the folder is not empty or cannot be written, or the settings cannot be carried out.
     """
-    settings.plan()  # refuses what cannot be carried out before anything is written
+    # What cannot be carried out is refused before anything is written.
+    settings.plan()
+    bundle_and_publisher(settings.model)
     run = RunFolder(folder)
     try:
         if folder.exists() and any(folder.iterdir()):

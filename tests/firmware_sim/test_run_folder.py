@@ -1,0 +1,207 @@
+"""A run folder: provisioned whole or not at all, keys for their owner only, recordings nowhere in the clear."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from aggregator.assembly import AggregatorFiles
+from device_client.assembly import DeviceFiles
+from device_client.device_store import load_records
+from firmware_sim.bundles import bundle_and_publisher
+from firmware_sim.errors import FleetError, SettingsError
+from firmware_sim.run_folder import RunFolder, create_run, write_configs
+from firmware_sim.settings import AGGREGATOR, TENANT, DemoSettings
+from firmware_sim.watch_data import Recording, Wrist, all_wrists, windows_of
+from fl_protocol.bundle import open_bundle
+from fl_protocol.signing import public_key_from_hex, public_key_hex
+
+SETTINGS = DemoSettings(held_out=(2, 5), rounds=4)
+SAMPLES = 128
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, recordings: list[Recording]) -> RunFolder:
+    return create_run(tmp_path_factory.mktemp("runs") / "run", SETTINGS, recordings)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_settings_are_read_back(run: RunFolder) -> None:
+    assert run.load_settings() == SETTINGS
+
+
+def test_every_configuration_loads_and_they_agree(run: RunFolder) -> None:
+    aggregator = AggregatorFiles.load(run.aggregator_toml)
+    task = aggregator.config.task
+    assert aggregator.config.aggregator.client_id == AGGREGATOR
+    assert (task.rounds, task.goal, task.minimum_cohort) == (4, 16, 8)
+    key = public_key_hex(aggregator.signing_key().public_key())
+    for wrist in all_wrists():
+        device = DeviceFiles.load(run.device_toml(wrist))
+        assert device.config.device.id == wrist.device_id
+        assert device.config.device.role == ("evaluate" if wrist.person in SETTINGS.held_out else "train")
+        assert device.config.study.aggregator_key == key
+        assert (device.config.study.tenant, device.config.study.task) == (TENANT, task.name)
+        assert device.config.broker == aggregator.config.broker
+        assert (device.config.privacy.epsilon, device.config.privacy.delta) == (SETTINGS.epsilon, SETTINGS.delta)
+        assert device.config.privacy.minimum_noise_multiplier == task.plan.noise_multiplier
+        assert device.open_bundle().graph_digest == aggregator.open_bundle().graph_digest
+
+
+def test_only_wrists_that_train_are_registered(run: RunFolder) -> None:
+    store = AggregatorFiles.load(run.aggregator_toml).open_store()
+    registered = [name for name, _ in store.devices()]
+    store.close()
+    assert registered == [wrist.device_id for wrist in SETTINGS.training_wrists]
+
+
+def test_each_wrist_holds_its_own_windows(run: RunFolder, recordings: list[Recording]) -> None:
+    for wrist in (Wrist(1, "left"), Wrist(2, "right"), Wrist(10, "right")):
+        store = DeviceFiles.load(run.device_toml(wrist)).open_store()
+        records = load_records(store, window_shape=(SAMPLES, 6), num_classes=7)
+        store.close()
+        expected = windows_of(recordings, wrist, samples=SAMPLES)
+        np.testing.assert_array_equal(records.x, expected.x)
+        np.testing.assert_array_equal(records.y, expected.y)
+
+
+def test_configuration_can_be_written_again_for_another_port_and_without_tls(
+    tmp_path: Path, recordings: list[Recording]
+) -> None:
+    run = create_run(tmp_path / "run", SETTINGS, recordings)
+    key = AggregatorFiles.load(run.aggregator_toml).signing_key().private_bytes_raw()
+    write_configs(run, SETTINGS, port=12_345, tls=False)
+    aggregator = AggregatorFiles.load(run.aggregator_toml)
+    assert (aggregator.config.broker.port, aggregator.config.broker.ca) == (12_345, None)
+    assert aggregator.signing_key().private_bytes_raw() == key  # devices have pinned it
+
+
+# Secrets.
+
+
+def check_secrets_are_private(folder: Path) -> None:
+    """Keys and whatever holds a secret: no permission for anybody but the owner, in a folder of the same kind."""
+    secret = [path for path in files(folder) if path.suffix == ".key" or path.name in {"identity", "records"}]
+    assert len(secret) == 1 + 2 + 20 * 4
+    for path in secret:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    for name in ("aggregator", "broker", "devices", "logs"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o700, name
+
+
+def test_keys_are_for_their_owner_only(run: RunFolder) -> None:
+    check_secrets_are_private(run.path)
+    key = run.device_toml(Wrist(1, "left")).parent / "store.key"
+    key.chmod(0o640)
+    with pytest.raises(AssertionError):
+        check_secrets_are_private(run.path)
+    key.chmod(0o600)
+
+
+def test_no_key_is_in_two_places(run: RunFolder) -> None:
+    keys = [path.read_bytes() for path in files(run.path) if path.suffix == ".key"]
+    assert len(set(keys)) == len(keys) == 1 + 1 + 1 + 20 * 2
+    assert not list(run.path.rglob("ca.key")), "nothing can be issued in the CA's name afterwards"
+
+
+def fragments(recordings: list[Recording], wrist: Wrist) -> Iterable[bytes]:
+    """Pieces of a wrist's windows as they would look in a file: 4 samples of 6 channels, from the middle of each."""
+    for window in windows_of(recordings, wrist, samples=SAMPLES).x:
+        yield window[60:64].astype("<f4").tobytes()
+
+
+def check_no_window_is_readable(folder: Path, recordings: list[Recording]) -> None:
+    for wrist in all_wrists():
+        own = list(fragments(recordings, wrist))
+        assert len(own) > 50
+        for path in files(folder):
+            if wrist.device_id in path.parts:
+                data = path.read_bytes()
+                assert not any(fragment in data for fragment in own), f"{path} holds windows in the clear"
+
+
+def test_recordings_are_nowhere_in_the_clear(run: RunFolder, recordings: list[Recording]) -> None:
+    check_no_window_is_readable(run.path, recordings)
+
+
+def test_a_window_in_the_clear_would_be_noticed(run: RunFolder, recordings: list[Recording], tmp_path: Path) -> None:
+    wrist = Wrist(3, "right")
+    store = DeviceFiles.load(run.device_toml(wrist)).open_store()
+    plain = store.read("records")
+    store.close()
+    assert plain is not None
+    leak = tmp_path / wrist.device_id / "records"
+    leak.parent.mkdir()
+    leak.write_bytes(b"xyz" + plain)
+    with pytest.raises(AssertionError, match="in the clear"):
+        check_no_window_is_readable(tmp_path, recordings)
+
+
+# Refusals.
+
+
+def test_a_folder_with_anything_in_it_is_not_touched(tmp_path: Path, recordings: list[Recording]) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(FleetError, match=r"is not empty; name a new folder, or use --resume"):
+        create_run(tmp_path, SETTINGS, recordings)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_folder_may_be_named(tmp_path: Path, recordings: list[Recording]) -> None:
+    assert create_run(tmp_path, SETTINGS, recordings).load_settings() == SETTINGS
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_path_that_cannot_be_a_folder_is_one_sentence(tmp_path: Path, recordings: list[Recording], name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FleetError, match=r"cannot be written \(Not a directory\)"):
+        create_run(tmp_path / name, SETTINGS, recordings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (DemoSettings(epsilon=1e-9), "too small for 60 rounds"),
+        (DemoSettings(model="watch_transformer"), "there is no bundle watch_transformer; covey comes with watch_cnn, "),
+    ],
+    ids=["budget", "model"],
+)
+def test_settings_that_cannot_be_carried_out_leave_no_folder(
+    tmp_path: Path, recordings: list[Recording], settings: DemoSettings, complaint: str
+) -> None:
+    with pytest.raises(FleetError, match=complaint):
+        create_run(tmp_path / "run", settings, recordings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_settings_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(FleetError, match=r"is not a run folder: run\.json No such file"):
+        RunFolder(tmp_path).load_settings()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rounds": "many"}', '{"noise": 1}', "\xff"])
+def test_settings_that_cannot_be_read_are_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(FleetError, match=r"run\.json cannot be read"):
+        RunFolder(tmp_path).load_settings()
+
+
+def test_settings_out_of_range_are_refused_on_reading(tmp_path: Path) -> None:
+    changed = msgspec.to_builtins(SETTINGS) | {"rounds": 0}
+    (tmp_path / "run.json").write_bytes(msgspec.json.encode(changed))
+    with pytest.raises(SettingsError, match="rounds: expected at least 1"):
+        RunFolder(tmp_path).load_settings()
+
+
+def test_the_bundles_that_come_with_covey_are_signed_by_the_publisher_named_beside_them() -> None:
+    for model in ("watch_features", "watch_cnn"):
+        path, publisher = bundle_and_publisher(model)
+        assert open_bundle(path.read_bytes(), publisher=public_key_from_hex(publisher)).manifest.name == model
