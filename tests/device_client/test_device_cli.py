@@ -272,7 +272,7 @@ def test_windows_that_cannot_be_read_are_refused(device: Device, make: Callable[
 
 def test_windows_of_another_shape_or_number_are_refused(device: Device) -> None:
     device.run("init")
-    path = device.folder / "windows.npz"
+    path = device.folder / "others.npz"
     np.savez(path, x=np.zeros((2, 3, 2)), y=np.zeros(2))
     one_sentence(device.run("import", str(path)), 3, "import others")
     assert device.import_windows()[0] == 0
