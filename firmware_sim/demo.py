@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.software import software_version
 
 POLL_S = 0.1
+LEAST_FREE_BYTES = 8 * 1024 * 1024
+"""Below this the run stops: daemons whose disk is full can neither train nor say so in their logs."""
 LAST_MEASUREMENT_WITHIN_S = 30.0
 """How long to wait, after the task is finished, for held-out wrists to measure the finished model."""
 
@@ -88,12 +91,22 @@ class DemoRun:
                 live.say(f"[yellow]{escape(text)}[/]")
             self._read_logs()
             live.refresh()
+            self._check_disk()
             if self.observation.finished_digest is not None:
                 now_s = time.monotonic()
                 finished_at_s = now_s if finished_at_s is None else finished_at_s
                 if now_s > finished_at_s + LAST_MEASUREMENT_WITHIN_S:
                     raise FleetError("the held-out wrists did not measure the finished model in time; see the logs")
             time.sleep(POLL_S)
+
+    def _check_disk(self) -> None:
+        """Stop while there is still room to say why."""
+        free = shutil.disk_usage(self.folder.path).free
+        if free < LEAST_FREE_BYTES:
+            raise FleetError(
+                f"the disk of {self.folder.path} is full ({free // 1024} KiB left): make room, then go on with "
+                f"covey-fleet demo --resume {self.folder.path}"
+            )
 
     def _read_logs(self) -> None:
         """Take the new events of all processes."""
