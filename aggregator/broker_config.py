@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fl_protocol.errors import LocalMisuseError
 from fl_protocol.limits import MAX_PACKET_BYTES, PACKET_RESERVE_BYTES
 from fl_protocol.topics import checked_name
 
@@ -14,7 +15,13 @@ def mosquitto_config(*, host: str, port: int, folder: str, user: str) -> str:
         port: port to listen on.
         folder: holds ``ca.pem``, ``broker.pem``, ``broker.key`` and ``acl``.
         user: account that mosquitto, when started as root, switches to; it must be able to read the folder.
+
+    Raises:
+        LocalMisuseError: a setting holds a line break, which would begin another setting.
     """
+    for name, value in (("host", host), ("folder", folder), ("user", user)):
+        if not value.isprintable():
+            raise LocalMisuseError(f"{name}: expected one line for mosquitto.conf, got {value!r}")
     return f"""# written by covey; changes are overwritten
 listener {port} {host}
 cafile {folder}/ca.pem

@@ -55,6 +55,9 @@ def make_ca(name: str, *, now_s: float) -> KeyPair:
 def issue(ca: KeyPair, name: str, *, now_s: float, server_hosts: tuple[str, ...] = ()) -> KeyPair:
     """A leaf certificate: for a client `name`, or for a server when `server_hosts` names where it listens.
 
+    A client's carries its name as a URI too: `cryptography`'s verifier wants a subject alternative name in every leaf,
+    and one that is no host name cannot be mistaken for a server's.
+
     Args:
         ca: from `make_ca`.
         name: common name; the broker takes it as the client's identity and MQTT client id.
@@ -62,7 +65,7 @@ def issue(ca: KeyPair, name: str, *, now_s: float, server_hosts: tuple[str, ...]
         server_hosts: DNS names and IP addresses.
     """
     ca_key = load_pem_private_key(ca.key, None)
-    if not isinstance(ca_key, ec.EllipticCurvePrivateKey):
+    if not isinstance(ca_key, ec.EllipticCurvePrivateKey) or not isinstance(ca_key.curve, ec.SECP256R1):
         raise AggregatorError("the CA key: expected a P-256 key, got another kind; run the CA set-up again")
     issuer = x509.load_pem_x509_certificate(ca.certificate).subject
     key = ec.generate_private_key(ec.SECP256R1())
@@ -74,9 +77,8 @@ def issue(ca: KeyPair, name: str, *, now_s: float, server_hosts: tuple[str, ...]
         .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
     )
-    if server_hosts:
-        hosts = x509.SubjectAlternativeName([_general_name(host) for host in server_hosts])
-        builder = builder.add_extension(hosts, critical=False)
+    names = [_general_name(host) for host in server_hosts] or [x509.UniformResourceIdentifier(f"urn:covey:{name}")]
+    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     return _pair(builder.sign(ca_key, hashes.SHA256()), key)
 
 
@@ -117,7 +119,7 @@ def _name(common_name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
-def _general_name(host: str) -> x509.GeneralName:
+def _general_name(host: str) -> x509.IPAddress | x509.DNSName | x509.UniformResourceIdentifier:
     """An IP address or a DNS name."""
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
