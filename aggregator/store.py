@@ -275,11 +275,9 @@ class AggregatorStore:
         if self._engine.dialect.name != "sqlite":
             return True
         with _translated("cannot be checkpointed"), self._engine.connect() as connection:
+            connection.detach()  # closed afterwards, and its impatience with it
             connection.exec_driver_sql("PRAGMA busy_timeout=0")
-            try:
-                busy, _, _ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
-            finally:
-                connection.exec_driver_sql(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
+            busy, _, _ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
         return not busy
 
     def close(self) -> None:
