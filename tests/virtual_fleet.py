@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from device_client.training import Records
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
 from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.signing import public_key_from_hex
+from fl_protocol.transport import Received, TransportEvent
 
 TENANT, TASK = "clinic", "watch"
 AGGREGATOR_KEY = Ed25519PrivateKey.from_private_bytes(b"\x01" * 32)
@@ -67,6 +69,61 @@ class MemoryJournal:
 
     def named(self, event: str) -> list[dict[str, Any]]:
         return [fields for name, fields in self.events if name == event]
+
+
+class ObservedBroker(VirtualBroker):
+    """A broker that remembers what was published, and loses what it is told to lose."""
+
+    def __init__(self, *, maximum_packet_bytes: int | None = None) -> None:
+        super().__init__(maximum_packet_bytes=maximum_packet_bytes)
+        self.published: list[tuple[str, bytes]] = []
+        self.loses: Callable[[str], bool] = lambda topic: False
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+        self.published.append((topic, payload))
+        if not self.loses(topic):
+            super().publish(topic, payload, retain=retain)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How often, by chance, a network does each of these to a message."""
+
+    drop: float = 0.0
+    repeat: float = 0.0
+    reorder: float = 0.0
+    corrupt: float = 0.0
+
+
+class FaultyTransport(VirtualTransport):
+    """A connection whose messages are dropped, repeated, swapped and corrupted on the way in."""
+
+    def __init__(
+        self, broker: VirtualBroker, *, will: tuple[str, bytes] | None = None, faults: Faults | None = None, seed: str
+    ) -> None:
+        super().__init__(broker, will=will)
+        self._faults, self._chance = faults if faults is not None else Faults(), Random(seed)  # noqa: S311
+        self._later: list[TransportEvent] = []
+
+    def poll(self, timeout_s: float) -> TransportEvent | None:
+        event = super().poll(timeout_s)
+        if event is None and self._later:
+            return self._later.pop(0)
+        if not isinstance(event, Received):
+            return event
+        faults, happens = self._faults, self._chance.random
+        if happens() < faults.drop:
+            return self.poll(timeout_s)
+        if happens() < faults.repeat:
+            self._later.append(event)
+        if event.payload and happens() < faults.corrupt:
+            raw = bytearray(event.payload)
+            raw[self._chance.randrange(len(raw))] ^= 1 << self._chance.randrange(8)
+            event = Received(event.topic, bytes(raw))
+        if happens() < faults.reorder:
+            self._later.append(event)
+            return self.poll(timeout_s)
+        return event
 
 
 @dataclass
@@ -130,13 +187,15 @@ class VirtualFleet:
         seed: str = "fleet",
         records: Callable[[int], Records] | None = None,
         maximum_packet_bytes: int | None = None,
+        faults: Faults | None = None,
     ) -> None:
-        self.folder, self.seed = folder, seed
+        self.folder, self.seed, self._faults = folder, seed, faults
+        self._starts: dict[str, int] = {}
         self.bundle = bundle if bundle is not None else load_bundle()
         self.task = task if task is not None else task_config()
         self.budget = budget if budget is not None else Budget(3.0, 1e-5)
         self.clock = VirtualClock()
-        self.broker = VirtualBroker(maximum_packet_bytes=maximum_packet_bytes)
+        self.broker = ObservedBroker(maximum_packet_bytes=maximum_packet_bytes)
         self.journals: dict[str, MemoryJournal] = {}
         self._records = records if records is not None else lambda index: synthetic_records(self.bundle, seed=index)
         self._graph = TfliteGraph(
@@ -159,9 +218,9 @@ class VirtualFleet:
             graph_digest=self.bundle.graph_digest,
             signing_key=AGGREGATOR_KEY,
             store=store,
-            transport=VirtualTransport(self.broker),
+            transport=FaultyTransport(self.broker, faults=self._faults, seed=f"network {self._life('aggregator')}"),
             journal=self.journals.setdefault("aggregator", MemoryJournal()),
-            entropy=SeededEntropy(f"{self.seed} aggregator {self.clock.time_s}"),
+            entropy=SeededEntropy(self._life("aggregator")),
             now_s=self.clock.now_s,
         )
         daemon.start()
@@ -173,10 +232,23 @@ class VirtualFleet:
         self.aggregator.transport.close()
         self.aggregator.store.close()
 
-    def start_device(self, name: str, *, role: Role = "train", floors: Floors | None = None) -> DeviceDaemon:
+    def _life(self, name: str) -> str:
+        """A seed for one life of a process: no two lives draw the same random numbers."""
+        self._starts[name] = self._starts.get(name, 0) + 1
+        return f"{self.seed} {name} {self._starts[name]}"
+
+    def start_device(
+        self,
+        name: str,
+        *,
+        role: Role = "train",
+        floors: Floors | None = None,
+        store_type: type[EncryptedFiles] = EncryptedFiles,
+    ) -> DeviceDaemon:
         """Start a device, or start it again after `kill_device`, on the same store."""
-        entropy = SeededEntropy(f"{self.seed} {name} {self.clock.time_s}")
-        store = EncryptedFiles(self.folder / name, hashlib.sha256(name.encode()).digest())
+        life = self._life(name)
+        entropy = SeededEntropy(life)
+        store = store_type(self.folder / name, hashlib.sha256(name.encode()).digest())
         key = create_identity(store, entropy)
         self.aggregator.store.add_device(name, key.public_key().public_bytes_raw(), self.clock.now_s())
         participant = Participant(
@@ -199,13 +271,15 @@ class VirtualFleet:
             floors=floors if floors is not None else Floors(),
             software="covey test",
         )
-        session = DeviceSession(config, entropy=entropy, state=load_session(store), outbox=participant.outbox)
+        # Jitter draws from a stream of its own: how often an update is resent must not change the next one's noise.
+        jitter = SeededEntropy(f"{life} session")
+        session = DeviceSession(config, entropy=jitter, state=load_session(store), outbox=participant.outbox)
         will = session.offline_presence()
         daemon = DeviceDaemon(
             session,
             participant,
             store,
-            VirtualTransport(self.broker, will=(will.topic, will.payload)),
+            FaultyTransport(self.broker, will=(will.topic, will.payload), faults=self._faults, seed=f"network {life}"),
             self.clock,
             self.journals.setdefault(name, MemoryJournal()),
         )

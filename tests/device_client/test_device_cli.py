@@ -279,7 +279,7 @@ def test_windows_of_another_shape_or_number_are_refused(device: Device) -> None:
     one_sentence(device.run("import", str(path)), 3, "import others")
     assert len(assembled(device).participant.records) == 12  # what was there is still there
     np.savez(path, x=np.zeros((2, 3, 2)), y=np.zeros(3))
-    one_sentence(device.run("import", str(path)), 1, "as many labels")
+    one_sentence(device.run("import", str(path)), 2, "as many labels")
 
 
 def test_an_edited_ledger_stops_the_device(device: Device) -> None:

@@ -1,0 +1,345 @@
+"""Whole studies in virtual time: the same seed gives the same bytes, and crashes, losses and attacks change nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sqlalchemy import event
+
+from aggregator.rounds import Phase
+from device_client.ledger import Budget, PrivacyLedger
+from fl_protocol.messages import NackMsg, RoundManifestMsg
+from fl_protocol.signing import verify
+from fl_protocol.topics import down_topic, parse_upload_topic, round_topic
+from fl_protocol.transport import Received
+from tests.aggregator.desk import device_key, make_update, messages, with_header
+from tests.device_client.ports import PowerCutError
+from tests.system.study import (
+    CuttableFiles,
+    accepted,
+    aggregator_power_cut,
+    check_study,
+    final_digest,
+    published_updates,
+)
+from tests.virtual_fleet import AGGREGATOR_KEY, TASK, TENANT, Faults, VirtualFleet, task_config
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digest of the final model when nothing goes wrong."""
+    fleet = VirtualFleet(tmp_path_factory.mktemp("undisturbed"))
+    fleet.run()
+    check_study(fleet)
+    assert len(accepted(fleet)) == 9
+    return final_digest(fleet)
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path: Path, undisturbed: str) -> None:
+    for seed, same in (("fleet", True), ("another", False)):
+        (tmp_path / seed).mkdir()
+        fleet = VirtualFleet(tmp_path / seed, seed=seed)
+        fleet.run()
+        assert (final_digest(fleet) == undisturbed) == same
+        stored = fleet.aggregator.store.model(4)
+        assert hashlib.sha256(stored.model.params.tobytes()).hexdigest() == final_digest(fleet)
+
+
+@pytest.mark.parametrize("after_steps", range(1, 32, 2))
+def test_a_killed_aggregator_loses_and_doubles_nothing(tmp_path: Path, undisturbed: str, after_steps: int) -> None:
+    fleet = VirtualFleet(tmp_path)
+    for _ in fleet.steps(after_steps):
+        pass
+    fleet.kill_aggregator()
+    fleet.start_aggregator()
+    fleet.run()
+    check_study(fleet)
+    assert final_digest(fleet) == undisturbed
+
+
+@pytest.mark.parametrize("statement", range(1, 100, 5))
+def test_an_aggregator_that_loses_power_at_any_statement_loses_and_doubles_nothing(
+    tmp_path: Path, undisturbed: str, statement: int
+) -> None:
+    fleet = VirtualFleet(tmp_path)
+    with aggregator_power_cut(fleet, statement):
+        try:
+            fleet.run()
+        except PowerCutError:
+            pass
+        else:
+            pytest.fail("the study has fewer statements")
+    fleet.kill_aggregator()
+    fleet.start_aggregator()
+    fleet.run()
+    check_study(fleet)
+    assert final_digest(fleet) == undisturbed
+
+
+def test_an_aggregator_killed_again_and_again_still_finishes(tmp_path: Path, undisturbed: str) -> None:
+    fleet = VirtualFleet(tmp_path)
+    for life in range(12):
+        for _ in fleet.steps(3 + life % 4):
+            pass
+        fleet.clock.time_s += 3.0
+        fleet.kill_aggregator()
+        fleet.start_aggregator()
+    fleet.run()
+    check_study(fleet)
+    assert final_digest(fleet) == undisturbed
+
+
+@pytest.mark.parametrize("failing", ["INSERT INTO updates", "INSERT INTO models", "SELECT devices", "UPDATE tasks"])
+def test_a_database_that_fails_for_a_while_stops_nothing(tmp_path: Path, undisturbed: str, failing: str) -> None:
+    fleet = VirtualFleet(tmp_path)
+    healthy_s = fleet.clock.time_s + 4.0
+
+    def fail(_c: object, cursor: object, text: str, *_rest: object) -> None:
+        if fleet.clock.time_s < healthy_s and text.startswith(failing):
+            cursor.execute("SELECT * FROM no_such_table")  # type: ignore[attr-defined]
+
+    event.listen(fleet.aggregator.store._engine, "before_cursor_execute", fail)
+    fleet.run()
+    check_study(fleet)
+    assert fleet.journals["aggregator"].named("store_failed")
+    assert final_digest(fleet) == undisturbed
+
+
+def test_lost_receipts_are_answered_again_and_count_once(tmp_path: Path, undisturbed: str) -> None:
+    fleet = VirtualFleet(tmp_path)
+    quiet_s = fleet.clock.time_s + 20.0
+    fleet.broker.loses = lambda topic: "/down/" in topic and fleet.clock.time_s < quiet_s
+    fleet.run(until=lambda: fleet.clock.time_s > quiet_s + 60.0)
+    check_study(fleet)
+    assert final_digest(fleet) == undisturbed
+    sent = [topic for topic, _ in fleet.broker.published if "/up/" in topic]
+    assert len(sent) > 2 * len(set(sent))
+    assert all(not list(daemon.participant.outbox) for daemon in fleet.devices.values())
+    assert fleet.aggregator.store.refusals() == {}
+
+
+@pytest.mark.parametrize("cut_after", [False, True])
+@pytest.mark.parametrize("cut_at", range(22))
+def test_a_device_that_loses_power_at_any_write_releases_no_more_than_it_was_charged(
+    tmp_path: Path, cut_at: int, *, cut_after: bool
+) -> None:
+    class ThisDevice(CuttableFiles):
+        changes = 0
+
+    fleet = VirtualFleet(tmp_path, devices=2)
+    ThisDevice.cut_at, ThisDevice.cut_after = cut_at, cut_after
+    lives = 0
+    while fleet.aggregator.state.phase is not Phase.FINISHED:
+        try:
+            if "watch-2" not in fleet.devices:
+                lives += 1
+                fleet.start_device("watch-2", store_type=ThisDevice)
+            fleet.run()
+        except PowerCutError:
+            if "watch-2" in fleet.devices:
+                fleet.kill_device("watch-2")
+            else:
+                release_lock(tmp_path / "watch-2")
+    assert lives <= 2
+    assert lives == 2 or ThisDevice.changes <= cut_at
+    check_study(fleet)
+
+
+def release_lock(folder: Path) -> None:
+    """A process that dies while it starts lets go of its lock; here the process lives on, so the lock's file goes."""
+    (folder / ".lock").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("after_steps", range(1, 26, 3))
+def test_a_device_killed_between_any_two_steps_is_charged_once_per_round(tmp_path: Path, after_steps: int) -> None:
+    fleet = VirtualFleet(tmp_path)
+    for _ in fleet.steps(after_steps):
+        pass
+    fleet.kill_device("watch-1")
+    fleet.clock.time_s += 1.0
+    fleet.start_device("watch-1")
+    fleet.run()
+    check_study(fleet)
+
+
+@pytest.mark.parametrize("keep_retained", [True, False])
+@pytest.mark.parametrize("after_steps", [1, 4, 6, 9])
+def test_a_broker_restart_is_survived(
+    tmp_path: Path, undisturbed: str, after_steps: int, *, keep_retained: bool
+) -> None:
+    fleet = VirtualFleet(tmp_path)
+    for _ in fleet.steps(after_steps):
+        pass
+    fleet.broker.restart(keep_retained=keep_retained)
+    fleet.run()
+    check_study(fleet)
+    assert final_digest(fleet) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param(Faults(repeat=0.5), id="repeated"),
+        pytest.param(Faults(reorder=0.5), id="reordered"),
+        pytest.param(Faults(drop=0.3), id="dropped"),
+        pytest.param(Faults(corrupt=0.1), id="corrupted"),
+        pytest.param(Faults(drop=0.3, repeat=0.2, reorder=0.3, corrupt=0.05), id="all"),
+    ],
+)
+@pytest.mark.parametrize("maximum_packet_bytes", [None, 1024 + 256 + 400], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("seed", ["one", "two"])
+def test_a_bad_network_delays_and_changes_nothing_else(
+    tmp_path: Path, faults: Faults, maximum_packet_bytes: int | None, seed: str
+) -> None:
+    fleet = VirtualFleet(
+        tmp_path,
+        devices=5,
+        faults=faults,
+        seed=seed,
+        maximum_packet_bytes=maximum_packet_bytes,
+        budget=Budget(30.0, 1e-5),
+        task=task_config(goal=4, minimum_cohort=2, rounds=2),
+    )
+    fleet.run(most_s=4000.0)
+    check_study(fleet)
+
+
+def hostile_messages(fleet: VirtualFleet, name: str) -> Iterator[Received]:
+    """Everything bad that a registered device, and one that is not, may send for the open round."""
+    manifest = verify(fleet.broker.retained[round_topic(TENANT, TASK)], RoundManifestMsg, AGGREGATOR_KEY.public_key())
+    # The manifest's num_parameters is no part of what is sealed or signed.
+    names = set(manifest.__struct_fields__) - {"v", "num_parameters"}
+    fields = {field: getattr(manifest, field) for field in names}
+    length = manifest.num_parameters
+
+    def update(number: int, *, values: bytes = bytes(4 * length), **changes: object) -> bytes:
+        return make_update(
+            name,
+            update_id=bytes([number]) * 16,
+            body=values,
+            num_parameters=len(values) // 4,
+            **{**fields, **changes},
+        )
+
+    nan = np.full(length, np.nan, "<f4").tobytes()
+    envelopes = {
+        1: b"garbage",
+        2: update(2, values=nan),
+        3: update(3, values=bytes(40)),
+        4: update(4, round=manifest.round + 1),
+        5: update(5, model_digest=bytes(32)),
+        6: update(6, task="other"),
+        7: with_header(update(7, round=manifest.round + 1), device_key(name), round=manifest.round),
+        8: update(8)[:-1] + b"\x00",
+        9: make_update("watch-0", update_id=b"\x09" * 16, body=bytes(4 * length), num_parameters=length, **fields),
+    }
+    for number, envelope in envelopes.items():
+        yield from messages(envelope, name, update_id=bytes([number]) * 16)
+        yield from messages(envelope, "nobody", update_id=bytes([number]) * 16)
+    yield messages(update(10), name, update_id=b"\x0a" * 16)[0]  # and never the rest
+    yield Received(f"fl/v1/{TENANT}/up/00/../x", b"")
+    for topic, payload in [item for item in fleet.broker.published if "/up/" in item[0]][:20]:
+        yield Received(topic, payload)  # replays of what honest devices sent
+
+
+def test_a_hostile_device_is_refused_by_reason_and_the_study_goes_on(tmp_path: Path, undisturbed: str) -> None:
+    fleet = VirtualFleet(tmp_path)
+    fleet.aggregator.store.add_device("mallory", device_key("mallory").public_key().public_bytes_raw(), 0.0)
+    attacked: set[int] = set()
+    answers: list[str] = []
+    while fleet.aggregator.state.phase is not Phase.FINISHED:
+        state = fleet.aggregator.state
+        if state.phase is Phase.OPEN and state.number not in attacked:
+            attacked.add(state.number)
+            for message in hostile_messages(fleet, "mallory"):
+                fleet.broker.publish(message.topic, message.payload, retain=False)
+        for _ in fleet.steps(1):
+            pass
+        fleet.clock.time_s += 0.05
+    while fleet.aggregator.transport.poll(0.0) is not None:
+        pass
+    assert attacked == {1, 2, 3}
+    refused = fleet.aggregator.store.refusals()
+    for reason in (
+        "malformed",
+        "not_finite",
+        "wrong_length",
+        "wrong_round",
+        "wrong_model",
+        "wrong_task",
+        "unsealable",
+        "bad_signature",
+        "unknown_device",
+    ):
+        assert refused.get(reason, 0) >= 1, f"{reason} is not among {refused}"
+    for topic, payload in fleet.broker.published:
+        if topic == down_topic(TENANT, "mallory", "nack"):
+            answers.append(verify(payload, NackMsg, AGGREGATOR_KEY.public_key()).reason.value)
+        assert not topic.startswith(f"fl/v1/{TENANT}/down/nobody/"), "a stranger got an answer"
+        assert topic != down_topic(TENANT, "mallory", "receipt")
+    assert {"malformed", "not_finite", "unsealable", "bad_signature"} <= set(answers)
+    # Honest updates count once each, and the model is the one that would have come without the attack.
+    assert len(accepted(fleet)) == 9
+    assert final_digest(fleet) == undisturbed
+
+
+def test_devices_stop_when_their_budget_is_spent_and_the_round_says_why_it_aborts(tmp_path: Path) -> None:
+    fleet = VirtualFleet(tmp_path, budget=Budget(1.2, 1e-5), task=task_config(rounds=50, goal=3, minimum_cohort=2))
+    journal = fleet.journals["aggregator"]
+    fleet.run(until=lambda: len(journal.named("round_aborted")) >= 2, most_s=2000.0)
+    committed = len(journal.named("round_committed"))
+    assert 1 <= committed < 50
+    assert journal.named("round_aborted")[0]["reason"] == "0 of at least 2 updates had arrived by the deadline"
+    for name, daemon in fleet.devices.items():
+        ledger = daemon.participant.ledger
+        assert len(ledger.reservations) == committed
+        assert ledger.spent_epsilon <= 1.2
+        ended = fleet.journals[name].named("participation_ended")
+        assert "the privacy budget is spent" in ended[0]["reason"]
+        again = PrivacyLedger(daemon.store, ledger.budget)
+        assert again.spent_epsilon == ledger.spent_epsilon
+    assert {header.round for header in published_updates(fleet).values()} == set(range(1, committed + 1))
+
+
+def test_nothing_on_the_wire_or_in_the_aggregators_journal_tells_of_the_wearers_data(tmp_path: Path) -> None:
+    fleet = VirtualFleet(tmp_path)
+    fleet.run()
+    secrets = [
+        window.tobytes()[:64] for daemon in fleet.devices.values() for window in daemon.participant.records.x[:5]
+    ]
+    keys = [daemon.participant.signing_key.private_bytes_raw() for daemon in fleet.devices.values()]
+    for _, payload in fleet.broker.published:
+        assert not any(secret in payload for secret in [*secrets, *keys])
+    told = {field for _, fields in fleet.journals["aggregator"].events for field in fields}
+    assert not told & {"loss_sum", "correct", "count", "epsilon", "norms"}
+    # All updates have one length, whatever a wearer holds.
+    sizes = {len(payload) for topic, payload in fleet.broker.published if "/up/" in topic}
+    assert len(sizes) == 1
+    for topic, _ in fleet.broker.published:
+        if "/up/" in topic:
+            assert parse_upload_topic(topic).device in fleet.devices
+
+
+def test_a_finished_study_leaves_no_round_key_in_the_database_files(tmp_path: Path) -> None:
+    fleet = VirtualFleet(tmp_path)
+    true_entropy, drawn = fleet.aggregator.entropy, list[bytes]()
+
+    def remembering(count: int) -> bytes:
+        drawn.append(true_entropy(count))
+        return drawn[-1]
+
+    fleet.aggregator.entropy = remembering
+    fleet.run(until=lambda: len(drawn) == 1)
+    files = [tmp_path / "aggregator.db", tmp_path / "aggregator.db-wal"]
+    assert any(drawn[0] in path.read_bytes() for path in files)
+    fleet.run()
+    for _ in fleet.steps(2):
+        pass
+    assert len(drawn) == 3
+    for path in files:
+        content = path.read_bytes() if path.exists() else b""
+        assert not any(secret in content for secret in drawn), path.name
