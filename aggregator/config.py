@@ -11,6 +11,8 @@ from fl_protocol.adapters.config_files import BrokerConfig
 from fl_protocol.messages import KemName, Name, TrainingPlanMsg
 
 Fraction = Annotated[float, Meta(ge=0, le=1)]
+LONGEST_S = 1e9
+"""Thirty years; a deadline without end could not be sent."""
 
 
 class PlanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -66,10 +68,10 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     rounds: Annotated[int, Meta(ge=1)]
     goal: Annotated[int, Meta(ge=1)]
     minimum_cohort: Annotated[int, Meta(ge=1)]
-    round_duration_s: Annotated[float, Meta(gt=0)]
+    round_duration_s: Annotated[float, Meta(gt=0, le=LONGEST_S)]
     server: ServerConfig = ServerConfig()
     participation_probability: Fraction = 1.0
-    minimum_separation_s: Annotated[float, Meta(ge=0)] = 0.0
+    minimum_separation_s: Annotated[float, Meta(ge=0, le=LONGEST_S)] = 0.0
     kem: KemName = "mlkem768-x25519"
 
 

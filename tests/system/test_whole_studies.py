@@ -333,7 +333,8 @@ def test_a_finished_study_leaves_no_round_key_in_the_database_files(tmp_path: Pa
         return drawn[-1]
 
     fleet.aggregator.entropy = remembering
-    fleet.run(until=lambda: len(drawn) == 1)
+    for _ in fleet.steps(1):
+        assert len(drawn) == 1
     files = [tmp_path / "aggregator.db", tmp_path / "aggregator.db-wal"]
     assert any(drawn[0] in path.read_bytes() for path in files)
     fleet.run()

@@ -1,0 +1,101 @@
+"""Who imports whom, and what a device loads: the arrows of design section 2, held by running things."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DEVICE_MAY_LOAD = {"numpy", "cryptography", "msgspec", "paho", "ai_edge_litert", "tflite_runtime"}
+OURS = {"device_client", "fl_protocol"}
+# What those five load themselves: extension modules of cryptography and numpy, and msgspec's optional import.
+THEIRS = {"_cffi_backend", "_openssl", "cython_runtime", "typing_extensions", "tomli"}
+
+LIST_MODULES = """
+import importlib, json, sys
+before = set(sys.modules)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+top = {name.partition(".")[0] for name in set(sys.modules) - before}
+top = {name for name in top if not name.startswith("_cython_")}
+print(json.dumps(sorted(top - set(sys.stdlib_module_names))))
+"""
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """Top-level names, the standard library's aside, that a fresh process has after importing `modules`."""
+    result = subprocess.run(
+        [sys.executable, "-c", LIST_MODULES, *modules], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(json.loads(result.stdout))
+
+
+def test_the_import_contracts_hold() -> None:
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 broken" in result.stdout
+
+
+def test_a_device_loads_only_what_it_may() -> None:
+    loaded = loaded_by("device_client.cli", "device_client.assembly", "fl_protocol.adapters.mqtt")
+    assert loaded - OURS - THEIRS <= DEVICE_MAY_LOAD
+    assert loaded >= OURS
+
+
+def test_a_device_that_trains_loads_only_what_it_may() -> None:
+    code = LIST_MODULES.replace("for name in sys.argv[1:]:\n    importlib.import_module(name)", "exec(sys.argv[1])")
+    training = """
+from pathlib import Path
+import device_client.cli
+from device_client.adapters.tflite_graph import TfliteGraph
+from fl_protocol.bundle import open_bundle
+from fl_protocol.signing import public_key_from_hex
+folder = Path("models/bundles")
+publisher = public_key_from_hex((folder / "publisher.pub").read_text())
+bundle = open_bundle((folder / "watch_features.covey").read_bytes(), publisher=publisher)
+TfliteGraph(bundle.graph, batch_size=bundle.manifest.batch_size, num_parameters=bundle.manifest.num_parameters)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, training], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded = set(json.loads(result.stdout.splitlines()[-1]))
+    assert loaded - OURS - THEIRS <= DEVICE_MAY_LOAD, loaded
+    assert len(loaded & {"ai_edge_litert", "tflite_runtime"}) == 1
+
+
+@pytest.mark.parametrize("module", ["device_client.cli", "aggregator.cli", "firmware_sim.cli", "fl_protocol.bundle"])
+def test_nothing_but_the_models_room_loads_tensorflow(module: str) -> None:
+    loaded = loaded_by(module)
+    assert not loaded & {"tensorflow", "keras", "tensorflow_privacy", "models"}
+
+
+def test_device_and_aggregator_do_not_know_each_other() -> None:
+    assert "aggregator" not in loaded_by("device_client.cli")
+    assert "device_client" not in loaded_by("aggregator.cli")
+
+
+PURE = [
+    "device_client.session",
+    "device_client.delivery",
+    "device_client.ledger",
+    "device_client.training",
+    "aggregator.rounds",
+    "aggregator.combine",
+    "aggregator.ingest",
+]
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_the_pure_core_loads_no_adapter_and_no_outside_library_of_one(module: str) -> None:
+    code = (
+        "import importlib, sys, json; importlib.import_module(sys.argv[1]);"
+        "print(json.dumps([name for name in sys.modules if '.adapters' in name or name in "
+        "('paho', 'sqlalchemy', 'ai_edge_litert', 'tflite_runtime')]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert json.loads(result.stdout) == []
