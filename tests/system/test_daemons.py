@@ -1,0 +1,212 @@
+"""Both daemons against what may not stop them: impossible plans, full disks, unusable brokers, changed settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace as with_fields
+
+from aggregator.config import PlanConfig, ServerConfig
+from aggregator.rounds import Phase
+from device_client.adapters.encrypted_files import EncryptedFiles
+from device_client.errors import StoreError
+from device_client.ledger import Budget
+from device_client.session import Floors
+from device_client.training import Records
+from fl_protocol.messages import RoundManifestMsg
+from fl_protocol.signing import verify
+from fl_protocol.topics import round_topic
+from tests.aggregator.desk import device_key, make_update, messages
+from tests.system.study import accepted, check_study
+from tests.virtual_fleet import (
+    AGGREGATOR_KEY,
+    TASK,
+    TENANT,
+    SeededEntropy,
+    VirtualFleet,
+    load_bundle,
+    synthetic_records,
+    task_config,
+)
+
+
+def plan(**changes: float) -> PlanConfig:
+    return with_fields(task_config().plan, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"noise_multiplier": 1e13},
+        {"l2_norm_clip": 1e-300},
+        {"l2_norm_clip": 1e300},
+        {"noise_multiplier": 1e-200},
+        {"learning_rate": 1e300},
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_ends_participations_and_no_daemon(
+    tmp_path: Path, changes: dict[str, float]
+) -> None:
+    fleet = VirtualFleet(tmp_path, task=task_config(plan=plan(**changes)), budget=Budget(math.inf, 1e-5))
+    journal = fleet.journals["aggregator"]
+    with np.errstate(all="ignore"):
+        fleet.run(until=lambda: len(journal.named("round_aborted")) >= 2, most_s=200.0)
+    for name in fleet.devices:
+        assert len(fleet.journals[name].named("participation_ended")) >= 2
+    assert accepted(fleet) == []
+
+
+def test_a_poisoned_sum_aborts_its_round_and_the_next_goes_on(tmp_path: Path) -> None:
+    server = ServerConfig(learning_rate=10.0, momentum=0.9)
+    fleet = VirtualFleet(tmp_path, task=task_config(goal=4, minimum_cohort=3, rounds=2, server=server))
+    fleet.aggregator.store.add_device("mallory", device_key("mallory").public_key().public_bytes_raw(), 0.0)
+    for _ in fleet.steps(1):
+        pass
+    manifest = verify(fleet.broker.retained[round_topic(TENANT, TASK)], RoundManifestMsg, AGGREGATOR_KEY.public_key())
+    names = set(manifest.__struct_fields__) - {"v", "num_parameters"}
+    length = manifest.num_parameters
+    largest = np.full(length, np.finfo(np.float32).max, "<f4")
+    largest[: length // 2] *= -1
+    poison = make_update(
+        "mallory",
+        body=largest.tobytes(),
+        num_parameters=length,
+        **{field: getattr(manifest, field) for field in names},
+    )
+    for message in messages(poison, "mallory"):
+        fleet.broker.publish(message.topic, message.payload, retain=False)
+    with np.errstate(all="ignore"):
+        fleet.run()
+    (aborted,) = fleet.journals["aggregator"].named("round_aborted")
+    assert "not finite" in aborted["reason"]
+    assert len(fleet.journals["aggregator"].named("round_committed")) == 2
+    check_study(fleet)
+
+
+def test_a_broker_that_takes_no_chunk_is_told_and_another_used(tmp_path: Path) -> None:
+    fleet = VirtualFleet(tmp_path, maximum_packet_bytes=100)
+    for _ in fleet.steps(20):
+        pass
+    assert all(journal.named("broker_unusable") for journal in fleet.journals.values())
+    assert accepted(fleet) == []
+    fleet.broker.maximum_packet_bytes = None
+    fleet.broker.restart(keep_retained=True)
+    fleet.run()
+    check_study(fleet)
+
+
+@pytest.mark.parametrize(("before", "rounds"), [(3, 1), (2, 5)])
+def test_the_number_of_rounds_may_be_changed_between_starts(tmp_path: Path, before: int, rounds: int) -> None:
+    fleet = VirtualFleet(tmp_path, task=task_config(rounds=10))
+    journal = fleet.journals["aggregator"]
+    while len(journal.named("round_committed")) < before:
+        for _ in fleet.steps(1):
+            pass
+    fleet.kill_aggregator()
+    fleet.task = task_config(rounds=rounds, server=ServerConfig(momentum=0.9, average_last=3))
+    fleet.start_aggregator()
+    fleet.run()
+    check_study(fleet)
+    state = fleet.aggregator.state
+    assert state.committed == max(rounds, before + 1)
+    assert len(fleet.aggregator.store.model(state.model_version).model.params) > 0
+
+
+class FillingFiles(EncryptedFiles):
+    """A device's store on a disk that is full while `full`."""
+
+    full = False
+
+    def write(self, name: str, data: bytes) -> None:
+        if self.full:
+            raise StoreError(f"{name} cannot be written (No space left on device)")
+        super().write(name, data)
+
+    def append_log(self, name: str, line: bytes) -> None:
+        if self.full:
+            raise StoreError(f"{name} cannot be appended to (No space left on device)")
+        super().append_log(name, line)
+
+
+def test_a_device_with_a_full_disk_stays_out_until_there_is_room(tmp_path: Path) -> None:
+    fleet = VirtualFleet(tmp_path, devices=2, task=task_config(rounds=4, goal=3, minimum_cohort=2))
+    full = fleet.start_device("watch-2", store_type=FillingFiles)
+    assert isinstance(full.store, FillingFiles)
+    full.store.full = True
+    journal = fleet.journals["aggregator"]
+    fleet.run(until=lambda: len(journal.named("round_committed")) == 2)
+    assert fleet.journals["watch-2"].named("store_failed")
+    assert not full.participant.ledger.reservations
+    assert {device for device, _, _ in accepted(fleet)} == {"watch-0", "watch-1"}
+    full.store.full = False
+    fleet.run()
+    assert full.participant.ledger.reservations
+    check_study(fleet)
+
+
+def test_an_evaluating_device_measures_every_model_and_sends_none(tmp_path: Path) -> None:
+    fleet = VirtualFleet(tmp_path)
+    fleet.start_device("watch-9", role="evaluate", floors=Floors(100.0, 100))
+    fleet.run()
+    for _ in fleet.steps(5):
+        pass
+    measured = fleet.journals["watch-9"].named("evaluated")
+    assert [note["round"] for note in measured] == [1, 2, 3, 3]
+    assert measured[-1]["status"] == "finished"
+    assert all(note["count"] == 40 for note in measured)
+    assert "watch-9" not in {device for device, _, _ in accepted(fleet)}
+
+
+def test_a_model_that_never_changes_can_still_be_fetched(tmp_path: Path) -> None:
+    empty = synthetic_records(load_bundle(), seed=0, count=0)
+    fleet = VirtualFleet(
+        tmp_path,
+        task=task_config(plan=plan(noise_multiplier=0.0), rounds=5),
+        budget=Budget(math.inf, 1e-5),
+        records=lambda index: empty,
+    )
+    fleet.run()
+    assert len(accepted(fleet)) == 15
+    fleet.start_device("watch-9", role="evaluate")
+    for _ in fleet.steps(5):
+        pass
+    assert fleet.journals["watch-9"].named("evaluated")
+
+
+def test_a_runtime_that_fails_ends_the_participation_and_not_the_daemon(tmp_path: Path) -> None:
+    fleet = VirtualFleet(tmp_path, devices=2)
+    windows = Records(np.zeros((5, 3, 2), np.float32), np.zeros(5, np.int32))  # not what the graph takes
+    for name, role in (("watch-2", "train"), ("watch-3", "evaluate")):
+        daemon = fleet.start_device(name, role=role)  # type: ignore[arg-type]
+        daemon.participant = replace(daemon.participant, records=windows)
+    fleet.run()
+    assert "TFLite runtime failed" in fleet.journals["watch-2"].named("participation_ended")[0]["reason"]
+    assert "TFLite runtime failed" in fleet.journals["watch-3"].named("evaluation_failed")[0]["reason"]
+    check_study(fleet)
+
+
+def test_stopping_says_goodbye_and_a_later_start_goes_on(tmp_path: Path) -> None:
+    fleet = VirtualFleet(tmp_path)
+    for _ in fleet.steps(3):
+        pass
+    countdown = iter([False] * 3)
+    fleet.aggregator.run(lambda: next(countdown, True))
+    daemon = fleet.devices["watch-0"]
+    daemon.run(lambda: True)
+    assert b"offline" in fleet.broker.retained[f"fl/v1/{TENANT}/state/watch-0"]
+    assert fleet.journals["watch-0"].named("stopped")
+    daemon.transport.open()
+    fleet.start_aggregator()
+    fleet.run()
+    assert fleet.aggregator.state.phase is Phase.FINISHED
+    check_study(fleet)
+
+
+def test_no_two_lives_of_a_process_draw_the_same_random_numbers() -> None:
+    assert SeededEntropy("a 1")(16) != SeededEntropy("a 2")(16)
+    first = SeededEntropy("a 1")
+    assert first(16) != first(16)
