@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from msgspec.structs import replace as with_fields
+from sqlalchemy import event
 
 from aggregator.config import PlanConfig, ServerConfig
 from aggregator.rounds import Phase
@@ -210,3 +212,20 @@ def test_no_two_lives_of_a_process_draw_the_same_random_numbers() -> None:
     assert SeededEntropy("a 1")(16) != SeededEntropy("a 2")(16)
     first = SeededEntropy("a 1")
     assert first(16) != first(16)
+
+
+def test_while_the_database_cannot_be_read_no_late_update_is_receipted_into_a_closed_round(tmp_path: Path) -> None:
+    fleet = VirtualFleet(tmp_path, devices=5, task=task_config(goal=2, minimum_cohort=2, rounds=3))
+    healthy_s, transitions = fleet.clock.time_s + 2.0, 0
+
+    def fail(_c: object, cursor: Any, text: str, *_rest: object) -> None:
+        nonlocal transitions
+        transitions += text.startswith("UPDATE tasks")
+        # The first round is open; from its commit on the state cannot be read back.
+        if transitions >= 2 and fleet.clock.time_s < healthy_s and text.startswith("SELECT tasks"):
+            cursor.execute("SELECT * FROM no_such_table")
+
+    event.listen(fleet.aggregator.store._engine, "before_cursor_execute", fail)
+    fleet.run()
+    assert fleet.journals["aggregator"].named("store_failed")
+    check_study(fleet)  # arrivals that were committed are those that have receipts
