@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from pathlib import Path
 from typing import Annotated
@@ -76,6 +77,7 @@ def demo(
 def _run(folder: RunFolder, settings: DemoSettings, console: Console, choice: BrokerChoice) -> None:
     """Start the broker and the run; tell what came out."""
     broker = start_broker(choice, folder, settings)
+    run = DemoRun(folder, settings, console, broker)
     try:
         _say(console, f"Broker:     {broker.description}")
         _say(
@@ -83,8 +85,11 @@ def _run(folder: RunFolder, settings: DemoSettings, console: Console, choice: Br
             f"Fleet:      1 aggregator, {len(settings.training_wrists)} wrists train, "
             f"{len(settings.held_out_wrists)} held-out wrists measure; each its own process",
         )
-        run = DemoRun(folder, settings, console, broker)
         finished = run.run()
+    except FleetError:
+        with contextlib.suppress(CoveyError):
+            run.write_results()  # as far as it came, and what went wrong
+        raise
     finally:
         broker.stop()
     metrics = run.write_results()

@@ -92,6 +92,7 @@ class DemoRun:
             self._read_logs()
             live.refresh()
             self._check_disk()
+            self._check_budgets()
             if self.observation.finished_digest is not None:
                 now_s = time.monotonic()
                 finished_at_s = now_s if finished_at_s is None else finished_at_s
@@ -106,6 +107,14 @@ class DemoRun:
             raise FleetError(
                 f"the disk of {self.folder.path} is full ({free // 1024} KiB left): make room, then go on with "
                 f"covey-fleet demo --resume {self.folder.path}"
+            )
+
+    def _check_budgets(self) -> None:
+        """Stop when no round can gather enough updates any more; it would wait for ever."""
+        if self.observation.is_stuck:
+            raise FleetError(
+                f"{len(self.observation.exhausted)} of {len(self.settings.training_wrists)} training wrists have spent "
+                "their privacy budget, so the run cannot finish: rounds that aborted cost privacy too; start a new run"
             )
 
     def _read_logs(self) -> None:

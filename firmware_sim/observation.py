@@ -15,6 +15,9 @@ import msgspec
 
 from firmware_sim.settings import AGGREGATOR, DemoSettings
 
+BUDGET_SPENT = "the privacy budget is spent"
+"""How a ledger's refusal begins when there is nothing left."""
+
 
 @dataclass
 class RoundRecord:
@@ -83,6 +86,7 @@ class Observation:
         self.delivered: dict[str, int] = {}  # by wrist
         self.refusals: dict[str, int] = {}
         self.complaints: list[str] = []
+        self.exhausted: set[str] = set()  # wrists whose ledger admits no further round
         self.finished_digest: str | None = None
         self.first_s: float | None = None
         self.last_s: float = 0.0
@@ -92,6 +96,12 @@ class Observation:
     def finished(self) -> bool:
         """The task is finished and every held-out wrist has measured the finished model."""
         return self.finished_digest is not None and self.score_of(self.finished_digest) is not None
+
+    @property
+    def is_stuck(self) -> bool:
+        """Too few wrists have budget left for a round: rounds that abort cost privacy too."""
+        left = len(self.settings.training_wrists) - len(self.exhausted)
+        return self.finished_digest is None and left < self.settings.minimum_cohort
 
     def score_of(self, digest: str | None) -> ModelScore | None:
         """The score of a model, once all held-out wrists have measured it."""
@@ -195,6 +205,8 @@ class Observation:
             self._task_finished(source, {**event, "version": self.settings.rounds + 1})
 
     def _participation_ended(self, source: str, event: dict[str, Any]) -> None:
+        if event["reason"].startswith(BUDGET_SPENT):
+            self.exhausted.add(source)
         self.complaints.append(f"{source}: {event['reason']}")
 
     def _store_failed(self, source: str, event: dict[str, Any]) -> None:

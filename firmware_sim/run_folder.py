@@ -116,7 +116,7 @@ def write_configs(run: RunFolder, settings: DemoSettings, *, port: int, tls: boo
             server=settings.server(),
             rounds=settings.rounds,
             goal=len(settings.training_wrists),
-            minimum_cohort=max(1, len(settings.training_wrists) // 2),
+            minimum_cohort=settings.minimum_cohort,
             round_duration_s=settings.round_duration_s,
         ),
     )

@@ -66,6 +66,11 @@ class DemoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [wrist for wrist in all_wrists() if wrist.person in self.held_out]
 
     @property
+    def minimum_cohort(self) -> int:
+        """Fewest updates that are combined: half of the wrists that train."""
+        return max(1, len(self.training_wrists) // 2)
+
+    @property
     def noise_multiplier(self) -> float:
         """The least noise with which a wrist's own ledger admits every round; no other wrist's noise is counted on.
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from device_client.errors import BudgetSpentError
+from device_client.ledger import Budget, PrivacyLedger
 from firmware_sim.observation import LogTail, Observation
 from firmware_sim.settings import AGGREGATOR
+from tests.device_client.ports import MemoryStore
 from tests.firmware_sim.runs import (
     HELD_OUT,
     SETTINGS,
@@ -107,6 +110,26 @@ def test_refusals_are_counted_by_reason_at_the_aggregator_only(observation: Obse
     feed(observation, (AGGREGATOR, refused), (TRAINING[0], refused), (AGGREGATOR, {**refused, "reason": "replayed"}))
     feed(observation, (AGGREGATOR, refused))
     assert observation.refusals == {"round_closed": 2, "replayed": 1}
+
+
+def refusal_of_a_spent_ledger() -> str:
+    """What a real ledger says when nothing is left."""
+    ledger = PrivacyLedger(MemoryStore(), Budget(0.5, 1e-5))
+    with pytest.raises(BudgetSpentError) as caught:
+        ledger.reserve(task="task", round_number=1, plan=SETTINGS.plan().message(), now_s=0.0)
+    return str(caught.value)
+
+
+def test_a_run_is_stuck_when_too_few_wrists_have_budget_left(observation: Observation) -> None:
+    ended: Event = {"event": "participation_ended", "at_s": 1.0, "round": 3, "reason": refusal_of_a_spent_ledger()}
+    feed(observation, *((name, ended) for name in TRAINING[:8] * 2))
+    assert not observation.is_stuck  # eight are left, as many as a round needs
+    feed(observation, (TRAINING[8], {**ended, "reason": "round 3 of task was charged before"}))
+    assert not observation.is_stuck
+    feed(observation, (TRAINING[8], ended))
+    assert observation.is_stuck
+    feed(observation, (AGGREGATOR, finished(digest="d3", version=3)))
+    assert not observation.is_stuck
 
 
 @pytest.mark.parametrize("event", ["participation_ended", "store_failed", "message_refused"])
