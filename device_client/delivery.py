@@ -5,6 +5,7 @@ The same bytes every time: an update is never re-noised or re-sealed, so resendi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class _Delivery:
     pending: PendingUpdate
     attempts: int = 0
     next_send_s: float = 0.0
+    asked_s: float = -math.inf  # when a NACK last had missing chunks sent
 
 
 class Deliveries:
@@ -98,6 +100,10 @@ class Deliveries:
         if delivery is None or message.device != self._device:
             return []
         if message.reason is RefusalReason.TRUNCATED:
+            # A NACK can be replayed by the broker; answering each would let it drain the battery.
+            if self._chunk_bytes is None or now_s < delivery.asked_s + FIRST_RETRY_S:
+                return []
+            delivery.asked_s = now_s
             return self._chunks(delivery.pending, now_s, only=message.missing)
         fields = {"round": delivery.pending.round, "reason": message.reason.value, "detail": message.detail}
         return self._close(message.update_id, "update_refused", **fields)

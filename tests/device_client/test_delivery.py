@@ -163,6 +163,18 @@ def test_a_nack_asking_for_chunks_that_never_were_is_harmless(missing: bytes) ->
     assert len(published(subject.nack(nack(update, RefusalReason.TRUNCATED, missing=missing), 1.0))) <= 6
 
 
+def test_a_replayed_nack_is_answered_once_in_a_while_only() -> None:
+    update = pending()
+    subject = deliveries(update)
+    subject.connected(PACKET)
+    subject.due(0.0)
+    asking = nack(update, RefusalReason.TRUNCATED, missing=missing_bitmap(6, []))
+    sent = [len(published(subject.nack(asking, 1.0 + second / 10))) for second in range(100)]
+    assert sent[0] == 6
+    assert sum(sent) == 6 * 2  # at 1.0 s and FIRST_RETRY_S later, not a hundred times
+    assert sent.index(6, 1) == int(10 * FIRST_RETRY_S)
+
+
 @pytest.mark.parametrize("reason", [reason for reason in RefusalReason if reason is not RefusalReason.TRUNCATED])
 def test_every_other_nack_is_final(reason: RefusalReason) -> None:
     update = pending()
