@@ -13,13 +13,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aggregator.config import AggregatorConfig
 from aggregator.daemon import AggregatorDaemon
 from aggregator.store import AggregatorStore
-from fl_protocol.adapters.config_files import load_toml, read_file, relative_to_config
+from fl_protocol.adapters.config_files import load_toml, pinned_key, read_file, relative_to_config
 from fl_protocol.adapters.connect import make_transport
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.errors import ConfigError
-from fl_protocol.signing import public_key_from_hex
 
 _KEY_BYTES = 32
 
@@ -65,7 +64,7 @@ class AggregatorFiles:
         """The task's verified bundle. Raises ConfigError or BundleError."""
         task = self.config.task
         data = read_file(relative_to_config(self.path, task.bundle), "task.bundle")
-        return open_bundle(data, publisher=public_key_from_hex(task.publisher_key))
+        return open_bundle(data, publisher=pinned_key(self.path, "task.publisher_key", task.publisher_key))
 
     def open_store(self) -> AggregatorStore:
         """The database, with the task in it. Raises DatabaseError."""

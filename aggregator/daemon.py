@@ -23,14 +23,15 @@ from aggregator.rounds import (
     AbortRound,
     CombineFailed,
     CommitRound,
+    ExtendRound,
     FinishTask,
     OpenRound,
     Phase,
+    Reachable,
     RoundAction,
     RoundEvent,
     RoundPolicy,
     RoundState,
-    Started,
     Ticked,
     UpdateAccepted,
     transition,
@@ -147,9 +148,8 @@ class AggregatorDaemon:
         self._connected, self._maximum_packet_bytes = True, event.maximum_packet_bytes
         self.transport.subscribe(upload_filter(self.tenant))
         self._note("connected")
-        if self._state.phase is Phase.IDLE:
-            self._advance(Started())
-        else:
+        self._advance(Reachable())
+        if self._state.phase is not Phase.IDLE:
             self._refresh()
 
     def _refresh(self) -> None:
@@ -227,6 +227,9 @@ class AggregatorDaemon:
                     "version": state.committed,
                     "model_digest": self.store.digest(connection, state.committed).hex(),
                 }
+            case ExtendRound():
+                self.store.extend_round(connection, action.number, action.deadline_s)
+                return "round_extended", {"round": action.number, "deadline_s": action.deadline_s}
             case FinishTask():
                 return "task_finished", self._finish(connection, state.committed)
 

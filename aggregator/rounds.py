@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 
 from fl_protocol.errors import LocalMisuseError
 
+RESUME_GRACE_S = 30.0
+"""Time an interrupted round has at least, counted from when devices can reach the aggregator again."""
+
 
 class Phase(str, enum.Enum):
     """Where a task stands."""
@@ -71,8 +74,8 @@ class RoundState:
 
 
 @dataclass(frozen=True)
-class Started:
-    """The daemon is up."""
+class Reachable:
+    """Devices can reach the aggregator: after its start, or after an outage of the broker."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,20 @@ class OpenRound:
 
 
 @dataclass(frozen=True)
+class ExtendRound:
+    """Move the open round's deadline: devices could not reach the aggregator before it."""
+
+    number: int
+    deadline_s: float
+
+
+@dataclass(frozen=True)
 class FinishTask:
     """Make and announce the finished model: version `committed` + 1."""
 
 
-RoundEvent = Started | UpdateAccepted | Ticked | CombineFailed
-RoundAction = CommitRound | AbortRound | OpenRound | FinishTask
+RoundEvent = Reachable | UpdateAccepted | Ticked | CombineFailed
+RoundAction = CommitRound | AbortRound | OpenRound | ExtendRound | FinishTask
 _Step = tuple[RoundState, list[RoundAction]]
 
 
@@ -174,6 +185,14 @@ def _check_open(state: RoundState, _event: RoundEvent, now_s: float, policy: Rou
     return after, [closing, *actions]
 
 
+def _resume(state: RoundState, event: RoundEvent, now_s: float, policy: RoundPolicy) -> _Step:
+    """Leave time for the outboxes of an interrupted round: what is in them was charged for and should count."""
+    deadline_s = now_s + min(RESUME_GRACE_S, policy.duration_s)
+    if state.arrived >= policy.goal or deadline_s <= state.deadline_s:
+        return _check_open(state, event, now_s, policy)
+    return replace(state, deadline_s=deadline_s), [ExtendRound(state.number, deadline_s)]
+
+
 def _abort(state: RoundState, event: RoundEvent, now_s: float, policy: RoundPolicy) -> _Step:
     """Give the round up and try again from the same model."""
     reason = event.reason if isinstance(event, CombineFailed) else ""
@@ -182,9 +201,9 @@ def _abort(state: RoundState, event: RoundEvent, now_s: float, policy: RoundPoli
 
 
 _TABLE: dict[tuple[Phase, type], Callable[[RoundState, RoundEvent, float, RoundPolicy], _Step]] = {
-    (Phase.IDLE, Started): _open_first,
+    (Phase.IDLE, Reachable): _open_first,
     (Phase.IDLE, Ticked): _open_first,  # when the database did not take the first opening
-    (Phase.OPEN, Started): _check_open,
+    (Phase.OPEN, Reachable): _resume,
     (Phase.OPEN, UpdateAccepted): _count,
     (Phase.OPEN, Ticked): _check_open,
     (Phase.OPEN, CombineFailed): _abort,

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,14 @@ class AggregatorStore:
                 kem=key.kem,
                 secret=key.secret,
             )
+        )
+
+    def extend_round(self, connection: Connection, number: int, deadline_s: float) -> None:
+        """Move an open round's deadline, as part of a transaction."""
+        connection.execute(
+            update(schema.rounds)
+            .where(schema.rounds.c.task == self._task, schema.rounds.c.number == number)
+            .values(deadline_s=deadline_s)
         )
 
     def close_round(self, connection: Connection, *, number: int, outcome: str, reason: str, now_s: float) -> None:
@@ -308,6 +317,9 @@ def _make_engine(url: str) -> Engine:
     """An engine; SQLite gets WAL, full fsync and overwriting of freed pages."""
     engine = create_engine(url)
     if engine.dialect.name == "sqlite":
+        if engine.url.database not in {None, "", ":memory:"}:
+            # Security: it holds open rounds' keys and updates; the log beside it takes over its mode.
+            Path(str(engine.url.database)).touch(mode=0o600)
 
         @event.listens_for(engine, "connect")
         def _pragmas(connection: Any, _record: Any) -> None:
@@ -327,6 +339,10 @@ def _translated(what: str) -> Iterator[None]:
     """SQLAlchemy's errors as ours."""
     try:
         yield
+    except ImportError as error:
+        raise DatabaseError(f"the database {what}: its driver is not installed ({error})") from error
+    except OSError as error:
+        raise DatabaseError(f"the database {what}: {error.strerror} ({error.filename})") from error
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         raise DatabaseError(f"the database {what}: {cause}") from error

@@ -16,14 +16,13 @@ from device_client.errors import StoreError
 from device_client.ledger import Budget, PrivacyLedger
 from device_client.participation import Outbox, Participant
 from device_client.session import DeviceSession, Floors, SessionConfig
-from fl_protocol.adapters.config_files import load_toml, read_file, relative_to_config
+from fl_protocol.adapters.config_files import load_toml, pinned_key, read_file, relative_to_config
 from fl_protocol.adapters.connect import make_transport
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.adapters.mqtt import LastWill
 from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.errors import CoveyError
-from fl_protocol.signing import public_key_from_hex
 
 
 class SystemClock:
@@ -73,7 +72,9 @@ class DeviceFiles:
         study = self.config.study
         data = read_file(relative_to_config(self.path, study.bundle), "study.bundle")
         return open_bundle(
-            data, publisher=public_key_from_hex(study.publisher_key), minimum_version=study.minimum_bundle_version
+            data,
+            publisher=pinned_key(self.path, "study.publisher_key", study.publisher_key),
+            minimum_version=study.minimum_bundle_version,
         )
 
     def open_ledger(self, store: EncryptedFiles) -> PrivacyLedger:
@@ -116,7 +117,7 @@ def _assemble(files: DeviceFiles, store: EncryptedFiles, *, software: str, journ
             task=study.task,
             device=config.device.id,
             role=config.device.role,
-            aggregator_key=public_key_from_hex(study.aggregator_key),
+            aggregator_key=pinned_key(files.path, "study.aggregator_key", study.aggregator_key),
             graph_digest=bundle.graph_digest,
             num_parameters=manifest.num_parameters,
             floors=Floors(config.privacy.minimum_noise_multiplier, config.privacy.minimum_cohort),

@@ -66,7 +66,7 @@ def _lead(metrics: RunMetrics) -> str:
     """The result in a sentence or two."""
     people = ", ".join(str(person) for person in metrics.settings.held_out)
     if metrics.final is None:
-        result = "The run was stopped before its last round; resume it to finish."
+        result = "The run ended before its last round; while its wrists have budget left it can be resumed."
     else:
         result = (
             f"The finished model classifies {100 * metrics.final.accuracy:.1f} % of {metrics.final.windows} windows of "

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import Meta
 
-from fl_protocol.errors import ConfigError
+from fl_protocol.errors import ConfigError, LocalMisuseError
+from fl_protocol.signing import public_key_from_hex
 
 T = TypeVar("T")
 
@@ -46,6 +48,23 @@ def load_toml(path: Path, kind: type[T]) -> T:
 def relative_to_config(config: Path, name: str) -> Path:
     """A path named in a configuration file: relative ones start at the file's folder."""
     return config.parent / Path(name).expanduser()
+
+
+def pinned_key(config: Path, name: str, text: str) -> Ed25519PublicKey:
+    """A public key that a configuration file pins as hex digits.
+
+    Args:
+        config: the file, for the error.
+        name: the key's name in it, such as ``study.aggregator_key``.
+        text: its value.
+
+    Raises:
+        ConfigError: it is not a public key.
+    """
+    try:
+        return public_key_from_hex(text)
+    except LocalMisuseError as error:
+        raise ConfigError(f"configuration {config}: {name}: {error}") from error
 
 
 def read_file(path: Path, what: str) -> bytes:

@@ -11,6 +11,7 @@ from aggregator.rounds import (
     AbortRound,
     CombineFailed,
     CommitRound,
+    ExtendRound,
     FinishTask,
     OpenRound,
     Phase,
@@ -18,7 +19,7 @@ from aggregator.rounds import (
     RoundEvent,
     RoundPolicy,
     RoundState,
-    Started,
+    Reachable,
     Ticked,
     UpdateAccepted,
     transition,
@@ -70,6 +71,11 @@ class Task(RuleBasedStateMachine):
                 assert action.reason
                 assert isinstance(event, CombineFailed) or self.arrived < self.policy.minimum_cohort
                 self.closed.append(action.number)
+            case ExtendRound():
+                assert isinstance(event, Reachable)
+                assert action.number == self.opened[-1]
+                assert self.state.deadline_s == action.deadline_s > before.deadline_s
+                assert action.deadline_s <= self.now_s + self.policy.duration_s
             case FinishTask():
                 assert self.commits == self.policy.rounds
                 self.finishes += 1
@@ -87,7 +93,7 @@ class Task(RuleBasedStateMachine):
 
     @rule()
     def start(self) -> None:
-        self.tell(Started())
+        self.tell(Reachable())
 
     @rule()
     def fail_to_combine(self) -> None:
@@ -125,20 +131,20 @@ def after(*events: tuple[RoundEvent, float], state: RoundState | None = None) ->
 
 def test_a_round_closes_at_its_goal_and_the_task_finishes() -> None:
     arrivals = [(UpdateAccepted(), 1.0)] * 3
-    state, actions = after((Started(), 0.0), *arrivals, (Ticked(), 1.0), *arrivals, (Ticked(), 2.0))
+    state, actions = after((Reachable(), 0.0), *arrivals, (Ticked(), 1.0), *arrivals, (Ticked(), 2.0))
     assert [type(action) for action in actions] == [OpenRound, CommitRound, OpenRound, CommitRound, FinishTask]
     assert (state.phase, state.committed, state.number) == (Phase.FINISHED, 2, 2)
-    assert after((Started(), 9.0), (Ticked(), 1e9), (UpdateAccepted(), 9.0), state=state) == (state, [])
+    assert after((Reachable(), 9.0), (Ticked(), 1e9), (UpdateAccepted(), 9.0), state=state) == (state, [])
 
 
 def test_a_deadline_with_too_few_says_how_many_came() -> None:
-    _, actions = after((Started(), 0.0), (UpdateAccepted(), 1.0), (Ticked(), 59.9), (Ticked(), 60.0))
+    _, actions = after((Reachable(), 0.0), (UpdateAccepted(), 1.0), (Ticked(), 59.9), (Ticked(), 60.0))
     assert actions[1] == AbortRound(1, "1 of at least 2 updates had arrived by the deadline")
     assert actions[2] == OpenRound(2, 60.0, 120.0)
 
 
 def test_a_deadline_with_the_minimum_cohort_commits() -> None:
-    _, actions = after((Started(), 0.0), *[(UpdateAccepted(), 1.0)] * 2, (Ticked(), 60.0))
+    _, actions = after((Reachable(), 0.0), *[(UpdateAccepted(), 1.0)] * 2, (Ticked(), 60.0))
     assert actions[1] == CommitRound(1)
 
 
@@ -146,9 +152,22 @@ def test_a_first_round_that_could_not_be_opened_is_opened_by_the_next_tick() -> 
     assert after((Ticked(), 5.0))[1] == [OpenRound(1, 5.0, 65.0)]
 
 
-def test_a_restart_after_the_deadline_closes_at_once() -> None:
+def test_a_round_interrupted_past_its_deadline_leaves_time_for_the_outboxes() -> None:
     state = RoundState(Phase.OPEN, 1, 0, arrived=2, opened_s=0.0, deadline_s=60.0)
-    assert after((Started(), 1000.0), state=state)[1][0] == CommitRound(1)
+    later, actions = after((Reachable(), 1000.0), (Ticked(), 1029.9), state=state)
+    assert actions == [ExtendRound(1, 1030.0)]
+    assert after((Ticked(), 1030.0), state=later)[1][0] == CommitRound(1)
+    assert after((UpdateAccepted(), 1001.0), (Ticked(), 1001.0), state=later)[1][0] == CommitRound(1)
+
+
+def test_a_round_interrupted_with_time_left_keeps_its_deadline() -> None:
+    state = RoundState(Phase.OPEN, 1, 0, arrived=0, opened_s=0.0, deadline_s=60.0)
+    assert after((Reachable(), 20.0), state=state) == (state, [])
+
+
+def test_a_restart_with_the_goal_reached_closes_at_once() -> None:
+    state = RoundState(Phase.OPEN, 1, 0, arrived=3, opened_s=0.0, deadline_s=60.0)
+    assert after((Reachable(), 1000.0), state=state)[1][0] == CommitRound(1)
 
 
 @pytest.mark.parametrize(

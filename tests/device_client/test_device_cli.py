@@ -162,7 +162,7 @@ def test_a_key_that_is_none_is_refused(device: Device, key: str) -> None:
     device.run("init")
     device.import_windows()
     device.config.write_text(re.sub(f'{key} = ".*"', f'{key} = "nonsense"', device.config.read_text()))
-    one_sentence(device.run("run"), 1, "Ed25519 public key", "nonsense")
+    one_sentence(device.run("run"), 2, f"study.{key}", "Ed25519 public key", "nonsense")
 
 
 def test_without_init_the_store_says_what_to_do(device: Device) -> None:

@@ -331,7 +331,7 @@ def test_a_demo_that_is_interrupted_leaves_nothing_running_and_is_resumed(start:
     before = metrics_of(demo)
     assert before.final is None
     assert 1 <= len([record for record in before.rounds if record.outcome == "committed"]) < MANY
-    assert "resume it to finish" in (demo.folder / "report.html").read_text()
+    assert "The run ended before its last round" in (demo.folder / "report.html").read_text()
     assert not (demo.folder / "model.covey").exists()
 
     resumed = start("--broker", "mosquitto", rounds=MANY, folder=demo.folder)

@@ -136,7 +136,7 @@ def test_the_same_metrics_give_the_same_bytes() -> None:
 
 def test_a_stopped_run_says_so_and_names_no_result() -> None:
     text = text_of(replace(METRICS, final=None))
-    assert "stopped before its last round; resume it to finish" in text
+    assert "The run ended before its last round" in text
     assert "classifies" not in text
     assert "finished model" not in text
 
