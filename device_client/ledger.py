@@ -131,15 +131,12 @@ class PrivacyLedger:
         self._save_head()
         return self.spent_epsilon
 
-    def remaining_participations(self, plan: TrainingPlanMsg) -> float:
-        """How many more rounds of this plan the budget allows (infinity without a budget)."""
+    def remaining_participations(self, cost: Vector) -> float:
+        """How many more participations that cost this much RDP (at each of `ORDERS`) the budget allows."""
         if math.isinf(self.budget.epsilon):
             return math.inf
-        per_round = poisson_gaussian_rdp(
-            sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=plan.local_steps
-        )[self._order]
         used = epsilon_by_order(self._rdp, self.budget.delta)[self._order]
-        return float(max(0.0, (self.budget.epsilon - used) // per_round))
+        return float(max(0.0, (self.budget.epsilon - used) // cost[self._order]))
 
     def _take(self, entry: Reservation, line: bytes, total: Vector) -> None:
         """Count an entry whose line is in the log."""

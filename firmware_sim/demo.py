@@ -89,6 +89,7 @@ class DemoRun:
             broker_happened = self.broker.watch()
             for text in [*self.fleet.watch(), *([broker_happened] if broker_happened else [])]:
                 live.say(f"[yellow]{escape(text)}[/]")
+                self.observation.complaints.append(text)
             self._read_logs()
             live.refresh()
             self._check_disk()

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from firmware_sim.errors import FleetError
@@ -111,7 +111,6 @@ class Fleet:
     """All daemons of a run."""
 
     daemons: list[DaemonProcess]
-    events: list[str] = field(default_factory=list)
 
     def start(self) -> None:
         """Start all."""
@@ -120,9 +119,7 @@ class Fleet:
 
     def watch(self) -> list[str]:
         """Start dead ones again; what happened since the last call."""
-        happened = [text for daemon in self.daemons if (text := daemon.watch(time.monotonic())) is not None]
-        self.events += happened
-        return happened
+        return [text for daemon in self.daemons if (text := daemon.watch(time.monotonic())) is not None]
 
     def stop(self) -> None:
         """Stop all, those that do not listen by force."""

@@ -13,7 +13,7 @@ from dp_accounting import rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_client.accounting import ORDERS, noise_multiplier_for
+from device_client.accounting import ORDERS, noise_multiplier_for, poisson_gaussian_rdp
 from device_client.errors import BudgetSpentError, LedgerError, StoreError
 from device_client.ledger import HEAD_NAME, LOG_NAME, Budget, PrivacyLedger, filter_order
 from fl_protocol.errors import LocalMisuseError
@@ -22,6 +22,12 @@ from tests.device_client.ports import TASK, MemoryStore, make_plan
 
 Open = Callable[[MemoryStore, Budget], PrivacyLedger]
 BUDGET = Budget(3.0, 1e-5)
+
+
+def cost_of(plan: TrainingPlanMsg) -> np.ndarray:
+    return poisson_gaussian_rdp(
+        sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=plan.local_steps
+    )
 
 
 def reserve(
@@ -166,7 +172,7 @@ def test_a_budget_made_for_a_number_of_rounds_lasts_for_exactly_those(steps: int
     plan = make_plan(noise_multiplier=z, sampling_rate=0.3, local_steps=steps)
     ledger = PrivacyLedger(MemoryStore(), Budget(2.0, 1e-5))
     for number in range(1, rounds + 1):
-        left = ledger.remaining_participations(plan)
+        left = ledger.remaining_participations(cost_of(plan))
         assert rounds - number <= left <= rounds - number + 1
         reserve(ledger, number, plan=plan)
     with pytest.raises(BudgetSpentError):
@@ -177,14 +183,14 @@ def test_without_a_budget_nothing_is_claimed_and_nothing_refused() -> None:
     ledger = PrivacyLedger(MemoryStore(), Budget(math.inf, 1e-5))
     assert math.isinf(reserve(ledger, 1, plan=make_plan(noise_multiplier=0.0)))
     assert math.isinf(reserve(ledger, 2))
-    assert math.isinf(ledger.remaining_participations(make_plan()))
+    assert math.isinf(ledger.remaining_participations(cost_of(make_plan())))
 
 
 def test_a_finite_budget_allows_no_plan_without_noise() -> None:
     ledger = PrivacyLedger(MemoryStore(), Budget(1e6, 1e-5))
     with pytest.raises(BudgetSpentError):
         reserve(ledger, 1, plan=make_plan(noise_multiplier=0.0))
-    assert ledger.remaining_participations(make_plan(noise_multiplier=0.0)) == 0
+    assert ledger.remaining_participations(cost_of(make_plan(noise_multiplier=0.0))) == 0
 
 
 @pytest.mark.parametrize("cut", range(len(filled().read_log(LOG_NAME)) - len(filled(3).read_log(LOG_NAME))))
