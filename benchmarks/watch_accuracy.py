@@ -155,7 +155,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="benchmarks.watch_accuracy"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--repetitions", type=int, default=10, help="private trainings per fold (noise differs)")
+    parser.add_argument("--repetitions", type=int, default=20, help="private trainings per fold (noise differs)")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time")
     return parser.parse_args()
 
