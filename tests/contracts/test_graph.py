@@ -1,0 +1,65 @@
+"""The graph port over both TFLite runtimes: the same clipped sums, the same measurements, the same errors."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from device_client.adapters.tflite_graph import Runtime, TfliteGraph
+from device_client.training import clipped_gradient_sum, evaluate
+from fl_protocol.errors import BundleError
+from tests.virtual_fleet import load_bundle, synthetic_records
+
+RUNTIMES: dict[Runtime, str] = {"litert": "ai_edge_litert", "tflite_runtime": "tflite_runtime"}
+INSTALLED = [name for name, module in RUNTIMES.items() if importlib.util.find_spec(module) is not None]
+MODELS = ("watch_features", "watch_cnn")
+
+
+def graph_of(model: str, runtime: Runtime) -> TfliteGraph:
+    bundle = load_bundle(model)
+    manifest = bundle.manifest
+    return TfliteGraph(
+        bundle.graph, batch_size=manifest.batch_size, num_parameters=manifest.num_parameters, runtime=runtime
+    )
+
+
+def some_params(model: str) -> np.ndarray:
+    count = load_bundle(model).manifest.num_parameters
+    return np.random.default_rng(3).normal(scale=0.1, size=count).astype(np.float32)
+
+
+def test_a_runtime_is_installed() -> None:
+    assert INSTALLED
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("runtime", INSTALLED)
+def test_no_record_moves_the_sum_by_more_than_the_clip(model: str, runtime: Runtime) -> None:
+    graph, params = graph_of(model, runtime), some_params(model)
+    records, clip = synthetic_records(load_bundle(model), seed=1, count=40), 0.05
+    everyone = clipped_gradient_sum(graph, params, records, np.arange(40), clip=clip)
+    for left_out in (0, 17, 39):
+        others = np.delete(np.arange(40), left_out)
+        difference = everyone - clipped_gradient_sum(graph, params, records, others, clip=clip)
+        assert 0 < np.linalg.norm(difference) <= clip * (1 + 2.0**-10)  # the margin that the noise is scaled up by
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_installed_runtimes_agree(model: str) -> None:
+    params, records = some_params(model), synthetic_records(load_bundle(model), seed=2, count=50)
+    graphs = [graph_of(model, runtime) for runtime in INSTALLED]
+    sums = [clipped_gradient_sum(graph, params, records, np.arange(50), clip=0.5) for graph in graphs]
+    results = [evaluate(graph, params, records) for graph in graphs]
+    for other, result in zip(sums, results, strict=True):
+        np.testing.assert_allclose(other, sums[0], rtol=1e-4, atol=1e-5)
+        assert result.loss_sum == pytest.approx(results[0].loss_sum, rel=1e-5)
+        assert (result.correct, result.count) == (results[0].correct, 50)
+
+
+@pytest.mark.parametrize("runtime", INSTALLED)
+@pytest.mark.parametrize("rubbish", [b"", b"TFL3", b"\0" * 1000])
+def test_a_flatbuffer_that_does_not_load_is_one_sentence(runtime: Runtime, rubbish: bytes) -> None:
+    with pytest.raises(BundleError, match="graph"):
+        TfliteGraph(rubbish, batch_size=32, num_parameters=10, runtime=runtime)
