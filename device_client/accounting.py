@@ -126,14 +126,21 @@ def rdp_to_epsilon(rdp: Vector, delta: float) -> float:
     return float(epsilon_by_order(rdp, delta).min())
 
 
-def filter_order_index(*, epsilon: float, delta: float) -> int:
-    """Index into `ORDERS` of the order at which the budget admits the most plain Gaussian steps.
+def filter_order_index(*, epsilon: float, delta: float, cost: Vector) -> int:
+    """Index into `ORDERS` of the order at which the budget admits the most participations of this cost.
 
     A Rényi filter is proven for one order chosen before anything is released (Feldman & Zrnic, arXiv 2008.11193,
-    theorem 4.3), whatever the later steps depend on; this is that order.
+    theorem 4.3), whatever the later steps depend on; with the first participation's cost this is such an order.
+
+    Args:
+        epsilon: of the budget, above 0, may be infinite.
+        delta: of the budget.
+        cost: RDP of one participation at each of `ORDERS`.
     """
     room = epsilon - _conversion_terms(delta)
-    return int(np.argmax(room / np.array(ORDERS)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        admitted = np.where(room > 0, room / cost, -1.0)
+    return int(np.argmax(np.nan_to_num(admitted, nan=0.0, posinf=np.inf)))
 
 
 def noise_multiplier_for(*, epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
@@ -142,11 +149,10 @@ def noise_multiplier_for(*, epsilon: float, delta: float, sampling_rate: float, 
     Raises:
         LocalMisuseError: no noise below 10,000 suffices.
     """
-    index = filter_order_index(epsilon=epsilon, delta=delta)
 
     def fits(noise_multiplier: float) -> bool:
         rdp = poisson_gaussian_rdp(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
-        return bool(epsilon_by_order(rdp, delta)[index] <= epsilon)
+        return rdp_to_epsilon(rdp, delta) <= epsilon
 
     low, high = 0, 100_000_000  # in units of 1e-4
     if not fits(high * 1e-4):

@@ -15,7 +15,6 @@ import numpy as np
 from device_client.assembly import DeviceFiles, assemble
 from device_client.device_store import check_records, create_identity, save_records
 from device_client.errors import LedgerError, StoreError
-from device_client.ledger import filter_order
 from device_client.training import Records
 from fl_protocol.adapters.journal import JsonLines
 from fl_protocol.adapters.software import software_version
@@ -112,8 +111,9 @@ def _ledger(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
         ledger = files.open_ledger(store)
     budget = ledger.budget
     print(f"spent: epsilon {ledger.spent_epsilon:.4f} of {budget.epsilon:g} at delta {budget.delta:g}")
-    print(f"participations: {len(ledger.reservations)}, enforced at Rényi order {filter_order(budget):g}")
+    print(f"participations: {len(ledger.reservations)}")
     if ledger.reservations:
+        print(f"enforced at Rényi order {ledger.order:g}")
         left = ledger.remaining_participations(ledger.reservations[-1].rdp())
         print(f"left: {left:g} more like the last")
     for entry in ledger.reservations:

@@ -6,8 +6,8 @@ the line before it, and the encrypted store keeps the newest line's number and h
 taken away. A line torn by a power cut was never acted on and is cut off; anything else that does not fit stops the
 device until a person has looked.
 
-The filter: sums of RDP at one order that was fixed by the budget before anything was released, which stays valid when
-later steps depend on earlier releases (V. Feldman, T. Zrnic, arXiv 2008.11193).
+The filter: sums of RDP at one order, fixed by the budget and the first reservation before anything was released, which
+stays valid when later steps depend on earlier releases (V. Feldman, T. Zrnic, arXiv 2008.11193).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class PrivacyLedger:
     def __init__(self, store: Store, budget: Budget) -> None:
         self._store = store
         self.budget = budget
-        self._order = filter_order_index(epsilon=budget.epsilon, delta=budget.delta)
+        self._order: int | None = None  # index into ORDERS, fixed by the first reservation
         self._rdp = poisson_gaussian_rdp(sampling_rate=1, noise_multiplier=1, steps=0)
         self._head = _GENESIS
         self.reservations: list[Reservation] = []
@@ -118,8 +118,9 @@ class PrivacyLedger:
             steps=plan.local_steps,
             previous=self._head,
         )
-        total = self._rdp + entry.rdp()
-        epsilon = float(epsilon_by_order(total, self.budget.delta)[self._order])
+        cost = entry.rdp()
+        total = self._rdp + cost
+        epsilon = float(epsilon_by_order(total, self.budget.delta)[self._order_index(cost)])
         if not epsilon <= self.budget.epsilon:
             raise BudgetSpentError(
                 f"the privacy budget is spent: round {round_number} of {task} would bring epsilon to {epsilon:.3f} "
@@ -135,11 +136,24 @@ class PrivacyLedger:
         """How many more participations that cost this much RDP (at each of `ORDERS`) the budget allows."""
         if math.isinf(self.budget.epsilon):
             return math.inf
-        used = epsilon_by_order(self._rdp, self.budget.delta)[self._order]
-        return float(max(0.0, (self.budget.epsilon - used) // cost[self._order]))
+        order = self._order_index(cost)
+        used = epsilon_by_order(self._rdp, self.budget.delta)[order]
+        return float(max(0.0, (self.budget.epsilon - used) // cost[order]))
+
+    @property
+    def order(self) -> float | None:
+        """The Rényi order at which the budget is enforced; None before the first reservation."""
+        return None if self._order is None else ORDERS[self._order]
+
+    def _order_index(self, cost: Vector) -> int:
+        """Index of the enforced order; before the first reservation, of the order that one of this cost would fix."""
+        if self._order is not None:
+            return self._order
+        return filter_order_index(epsilon=self.budget.epsilon, delta=self.budget.delta, cost=cost)
 
     def _take(self, entry: Reservation, line: bytes, total: Vector) -> None:
-        """Count an entry whose line is in the log."""
+        """Count an entry whose line is in the log; the first one fixes the order."""
+        self._order = self._order_index(total)
         self._rdp = total
         self._head = hashlib.sha256(line).hexdigest()
         self.reservations.append(entry)
@@ -178,8 +192,3 @@ class PrivacyLedger:
             self._take(entry, line, self._rdp + cost)
             digests.append(self._head)
         self._check_head(digests)
-
-
-def filter_order(budget: Budget) -> float:
-    """The Rényi order at which a budget is enforced."""
-    return ORDERS[filter_order_index(epsilon=budget.epsilon, delta=budget.delta)]

@@ -129,7 +129,7 @@ def test_the_page_followed_by_hand_trains_a_model(tmp_path: Path) -> None:
 
         assert f"{ROUNDS} of {ROUNDS}" in desk.type("a", command("covey-aggregator status"))
         ledger = desk.type("d", command("covey-device ledger"))
-        assert re.match(r"spent: epsilon 0\.\d+ of 3 at delta 1e-05\nparticipations: 3,", ledger)
+        assert re.match(r"spent: epsilon 0\.\d+ of 3 at delta 1e-05\nparticipations: 3\n", ledger)
         desk.type("a", command("covey-aggregator export"))
         exported = (tmp_path / "a" / "model" / "model.covey").read_bytes()
         assert open_bundle(exported, publisher=public_key_from_hex(aggregator_key)).manifest.version > 1
