@@ -27,11 +27,13 @@ from firmware_sim.errors import FleetError
 LABELS = ("PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW")
 PEOPLE = tuple(range(1, 11))
 SIDES = ("left", "right")
+_REBUILD_ARRAY = np.zeros(0).__reduce__()[0]
 _PICKLE_GLOBALS = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    # the only function: rebuilds an array; its module was renamed in numpy 2
-    ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+    # the only function; its module was renamed in numpy 2
+    ("numpy.core.multiarray", "_reconstruct"): _REBUILD_ARRAY,
+    ("numpy._core.multiarray", "_reconstruct"): _REBUILD_ARRAY,
 }
 _DAMAGED = (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
 """What numpy raises for an archive that was cut short or changed."""
