@@ -83,10 +83,13 @@ def _init(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
 def _import(files: DeviceFiles, arguments: argparse.Namespace) -> int:
     """Check windows against the model's schema, then store them."""
     try:
-        with np.load(arguments.windows, allow_pickle=False) as archive:
+        loaded = np.load(arguments.windows, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ConfigError(f"{arguments.windows}: expected an .npz with arrays x and y, got a single array")
+        with loaded as archive:
             records = Records(archive["x"].astype(np.float32), archive["y"].astype(np.int32))
-    # numpy: EOFError for an empty file, BadZipFile for a damaged one, TypeError for a single array (.npy).
-    except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:
+    # numpy: EOFError for an empty file, BadZipFile for a damaged one.
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ConfigError(f"{arguments.windows}: expected an .npz with arrays x and y ({error})") from error
     manifest = files.open_bundle().manifest
     check_records(records, window_shape=manifest.input.shape, num_classes=len(manifest.label.names))

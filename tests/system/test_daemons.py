@@ -218,14 +218,14 @@ def test_while_the_database_cannot_be_read_no_late_update_is_receipted_into_a_cl
     fleet = VirtualFleet(tmp_path, devices=5, task=task_config(goal=2, minimum_cohort=2, rounds=3))
     healthy_s, transitions = fleet.clock.time_s + 2.0, 0
 
-    def fail(_c: object, cursor: Any, text: str, *_rest: object) -> None:
+    def fail(_c: object, _cursor: object, text: str, values: Any, *_rest: object) -> tuple[str, Any]:
         nonlocal transitions
         transitions += text.startswith("UPDATE tasks")
         # The first round is open; from its commit on the state cannot be read back.
-        if transitions >= 2 and fleet.clock.time_s < healthy_s and text.startswith("SELECT tasks"):
-            cursor.execute("SELECT * FROM no_such_table")
+        broken = transitions >= 2 and fleet.clock.time_s < healthy_s and text.startswith("SELECT tasks")
+        return ("SELECT * FROM no_such_table", ()) if broken else (text, values)
 
-    event.listen(fleet.aggregator.store._engine, "before_cursor_execute", fail)
+    event.listen(fleet.aggregator.store._engine, "before_cursor_execute", fail, retval=True)
     fleet.run()
     assert fleet.journals["aggregator"].named("store_failed")
     check_study(fleet)  # arrivals that were committed are those that have receipts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,11 +99,11 @@ def test_a_database_that_fails_for_a_while_stops_nothing(tmp_path: Path, undistu
     fleet = VirtualFleet(tmp_path)
     healthy_s = fleet.clock.time_s + 4.0
 
-    def fail(_c: object, cursor: object, text: str, *_rest: object) -> None:
-        if fleet.clock.time_s < healthy_s and text.startswith(failing):
-            cursor.execute("SELECT * FROM no_such_table")  # type: ignore[attr-defined]
+    def fail(_c: object, _cursor: object, text: str, values: Any, *_rest: object) -> tuple[str, Any]:
+        broken = fleet.clock.time_s < healthy_s and text.startswith(failing)
+        return ("SELECT * FROM no_such_table", ()) if broken else (text, values)
 
-    event.listen(fleet.aggregator.store._engine, "before_cursor_execute", fail)
+    event.listen(fleet.aggregator.store._engine, "before_cursor_execute", fail, retval=True)
     fleet.run()
     check_study(fleet)
     assert fleet.journals["aggregator"].named("store_failed")
