@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.command import parser
 from firmware_sim.brokers import start_broker
 from firmware_sim.observation import LogTail
 from firmware_sim.processes import DaemonProcess, Fleet
@@ -172,13 +173,10 @@ def _tree_bytes(folder: Path) -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="benchmarks.device_footprint"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds each device takes part in")
-    parser.add_argument("--repeats", type=int, default=5, help="runs per model, interleaved")
-    return parser.parse_args()
+    command = parser("device_footprint", __doc__)
+    command.add_argument("--rounds", type=int, default=5, help="rounds each device takes part in")
+    command.add_argument("--repeats", type=int, default=5, help="runs per model, interleaved")
+    return command.parse_args()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ median, and the figure is the median over blocks. The error is against per-examp
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.metadata
 import json
@@ -25,6 +24,7 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+from benchmarks.command import parser
 from models import catalog, check, steps
 from models.convert import convert_signatures, input_tensors
 from models.network import Network
@@ -36,13 +36,12 @@ PACKAGES = ("ai-edge-litert", "tflite-runtime", "tensorflow", "numpy")
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--blocks", type=int, default=9, help="alternating blocks, at least 5 (default 9)")
-    parser.add_argument("--steps", type=int, default=40, help="steps in a block (default 40)")
-    arguments = parser.parse_args()
+    command = parser("dpsgd_step", __doc__)
+    command.add_argument("--blocks", type=int, default=9, help="alternating blocks, at least 5 (default 9)")
+    command.add_argument("--steps", type=int, default=40, help="steps in a block (default 40)")
+    arguments = command.parse_args()
     if arguments.blocks < 5:
-        parser.error("--blocks: at least 5, or the median says little")
+        command.error("--blocks: at least 5, or the median says little")
     rows = [row for name in catalog.MODELS for row in measure(name, arguments.blocks, arguments.steps)]
     headline = next(row for row in rows if (row["model"], row["runtime"]) == HEADLINE)
     result = {

@@ -24,6 +24,7 @@ from multiprocessing import get_context
 import numpy as np
 
 from aggregator.combine import GlobalModel, ServerOptimiser, apply, average_models, mean_update
+from benchmarks.command import parser
 from device_client.accounting import poisson_gaussian_rdp, rdp_to_epsilon
 from device_client.adapters.tflite_graph import TfliteGraph
 from device_client.training import Evaluation, Records, evaluate, train_locally
@@ -151,13 +152,10 @@ def _progress(done: int, total: int) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="benchmarks.watch_accuracy"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--repetitions", type=int, default=20, help="private trainings per fold (noise differs)")
-    parser.add_argument("--processes", type=int, default=2, help="trainings at a time")
-    return parser.parse_args()
+    command = parser("watch_accuracy", __doc__)
+    command.add_argument("--repetitions", type=int, default=20, help="private trainings per fold (noise differs)")
+    command.add_argument("--processes", type=int, default=2, help="trainings at a time")
+    return command.parse_args()
 
 
 if __name__ == "__main__":

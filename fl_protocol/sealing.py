@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import hpke
 from cryptography.hazmat.primitives.asymmetric import mlkem
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from msgspec.structs import replace
 
 from fl_protocol import PROTOCOL_VERSION
 from fl_protocol.errors import ProtocolError
@@ -140,32 +141,22 @@ def seal_update(
     recipient = manifest.recipient
     if recipient is None:
         raise ProtocolError("the manifest names no recipient key: the task is finished")
-    info = seal_info(
+    header = UpdateHeaderMsg(
         tenant=manifest.tenant,
         task=manifest.task,
-        round_number=manifest.round,
+        round=manifest.round,
         model_digest=manifest.model_digest,
         device=device,
         update_id=update_id,
+        kem=recipient.kem,
+        sealed_digest=bytes(32),  # known only once it is sealed; the info covers every field but this
     )
-    kem = recipient.kem
     try:
-        sealed = _SUITES[kem].encrypt(encode(body), _public_key(recipient), info=info)
+        sealed = _SUITES[recipient.kem].encrypt(encode(body), _public_key(recipient), info=_info_of(header))
     except ValueError as error:  # X25519 refuses points of small order
         raise ProtocolError(f"recipient key: cannot be sealed to ({error})") from error
-    header = encode(
-        UpdateHeaderMsg(
-            tenant=manifest.tenant,
-            task=manifest.task,
-            round=manifest.round,
-            model_digest=manifest.model_digest,
-            device=device,
-            update_id=update_id,
-            kem=kem,
-            sealed_digest=hashlib.sha256(sealed).digest(),
-        )
-    )
-    return encode(UpdateEnvelopeMsg(header=header, signature=sign_header(header, signing_key), sealed=sealed))
+    signed = encode(replace(header, sealed_digest=hashlib.sha256(sealed).digest()))
+    return encode(UpdateEnvelopeMsg(header=signed, signature=sign_header(signed, signing_key), sealed=sealed))
 
 
 def open_update(header: UpdateHeaderMsg, sealed: bytes, key: RoundKey) -> UpdateBodyMsg:
