@@ -51,4 +51,4 @@ bundles: .venv-dev/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-dev .venv-newest
+	rm -rf .venv .venv-dev .venv-newest .peers

@@ -81,7 +81,7 @@ def assemble(files: AggregatorFiles, *, journal: Journal) -> AggregatorDaemon:
     """
     config = files.config
     bundle, store = files.open_bundle(), files.open_store()
-    store.create_task(bundle.graph_digest, bundle.params)
+    store.create_task(bundle.graph_digest, bundle.shared_params)
     return AggregatorDaemon(
         tenant=config.aggregator.tenant,
         task=config.task,

@@ -62,7 +62,7 @@ def init(config: Config) -> None:
     files = AggregatorFiles.load(config)
     key = files.signing_key(create=True)
     bundle, store = files.open_bundle(), files.open_store()
-    store.create_task(bundle.graph_digest, bundle.params)
+    store.create_task(bundle.graph_digest, bundle.shared_params)
     typer.echo(public_key_hex(key.public_key()))
 
 

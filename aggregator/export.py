@@ -26,13 +26,18 @@ def export_model(origin: ModelBundle, model: StoredModel, *, signing_key: Ed2551
         model: the version to export.
         signing_key: the aggregator's; whoever uses the bundle pins its public half as the publisher.
     """
-    params = model.model.params
+    params = origin.with_personal(model.model.params)
     manifest = replace(
         origin.manifest,
         version=origin.manifest.version + model.version,
         description=f"{origin.manifest.description} Trained federatedly for {model.version} rounds.",
     )
     bundle = pack_bundle(
-        manifest, graph=origin.graph, infer_template=origin.infer_template, params=params, publisher_key=signing_key
+        manifest,
+        graph=origin.graph,
+        infer_template=origin.infer_template,
+        params=params,
+        keras_json=origin.keras_json,
+        publisher_key=signing_key,
     )
     return ExportedModel(bundle, origin.inference_model(params))

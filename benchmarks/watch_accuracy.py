@@ -102,12 +102,11 @@ def _wrists_and_graph(model: str) -> tuple[dict[str, Records], TfliteGraph, np.n
     """Every wrist's records, the loaded graph and the initial parameters; once per process."""
     path, publisher = bundle_and_publisher(model)
     bundle = open_bundle(path.read_bytes(), publisher=public_key_from_hex(publisher))
-    manifest = bundle.manifest
-    graph = TfliteGraph(bundle.graph, batch_size=manifest.batch_size, num_parameters=manifest.num_parameters)
+    graph = TfliteGraph.of_bundle(bundle)
     recordings = load_recordings(default_cache())
     settings = DemoSettings()
     records = {
-        wrist.device_id: windows_of(recordings, wrist, samples=manifest.input.shape[0])
+        wrist.device_id: windows_of(recordings, wrist, samples=bundle.manifest.input.shape[0])
         for wrist in settings.training_wrists + settings.held_out_wrists
     }
     return records, graph, bundle.params

@@ -15,6 +15,7 @@ from device_client.device_store import load_identity, load_records, load_session
 from device_client.errors import StoreError
 from device_client.ledger import Budget, PrivacyLedger
 from device_client.participation import Outbox, Participant
+from device_client.personal import PersonalLayers
 from device_client.session import DeviceSession, Floors, SessionConfig
 from fl_protocol.adapters.config_files import load_toml, pinned_key, read_file, relative_to_config
 from fl_protocol.adapters.connect import make_transport
@@ -101,13 +102,13 @@ def _assemble(files: DeviceFiles, store: EncryptedFiles, *, software: str, journ
     """`assemble` on an open store."""
     config, study, bundle = files.config, files.config.study, files.open_bundle()
     manifest = bundle.manifest
-    graph = TfliteGraph(bundle.graph, batch_size=manifest.batch_size, num_parameters=manifest.num_parameters)
     participant = Participant(
         device=config.device.id,
         signing_key=load_identity(store),
         ledger=files.open_ledger(store),
-        graph=graph,
-        records=load_records(store, window_shape=manifest.input.shape, num_classes=len(manifest.label.names)),
+        graph=TfliteGraph.of_bundle(bundle),
+        records=load_records(store, window_shape=manifest.input.shape, label=manifest.label),
+        personal=PersonalLayers(store, task=study.task, initial=bundle.params[manifest.num_shared_parameters :]),
         outbox=Outbox(store),
         entropy=os.urandom,
     )
@@ -119,7 +120,7 @@ def _assemble(files: DeviceFiles, store: EncryptedFiles, *, software: str, journ
             role=config.device.role,
             aggregator_key=pinned_key(files.path, "study.aggregator_key", study.aggregator_key),
             graph_digest=bundle.graph_digest,
-            num_parameters=manifest.num_parameters,
+            num_parameters=manifest.num_shared_parameters,
             floors=Floors(config.privacy.minimum_noise_multiplier, config.privacy.minimum_cohort),
             software=software,
         ),

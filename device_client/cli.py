@@ -19,6 +19,7 @@ from device_client.training import Records
 from fl_protocol.adapters.journal import JsonLines
 from fl_protocol.adapters.software import software_version
 from fl_protocol.errors import BundleError, ConfigError, CoveyError
+from fl_protocol.model_manifest import label_array
 from fl_protocol.signing import public_key_hex
 
 _EXIT_CODES: list[tuple[type[CoveyError], int]] = [
@@ -68,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--config", type=Path, required=True, help="path of device.toml")
         sub.set_defaults(command=command)
         if name == "import":
-            sub.add_argument("windows", type=Path, help=".npz with x float32 [n, samples, channels] and y int32 [n]")
+            sub.add_argument(
+                "windows", type=Path, help=".npz with x float32 [n, ...] and y, int32 [n] or float32 [n, K]"
+            )
     return parser
 
 
@@ -82,17 +85,18 @@ def _init(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
 
 def _import(files: DeviceFiles, arguments: argparse.Namespace) -> int:
     """Check windows against the model's schema, then store them."""
+    manifest = files.open_bundle().manifest
     try:
         loaded = np.load(arguments.windows, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             raise ConfigError(f"{arguments.windows}: expected an .npz with arrays x and y, got a single array")
         with loaded as archive:
-            records = Records(archive["x"].astype(np.float32), archive["y"].astype(np.int32))
+            x = archive["x"].astype(np.float32)
+            records = Records(x, label_array(archive.get("y"), len(x), label=manifest.label))
     # numpy: EOFError for an empty file, BadZipFile for a damaged one.
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ConfigError(f"{arguments.windows}: expected an .npz with arrays x and y ({error})") from error
-    manifest = files.open_bundle().manifest
-    check_records(records, window_shape=manifest.input.shape, num_classes=len(manifest.label.names))
+    check_records(records, window_shape=manifest.input.shape, label=manifest.label)
     with closing(files.open_store(create=True)) as store:
         save_records(store, records)
     print(f"{len(records)} windows stored, encrypted, in {files.config.device.store}")

@@ -24,7 +24,6 @@ from device_client.events import (
 from device_client.participation import Participant
 from device_client.ports import Clock, Store, Transport
 from device_client.session import DeviceSession
-from device_client.training import evaluate
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import CoveyError
 
@@ -111,7 +110,7 @@ class DeviceDaemon:
     def _evaluate(self, action: Evaluate) -> None:
         """Measure a global model on the device's own records; only this device's journal learns the result."""
         try:
-            result = evaluate(self.participant.graph, action.params, self.participant.records)
+            result = self.participant.measure(action.params)
         except CoveyError as error:
             self._note("evaluation_failed", round=action.manifest.round, reason=str(error))
             return

@@ -14,8 +14,9 @@ from device_client.errors import StoreError
 from device_client.events import PendingUpdate
 from device_client.ledger import PrivacyLedger
 from device_client.noise import Entropy
+from device_client.personal import PersonalLayers
 from device_client.ports import Float32, Graph, Store
-from device_client.training import Records, train_locally
+from device_client.training import Evaluation, Records, evaluate, train_locally
 from fl_protocol.errors import ProtocolError
 from fl_protocol.messages import RoundManifestMsg, UpdateBodyMsg, UpdateEnvelopeMsg, UpdateHeaderMsg, decode
 from fl_protocol.sealing import seal_update
@@ -57,6 +58,7 @@ class Participant:
     ledger: PrivacyLedger
     graph: Graph
     records: Records
+    personal: PersonalLayers
     outbox: Outbox
     entropy: Entropy
 
@@ -71,10 +73,18 @@ class Participant:
         """
         # Security: the charge is durable before the first gradient is computed.
         self.ledger.reserve(task=manifest.task, round_number=manifest.round, plan=manifest.plan, now_s=now_s)
-        change = train_locally(self.graph, params, self.records, plan=manifest.plan, entropy=self.entropy)
-        pending = self._seal(manifest, change)
+        own = self.personal.values
+        # All layers are trained with noise on all of them, so what is shared is as private as if all were.
+        start = np.concatenate([params, own])
+        change = train_locally(self.graph, start, self.records, plan=manifest.plan, entropy=self.entropy)
+        self.personal.keep(own + change[len(params) :])
+        pending = self._seal(manifest, change[: len(params)])
         self.outbox.put(pending)
         return pending
+
+    def measure(self, params: Float32) -> Evaluation:
+        """How a global model, with this device's personal layers, does on its records. Raises TrainingError."""
+        return evaluate(self.graph, np.concatenate([params, self.personal.values]), self.records)
 
     def _seal(self, manifest: RoundManifestMsg, change: Float32) -> PendingUpdate:
         """The update as it will be sent, and resent."""

@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_client.noise import Entropy
+from fl_protocol.model_manifest import DropoutMask
 from fl_protocol.transport import Transport
 
 __all__ = ["Clock", "Entropy", "Graph", "Store", "Transport"]
 
 Float32 = NDArray[np.float32]
-Int32 = NDArray[np.int32]
+Labels = NDArray[np.int32] | NDArray[np.float32]
+"""Class indices int32 [n], or float32 [n, K] (`fl_protocol.model_manifest.LabelSchema`)."""
 
 
 class Clock(Protocol):
@@ -31,11 +33,33 @@ class Graph(Protocol):
     def batch_size(self) -> int:
         """B."""
 
-    def train(self, params: Float32, x: Float32, y: Int32, mask: Float32, *, clip: float) -> Float32:
-        """Sum [d] over the rows with mask 1 of their gradients, each scaled to an L2 norm of at most `clip`."""
+    @property
+    def dropout(self) -> tuple[DropoutMask, ...]:
+        """The masks that `train` has to be fed; empty for a model without dropout."""
 
-    def evaluate(self, params: Float32, x: Float32, y: Int32, mask: Float32) -> tuple[float, float]:
-        """Summed loss, and number classified correctly, over the rows with mask 1."""
+    def train(
+        self,
+        params: Float32,
+        x: Float32,
+        y: Labels,
+        mask: Float32,
+        *,
+        clip: float,
+        dropout: Float32 | None = None,
+    ) -> Float32:
+        """Sum [d] over the rows with mask 1 of their gradients, each scaled to an L2 norm of at most `clip`.
+
+        Args:
+            params: float32 [d].
+            x: float32 [B, ...].
+            y: labels of the B rows.
+            mask: float32 [B], 1 for a record and 0 for padding.
+            clip: the L2 norm clip.
+            dropout: float32 [B, units of all masks], 1 where a unit is kept; only for a model with dropout.
+        """
+
+    def evaluate(self, params: Float32, x: Float32, y: Labels, mask: Float32) -> tuple[float, float]:
+        """Summed loss, and number predicted correctly, over the rows with mask 1."""
 
 
 class Store(Protocol):

@@ -14,17 +14,18 @@ from numpy.typing import NDArray
 
 from device_client.errors import TrainingError
 from device_client.noise import Entropy, NoisyGrid
-from device_client.ports import Float32, Graph, Int32
+from device_client.ports import Float32, Graph, Labels
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.messages import TrainingPlanMsg
+from fl_protocol.model_manifest import DropoutMask
 
 
 @dataclass(frozen=True)
 class Records:
-    """Labelled windows: ``x`` float32 [n, samples, channels], ``y`` int32 [n]. A row is one record."""
+    """Labelled windows: ``x`` float32 [n, ...], ``y`` int32 [n] or float32 [n, K]. A row is one record."""
 
     x: Float32
-    y: Int32
+    y: Labels
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -64,7 +65,9 @@ def train_locally(
     current = params.astype(np.float64)
     for _ in range(plan.local_steps):
         batch = np.flatnonzero(poisson_sample(len(records), plan.sampling_rate, entropy))
-        clipped = clipped_gradient_sum(graph, current.astype(np.float32), records, batch, clip=plan.l2_norm_clip)
+        clipped = clipped_gradient_sum(
+            graph, current.astype(np.float32), records, batch, clip=plan.l2_norm_clip, entropy=entropy
+        )
         current -= plan.learning_rate / plan.expected_batch_size * grid.release(clipped, entropy)
     change = (current - params).astype(np.float32)
     if not np.isfinite(change).all():
@@ -84,17 +87,30 @@ def poisson_sample(count: int, sampling_rate: float, entropy: Entropy) -> NDArra
 
 
 def clipped_gradient_sum(
-    graph: Graph, params: Float32, records: Records, batch: NDArray[np.intp], *, clip: float
+    graph: Graph, params: Float32, records: Records, batch: NDArray[np.intp], *, clip: float, entropy: Entropy
 ) -> NDArray[np.float64]:
     """Sum of the batch's clipped gradients, float64 [d], accumulated over as many calls of the graph as it takes."""
     total = np.zeros(len(params))
     for x, y, mask in _padded(records, batch, graph.batch_size):
-        total += graph.train(params, x, y, mask, clip=clip)
+        dropout = keep_masks(graph.dropout, graph.batch_size, entropy) if graph.dropout else None
+        total += graph.train(params, x, y, mask, clip=clip, dropout=dropout)
     if not np.isfinite(total).all():
         raise TrainingError(
             "the graph returned a gradient that is not finite; the parameters or the records are unusable"
         )
     return total
+
+
+def keep_masks(masks: tuple[DropoutMask, ...], rows: int, entropy: Entropy) -> Float32:
+    """Which units dropout keeps, float32 [rows, units of all masks]: 1 with probability 1 − rate, else 0.
+
+    The rate is met to 2^-16. No privacy rests on it: each record's gradient is clipped whatever was dropped.
+    """
+    columns = []
+    for mask in masks:
+        draws = np.frombuffer(entropy(2 * rows * mask.units), dtype="<u2").reshape(rows, mask.units)
+        columns.append(draws >= int(mask.rate * 2**16))
+    return np.concatenate(columns, axis=1).astype(np.float32)
 
 
 def evaluate(graph: Graph, params: Float32, records: Records) -> Evaluation:
@@ -106,11 +122,12 @@ def evaluate(graph: Graph, params: Float32, records: Records) -> Evaluation:
     return Evaluation(loss_sum, round(correct), len(records))
 
 
-def _padded(records: Records, batch: NDArray[np.intp], size: int) -> Iterator[tuple[Float32, Int32, Float32]]:
-    """The batch in pieces of exactly `size` rows; rows beyond it are zeros with mask 0."""
+def _padded(records: Records, batch: NDArray[np.intp], size: int) -> Iterator[tuple[Float32, Labels, Float32]]:
+    """The batch in pieces of exactly `size` rows; rows beyond it have mask 0."""
     for start in range(0, len(batch), size):
         rows = batch[start : start + size]
         x = np.zeros((size, *records.x.shape[1:]), np.float32)
-        y, mask = np.zeros(size, np.int32), np.zeros(size, np.float32)
-        x[: len(rows)], y[: len(rows)], mask[: len(rows)] = records.x[rows], records.y[rows], 1
+        y: Labels = np.resize(records.y[rows], (size, *records.y.shape[1:]))
+        mask = np.zeros(size, np.float32)
+        x[: len(rows)], mask[: len(rows)] = records.x[rows], 1
         yield x, y, mask

@@ -167,7 +167,7 @@ def _provision(run: RunFolder, settings: DemoSettings, recordings: list[Recordin
     """Create the task, and each wrist's identity, encrypted records and registration."""
     aggregator = AggregatorFiles.load(run.aggregator_toml)
     bundle, store = aggregator.open_bundle(), aggregator.open_store()
-    store.create_task(bundle.graph_digest, bundle.params)
+    store.create_task(bundle.graph_digest, bundle.shared_params)
     samples = bundle.manifest.input.shape[0]
     for wrist in settings.training_wrists + settings.held_out_wrists:
         device = DeviceFiles.load(run.device_toml(wrist)).open_store(create=True)

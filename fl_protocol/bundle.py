@@ -1,8 +1,9 @@
 """Model bundles (``*.covey``): a signed zip that holds everything a device needs to train one model.
 
 Members: ``manifest.json``, ``graph.tflite`` (signatures ``train``, ``infer``, ``evaluate``), ``infer.tflite``
-(inference only, parameters stored as one constant), ``params.npy`` (float32 [d]) and ``signature`` (Ed25519 of the
-publisher over the bytes of ``manifest.json``). The manifest carries the SHA-256 of every other member, so the one
+(inference only, parameters stored as one constant), ``params.npy`` (float32 [d]), ``keras.json`` (the Keras model, for
+tools that have TensorFlow; a device does not read it) and ``signature`` (Ed25519 of the publisher over the bytes of
+``manifest.json``). The manifest carries the SHA-256 of every other member, so the one
 signature covers all of them.
 
 Order of checks in `open_bundle`: size caps from the zip directory, then the signature, then the manifest, then the
@@ -13,9 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import zipfile
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,99 +24,45 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from numpy.typing import NDArray
 
 from fl_protocol.errors import BundleError, LocalMisuseError
+from fl_protocol.model_manifest import BundleManifest, decode_manifest
 
-BUNDLE_FORMAT = 1
 MAX_MEMBER_BYTES = 64 * 1024 * 1024
 """Largest uncompressed member that is read; a zip that declares more is refused unread (zip bombs)."""
 
-GRAPH, INFER, PARAMS = "graph.tflite", "infer.tflite", "params.npy"
+GRAPH, INFER, PARAMS, KERAS = "graph.tflite", "infer.tflite", "params.npy", "keras.json"
 _MANIFEST, _SIGNATURE = "manifest.json", "signature"
-_HASHED = (GRAPH, INFER, PARAMS)
+_HASHED = (GRAPH, INFER, PARAMS, KERAS)
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_SIGNING_CONTEXT = b"covey bundle v1\0"
-
-
-class ParameterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where one tensor lies in the flat parameter vector.
-
-    Args:
-        name: layer and role, such as ``conv1/kernel``.
-        shape: tensor shape, row-major.
-        offset: index of its first element in ``params`` [d].
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-
-
-class InputSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One window of samples: ``shape`` is (samples, channels), float32, in ``units``, at ``sampling_rate_hz``."""
-
-    shape: tuple[int, ...]
-    channels: tuple[str, ...]
-    units: tuple[str, ...]
-    sampling_rate_hz: float
-
-
-class LabelSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a label means: class indices 0..K-1 (int32) with these names."""
-
-    kind: Literal["class"]
-    names: tuple[str, ...]
-
-
-class TrainingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Hyper-parameters that the publisher tried; a task may set others."""
-
-    learning_rate: float
-    l2_norm_clip: float
-    server_momentum: float
-
-
-class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is in a bundle.
-
-    Args:
-        name: model name, such as ``watch_features``.
-        version: publisher's version; devices refuse one lower than they have.
-        description: what the model is for and how it prepares its input, for people.
-        batch_size: B, the static batch dimension of every signature.
-        parameters: layout of the flat vector; ``num_parameters`` is d.
-        norm_methods: for each trained layer, how its per-example gradient norm is computed (``gram`` or
-            ``materialised``).
-        infer_params_offset: byte offset of the d little-endian float32 parameters within ``infer.tflite``.
-        members: SHA-256 (hex) of every other member except the signature.
-    """
-
-    format: int
-    name: str
-    version: int
-    description: str
-    batch_size: int
-    num_parameters: int
-    parameters: tuple[ParameterSpec, ...]
-    input: InputSchema
-    label: LabelSchema
-    preprocessing: str
-    defaults: TrainingDefaults
-    norm_methods: dict[str, str]
-    infer_params_offset: int
-    members: dict[str, str] = {}
+_SIGNING_CONTEXT = b"covey bundle v2\0"
 
 
 class ModelBundle(msgspec.Struct, frozen=True):
-    """A verified bundle: manifest, TFLite graphs and the publisher's parameters (float32 [d])."""
+    """A verified bundle: manifest, TFLite graphs, the publisher's parameters (float32 [d]), the Keras model's JSON."""
 
     manifest: BundleManifest
     graph: bytes
     infer_template: bytes
     params: NDArray[np.float32]
+    keras_json: bytes
 
     @property
     def graph_digest(self) -> bytes:
         """SHA-256 of ``graph.tflite``; a round manifest names the graph it trains by it."""
         return hashlib.sha256(self.graph).digest()
+
+    @property
+    def shared_params(self) -> NDArray[np.float32]:
+        """The publisher's parameters without the personal layers, float32 [num_shared_parameters]."""
+        return self.params[: self.manifest.num_shared_parameters]
+
+    def with_personal(self, shared: NDArray[np.float32]) -> NDArray[np.float32]:
+        """All parameters, float32 [d]: `shared` [num_shared_parameters], then the publisher's personal layers.
+
+        Raises:
+            LocalMisuseError: `shared` is not a finite float32 vector of that length.
+        """
+        count = self.manifest.num_shared_parameters
+        return np.concatenate([_checked_params(shared, count), self.params[count:]])
 
     def inference_model(self, params: NDArray[np.float32]) -> bytes:
         """An inference-only ``.tflite`` (float32) that holds `params` [d] in place of the template's constant."""
@@ -131,6 +77,7 @@ def pack_bundle(
     graph: bytes,
     infer_template: bytes,
     params: NDArray[np.float32],
+    keras_json: bytes,
     publisher_key: Ed25519PrivateKey,
 ) -> bytes:
     """Sign and zip a bundle; runs at the publisher.
@@ -140,6 +87,7 @@ def pack_bundle(
         graph: the trainable TFLite flatbuffer.
         infer_template: the inference-only flatbuffer whose constant starts at ``infer_params_offset``.
         params: float32 [d].
+        keras_json: the Keras model's configuration.
         publisher_key: signs the manifest.
 
     Returns:
@@ -150,7 +98,7 @@ def pack_bundle(
     """
     stream = io.BytesIO()
     np.save(stream, _checked_params(params, manifest.num_parameters))
-    members = {GRAPH: graph, INFER: infer_template, PARAMS: stream.getvalue()}
+    members = {GRAPH: graph, INFER: infer_template, PARAMS: stream.getvalue(), KERAS: keras_json}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     text = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, members=digests)), indent=1)
     signature = publisher_key.sign(_SIGNING_CONTEXT + text)
@@ -183,7 +131,7 @@ def open_bundle(data: bytes, *, publisher: Ed25519PublicKey, minimum_version: in
         raise BundleError(
             "The bundle is not signed by the pinned publisher: get it again, or pin the publisher who made it."
         ) from None
-    manifest = _decode_manifest(text)
+    manifest = decode_manifest(text)
     if manifest.version < minimum_version:
         raise BundleError(
             f"The bundle is version {manifest.version} but version {minimum_version} is installed: "
@@ -201,11 +149,17 @@ def open_bundle(data: bytes, *, publisher: Ed25519PublicKey, minimum_version: in
                 f"The bundle's {name} does not match its signed digest: the file is damaged, get it again."
             )
     params = _load_params(members[PARAMS], manifest.num_parameters)
-    return ModelBundle(manifest=manifest, graph=members[GRAPH], infer_template=members[INFER], params=params)
+    return ModelBundle(
+        manifest=manifest,
+        graph=members[GRAPH],
+        infer_template=members[INFER],
+        params=params,
+        keras_json=members[KERAS],
+    )
 
 
 def _read_members(data: bytes) -> dict[str, bytes]:
-    """The five members' bytes, within the size caps, each exactly once."""
+    """The members' bytes, within the size caps, each exactly once."""
     expected = {_MANIFEST, _SIGNATURE, *_HASHED}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -232,26 +186,6 @@ def _read_members(data: bytes) -> dict[str, bytes]:
     # zipfile raises a wide family on hostile input (BadZipFile, zlib.error, struct.error, EOFError, ...).
     except Exception as error:
         raise BundleError(f"The bundle is not a readable zip ({error}): the file is damaged, get it again.") from error
-
-
-def _decode_manifest(text: bytes) -> BundleManifest:
-    """The manifest, decoded strictly and checked for consistency."""
-    try:
-        manifest = msgspec.json.decode(text, type=BundleManifest)
-    except msgspec.DecodeError as error:
-        raise BundleError(f"The bundle's manifest cannot be read ({error}): it was made by another version.") from error
-    if manifest.format != BUNDLE_FORMAT:
-        raise BundleError(
-            f"The bundle has format {manifest.format}; this version of covey reads format {BUNDLE_FORMAT}."
-        )
-    end = 0
-    for spec in manifest.parameters:
-        if spec.offset != end or any(side <= 0 for side in spec.shape):
-            raise BundleError(f"The bundle's parameter {spec.name} has offset {spec.offset}; {end} was expected.")
-        end += math.prod(spec.shape)
-    if end != manifest.num_parameters:
-        raise BundleError(f"The bundle's parameters add up to {end}, not to num_parameters={manifest.num_parameters}.")
-    return manifest
 
 
 def _load_params(raw: bytes, count: int) -> NDArray[np.float32]:

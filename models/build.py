@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fl_protocol.bundle import BUNDLE_FORMAT, BundleManifest, pack_bundle
+from fl_protocol.bundle import pack_bundle
+from fl_protocol.model_manifest import BUNDLE_FORMAT, BundleManifest
 from models.convert import convert_infer, convert_network
-from models.initialisation import initial_parameters
 from models.network import Network
 from models.specs import ModelSpec
 from models.template import with_constant_params
@@ -37,11 +37,17 @@ def build_bundle(
         ConversionError: a device could not run the graph.
     """
     network = Network(spec)
-    params = initial_parameters(network)
+    params = network.initial_parameters
     template = with_constant_params(convert_infer(network, batch_size=batch_size), params)
     manifest = _manifest(network, batch_size=batch_size, version=version, infer_params_offset=template.params_offset)
-    graph = convert_network(network, batch_size=batch_size)
-    return pack_bundle(manifest, graph=graph, infer_template=template.graph, params=params, publisher_key=publisher_key)
+    return pack_bundle(
+        manifest,
+        graph=convert_network(network, batch_size=batch_size),
+        infer_template=template.graph,
+        params=params,
+        keras_json=spec.model.to_json().encode(),
+        publisher_key=publisher_key,
+    )
 
 
 def _manifest(network: Network, *, batch_size: int, version: int, infer_params_offset: int) -> BundleManifest:
@@ -52,13 +58,19 @@ def _manifest(network: Network, *, batch_size: int, version: int, infer_params_o
         name=spec.name,
         version=version,
         description=spec.description,
+        data=spec.data,
         batch_size=batch_size,
         num_parameters=network.num_parameters,
+        num_shared_parameters=network.num_shared_parameters,
         parameters=network.parameters,
+        layers=network.layers,
         input=spec.input,
         label=spec.label,
-        preprocessing=spec.preprocessing,
+        loss=spec.loss,
+        preprocessing=network.preprocessing,
         defaults=spec.defaults,
-        norm_methods=network.norm_methods,
+        norm_clips=network.norm_clips,
+        dropout=network.dropout,
+        train_flops=0,
         infer_params_offset=infer_params_offset,
     )

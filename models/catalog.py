@@ -1,4 +1,4 @@
-"""The models that Covey ships; listing them does not import TensorFlow, loading one may."""
+"""The models that Covey ships; listing them does not import TensorFlow, loading one does."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def load(name: str) -> ModelSpec:
     """
     if name not in MODELS:
         raise ModelSpecError(f"There is no model {name!r}; the catalogue has {', '.join(MODELS)}.")
-    spec: ModelSpec = importlib.import_module(f"models.{name}").SPEC
+    spec: ModelSpec = importlib.import_module(f"models.zoo.{name}").make_model()
     return spec

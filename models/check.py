@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.reference import ExampleGradients, Floats, clipped_sum
-from models.specs import ModelSpec
+from models.layers.embedding import EmbeddingLayer
+from models.network import Network
+from models.reference import Floats, Reference, clipped_sum
 
 RUNTIMES = {"tflite-runtime": "tflite_runtime.interpreter", "litert": "ai_edge_litert.interpreter"}
 """Both runtimes that a device may have, and the module of each."""
@@ -31,23 +32,47 @@ def interpreter(runtime: str, graph: bytes) -> Any:
     return importlib.import_module(RUNTIMES[runtime]).Interpreter(model_content=graph, num_threads=1)
 
 
-def cases(spec: ModelSpec, *, num_parameters: int, batch_size: int, seed: int = 0) -> Iterator[Case]:
-    """Full and partial masks, padding of data and of NaN, every example clipped, half of them, none."""
+def random_batch(network: Network, *, batch_size: int, seed: int = 0) -> dict[str, Any]:
+    """Parameters, examples, labels and dropout masks; normal values, except where the model looks them up."""
     rng = np.random.default_rng(seed)
-    params = 0.2 * rng.standard_normal(num_parameters).astype(np.float32)
-    x = rng.standard_normal((batch_size, *spec.input.shape)).astype(np.float32)
-    y = rng.integers(0, len(spec.label.names), batch_size).astype(np.int32)
-    losses, gradients = ExampleGradients(spec)(params, x, y)
+    spec = network.spec
+    batch = {
+        "params": 0.2 * rng.standard_normal(network.num_parameters).astype(np.float32),
+        "x": _examples(network, batch_size, rng),
+        "y": _labels(network, batch_size, rng),
+    }
+    if network.dropout:
+        kept = [rng.random((batch_size, mask.units)) >= mask.rate for mask in network.dropout]
+        batch["dropout"] = np.concatenate(kept, 1).astype(np.float32)
+    return batch
+
+
+def cases(network: Network, *, batch_size: int, seed: int = 0, batch: dict[str, Any] | None = None) -> Iterator[Case]:
+    """Full and partial masks, padding of data and of NaN, every example clipped, half of them, none."""
+    batch = batch or random_batch(network, batch_size=batch_size, seed=seed)
+    losses, gradients = Reference(network).example_gradients(
+        batch["params"], batch["x"], batch["y"], batch.get("dropout")
+    )
     lengths = np.linalg.norm(gradients, axis=1)
-    clips = {"all clipped": 0.5 * lengths.min(), "half clipped": np.median(lengths), "none clipped": 2 * lengths.max()}
+    clips = {
+        "all clipped": 0.5 * lengths.min(),
+        "half clipped": np.median(lengths),
+        "none clipped": 100 * lengths.max(),
+    }
     partial = (np.arange(batch_size) % 3 > 0).astype(np.float32)
-    masks = {"full": (np.ones_like(partial), x), "partial": (partial, x), "NaN padding": (partial, _spoilt(x, partial))}
+    masks = {
+        "full": (np.ones_like(partial), batch["x"]),
+        "partial": (partial, batch["x"]),
+        "NaN padding": (partial, _spoilt(batch["x"], partial)),
+    }
     for mask_name, (mask, rows) in masks.items():
         for clip_name, clip in clips.items():
-            grad, norms = clipped_sum(gradients, mask=mask, clip=float(clip))
+            grad, norms = clipped_sum(
+                gradients, mask=mask, clip=float(clip), groups=network.norm_clips, layout=network.parameters
+            )
             yield Case(
                 name=f"{mask_name}, {clip_name}",
-                inputs={"params": params, "x": rows, "y": y, "mask": mask, "clip": np.float32(clip)},
+                inputs={**batch, "x": rows, "mask": mask, "clip": np.float32(clip)},
                 expected={"grad": grad, "norms": norms, "loss": losses * mask},
             )
 
@@ -69,8 +94,26 @@ def relative_error(got: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(difference / scale) if scale else (float("inf") if difference else 0.0)
 
 
+def _examples(network: Network, batch_size: int, rng: np.random.Generator) -> Floats:
+    """Normal values, or ids that every embedding has."""
+    shape = (batch_size, *network.spec.input.shape)
+    sizes = [node.layer.vocabulary for node in network.nodes if isinstance(node.layer, EmbeddingLayer)]
+    drawn = rng.integers(0, min(sizes), shape) if sizes else rng.standard_normal(shape)
+    return drawn.astype(np.float32)
+
+
+def _labels(network: Network, batch_size: int, rng: np.random.Generator) -> NDArray[Any]:
+    """Labels of the model's kind."""
+    label, outputs = network.spec.label, network.loss.outputs
+    if label.kind in ("class", "input"):
+        return rng.integers(0, max(len(label.names), 1), batch_size).astype(np.int32)
+    if label.kind == "binary":
+        return rng.integers(0, 2, (batch_size, outputs)).astype(np.float32)
+    return rng.standard_normal((batch_size, outputs)).astype(np.float32)
+
+
 def _spoilt(x: Floats, mask: Floats) -> Floats:
-    """The windows, with NaN in the masked rows."""
+    """The examples, with NaN in the masked rows."""
     spoilt = x.copy()
     spoilt[mask == 0] = np.nan
     return spoilt

@@ -44,14 +44,18 @@ def convert_infer(network: Network, *, batch_size: int) -> bytes:
 
 
 def input_tensors(network: Network, *, batch_size: int) -> dict[str, tf.TensorSpec]:
-    """What ``train`` takes, in order: params [d], x [B, ...], y [B], mask [B], clip []."""
-    return {
+    """What ``train`` takes, in order: params [d], x [B, ...], y, mask [B], clip [], and dropout [B, units] if any."""
+    tensors = {
         "params": tf.TensorSpec([network.num_parameters], tf.float32, name="params"),
         "x": tf.TensorSpec([batch_size, *network.spec.input.shape], tf.float32, name="x"),
-        "y": tf.TensorSpec([batch_size], tf.int32, name="y"),
+        "y": network.loss.label_tensor(batch_size),
         "mask": tf.TensorSpec([batch_size], tf.float32, name="mask"),
         "clip": tf.TensorSpec([], tf.float32, name="clip"),
     }
+    units = sum(mask.units for mask in network.dropout)
+    if units:
+        tensors["dropout"] = tf.TensorSpec([batch_size, units], tf.float32, name="dropout")
+    return tensors
 
 
 def convert_signatures(signatures: Mapping[str, tuple[Callable[..., Any], Mapping[str, tf.TensorSpec]]]) -> bytes:

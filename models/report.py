@@ -44,8 +44,9 @@ def _parameters(bundle: ModelBundle) -> Table:
     """One row per tensor of the flat vector."""
     manifest = bundle.manifest
     table = Table("parameter", "shape", "count", "offset", "per-example norm")
+    methods = {f"{layer.name}/{role}": how for layer in manifest.layers for role, how in layer.norm_methods.items()}
     for spec in manifest.parameters:
-        method = manifest.norm_methods.get(spec.name.split("/")[0], "")
+        method = methods.get(spec.name, "")
         shape = " x ".join(map(str, spec.shape))
         table.add_row(spec.name, shape, f"{math.prod(spec.shape):,}", f"{spec.offset:,}", method)
     table.add_row("total", "", f"{manifest.num_parameters:,}", "", "")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from models.layers.rows import keep_counted
+from models.layers.gradients import keep_counted
 from models.network import Network
 
 LARGEST = 3.0e38
@@ -21,93 +21,108 @@ SMALLEST_NORM = 1.0e-30
 
 
 def clipped_step(
-    network: Network, *, params: tf.Tensor, x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor, clip: tf.Tensor
+    network: Network,
+    *,
+    params: tf.Tensor,
+    x: tf.Tensor,
+    y: tf.Tensor,
+    mask: tf.Tensor,
+    clip: tf.Tensor,
+    dropout: tf.Tensor | None = None,
 ) -> dict[str, tf.Tensor]:
     """One DP-SGD micro-batch without noise (Abadi et al. 2016, algorithm 1, arXiv 1607.00133).
 
     Args:
         network: the model.
         params: float32 [d].
-        x: float32 [B, ...] raw windows in the units of the manifest.
-        y: int32 [B] class indices.
+        x: float32 [B, ...] raw examples in the units of the manifest.
+        y: labels, int32 [B] or float32 [B, K].
         mask: float32 [B], 1 for an example and 0 for padding.
         clip: float32 [], the L2 norm clip, not negative.
+        dropout: float32 [B, units], 1 where a unit is kept; only for a model with dropout.
 
     Returns:
         ``grad`` float32 [d] = Σᵢ maskᵢ·gᵢ·min(1, clip/‖gᵢ‖₂), ``norms`` float32 [B] before clipping, ``loss`` [B].
-        With augmentation gᵢ and the loss are means over the versions of window i.
+        With augmentation gᵢ and the loss are means over the versions of example i. With several clip groups each
+        group's part of gᵢ is clipped to its share of `clip`; shares are such that the whole is at most `clip` long.
     """
     weights = network.split(params)
-    logits, saved = network.forward(weights, _versions(network, x))
-    losses, logits_gradient = cross_entropy(logits, y, copies=network.spec.copies)
-    examples = network.backward(
-        weights,
-        saved,
-        tf.reshape(logits_gradient, logits.shape),
-        lambda layer, kept, gradient: layer.example_gradients(kept, gradient),
-    )
-    squared_norms = tf.add_n([gradients.squared_norms() for gradients in examples])
-    counted = _counts(mask, losses) & (squared_norms < LARGEST)
-    norms = keep_counted(counted, tf.sqrt(squared_norms))
-    factors = mask * tf.minimum(1.0, clip / tf.maximum(norms, SMALLEST_NORM))
-    sums = [part for gradients in examples for part in gradients.weighted_sum(factors, counted)]
-    return {"grad": tf.concat(sums, 0), "norms": norms, "loss": keep_counted(counted, losses)}
+    run = network.forward(weights, _versions(network, x), dropout=_for_versions(network, dropout))
+    losses, gradient = network.loss(run.output, y, run.window, copies=network.spec.copies)
+    examples = network.backward(weights, run.saved, gradient)
+    by_group: list[list[tf.Tensor]] = [[] for _ in network.norm_clips]
+    for index, forms in examples.items():
+        by_group[network.clip_group(index)] += [form.squared_norms() for form in forms]
+    squares = [tf.add_n(parts) for parts in by_group]
+    total = tf.add_n(squares)
+    counted = _counts(mask, losses) & (total < LARGEST)
+    factors = []
+    for group, square in zip(network.norm_clips, squares, strict=True):
+        norms = tf.sqrt(keep_counted(counted, square))
+        limit = clip if group.share == 1 else clip * group.share
+        factors.append(mask * tf.minimum(1.0, limit / tf.maximum(norms, SMALLEST_NORM)))
+    sums = {
+        index: [(form.roles, form.weighted_sum(factors[network.clip_group(index)], counted)) for form in forms]
+        for index, forms in examples.items()
+    }
+    return {
+        "grad": network.joined(sums),
+        "norms": tf.sqrt(keep_counted(counted, total)),
+        "loss": keep_counted(counted, losses),
+    }
 
 
 def plain_step(
-    network: Network, *, params: tf.Tensor, x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor
+    network: Network,
+    *,
+    params: tf.Tensor,
+    x: tf.Tensor,
+    y: tf.Tensor,
+    mask: tf.Tensor,
+    dropout: tf.Tensor | None = None,
 ) -> dict[str, tf.Tensor]:
     """The same step without privacy, for measuring what privacy costs: ``grad`` [d] = Σᵢ maskᵢ·gᵢ and ``loss`` [B]."""
     weights = network.split(params)
-    logits, saved = network.forward(weights, _versions(network, x))
-    losses, logits_gradient = cross_entropy(logits, y, copies=network.spec.copies)
-    sums = network.backward(
-        weights,
-        saved,
-        tf.reshape(logits_gradient * tf.reshape(mask, [-1, 1, 1]), logits.shape),
-        lambda layer, kept, gradient: layer.summed_gradient(kept, gradient),
-    )
-    return {"grad": tf.concat([part for layer in sums for part in layer], 0), "loss": losses * mask}
+    run = network.forward(weights, _versions(network, x), dropout=_for_versions(network, dropout))
+    losses, gradient = network.loss(run.output, y, run.window, copies=network.spec.copies)
+    rows = tf.reshape(gradient, [-1, network.spec.copies, network.loss.outputs]) * tf.reshape(mask, [-1, 1, 1])
+    examples = network.backward(weights, run.saved, tf.reshape(rows, [-1, *gradient.shape[1:]]))
+    sums = {index: [(form.roles, form.sum()) for form in forms] for index, forms in examples.items()}
+    return {"grad": network.joined(sums), "loss": losses * mask}
 
 
 def infer(network: Network, *, params: tf.Tensor, x: tf.Tensor) -> dict[str, tf.Tensor]:
-    """``logits`` float32 [B, K] of windows x [B, ...]."""
-    return {"logits": network.forward(network.split(params), x)[0]}
+    """``logits`` float32 [B, K] of examples x [B, ...]; the predicted values themselves if the label is no class."""
+    return {"logits": network.forward(network.split(params), x).output}
 
 
 def evaluate(
     network: Network, *, params: tf.Tensor, x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor
 ) -> dict[str, tf.Tensor]:
-    """``loss_sum`` [] = Σᵢ maskᵢ·lossᵢ and ``correct`` [] = Σᵢ maskᵢ·[argmax = y], over the examples that count."""
-    logits, _ = network.forward(network.split(params), x)
-    losses, _ = cross_entropy(logits, y, copies=1)
+    """``loss_sum`` [] = Σᵢ maskᵢ·lossᵢ and ``correct`` [], how many are right, over the examples that count."""
+    run = network.forward(network.split(params), x)
+    losses, _ = network.loss(run.output, y, run.window, copies=1)
     counted = _counts(mask, losses)
-    hits = tf.cast(tf.equal(tf.argmax(logits, 1, output_type=tf.int32), y), tf.float32)
+    hits = network.loss.hits(run.output, y, run.window)
     return {
         "loss_sum": tf.reduce_sum(mask * keep_counted(counted, losses)),
         "correct": tf.reduce_sum(mask * keep_counted(counted, hits)),
     }
 
 
-def cross_entropy(logits: tf.Tensor, y: tf.Tensor, *, copies: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Softmax cross-entropy [B], the mean over each example's versions, and its gradient [B, copies, K].
-
-    Args:
-        logits: float32 [B·copies, K].
-        y: int32 [B].
-        copies: versions of each example, side by side.
-    """
-    log_probabilities = tf.reshape(tf.nn.log_softmax(logits), [-1, copies, logits.shape[1]])
-    target = tf.reshape(tf.one_hot(y, logits.shape[1]), [-1, 1, logits.shape[1]])
-    losses = -tf.reduce_sum(target * log_probabilities, [1, 2])
-    gradient = tf.exp(log_probabilities) - target
-    return (losses, gradient) if copies == 1 else (losses / copies, gradient / copies)
-
-
 def _versions(network: Network, x: tf.Tensor) -> tf.Tensor:
-    """What the model is trained on: the windows, or their augmented versions."""
+    """What the model is trained on: the examples, or their augmented versions."""
     augmentation = network.spec.augmentation
     return x if augmentation is None else augmentation.apply(x)
+
+
+def _for_versions(network: Network, dropout: tf.Tensor | None) -> tf.Tensor | None:
+    """Every version of an example drops the same units."""
+    copies = network.spec.copies
+    if dropout is None or copies == 1:
+        return dropout
+    repeated = tf.reshape(dropout, [-1, 1, dropout.shape[1]]) * tf.ones([1, copies, 1])
+    return tf.reshape(repeated, [-1, dropout.shape[1]])
 
 
 def _counts(mask: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:

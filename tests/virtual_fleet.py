@@ -23,6 +23,7 @@ from device_client.daemon import DeviceDaemon
 from device_client.device_store import create_identity, load_session
 from device_client.ledger import Budget, PrivacyLedger
 from device_client.participation import Outbox, Participant
+from device_client.personal import PersonalLayers
 from device_client.session import DeviceSession, Floors, Role, SessionConfig
 from device_client.training import Records
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
@@ -198,11 +199,7 @@ class VirtualFleet:
         self.broker = ObservedBroker(maximum_packet_bytes=maximum_packet_bytes)
         self.journals: dict[str, MemoryJournal] = {}
         self._records = records if records is not None else lambda index: synthetic_records(self.bundle, seed=index)
-        self._graph = TfliteGraph(
-            self.bundle.graph,
-            batch_size=self.bundle.manifest.batch_size,
-            num_parameters=self.bundle.manifest.num_parameters,
-        )
+        self._graph = TfliteGraph.of_bundle(self.bundle)
         self.devices: dict[str, DeviceDaemon] = {}
         self.aggregator = self.start_aggregator()
         for index in range(devices):
@@ -211,7 +208,7 @@ class VirtualFleet:
     def start_aggregator(self) -> AggregatorDaemon:
         """Start it, or start it again after `kill_aggregator`, on the same database."""
         store = AggregatorStore(f"sqlite:///{self.folder / 'aggregator.db'}", self.task.name)
-        store.create_task(self.bundle.graph_digest, self.bundle.params)
+        store.create_task(self.bundle.graph_digest, self.bundle.shared_params)
         daemon = AggregatorDaemon(
             tenant=TENANT,
             task=self.task,
@@ -257,6 +254,9 @@ class VirtualFleet:
             ledger=PrivacyLedger(store, self.budget),
             graph=self._graph,
             records=self._records(int(name.rsplit("-", 1)[1])),
+            personal=PersonalLayers(
+                store, task=TASK, initial=self.bundle.params[self.bundle.manifest.num_shared_parameters :]
+            ),
             outbox=Outbox(store),
             entropy=entropy,
         )
@@ -267,7 +267,7 @@ class VirtualFleet:
             role=role,
             aggregator_key=AGGREGATOR_KEY.public_key(),
             graph_digest=self.bundle.graph_digest,
-            num_parameters=self.bundle.manifest.num_parameters,
+            num_parameters=self.bundle.manifest.num_shared_parameters,
             floors=floors if floors is not None else Floors(),
             software="covey test",
         )

@@ -9,8 +9,10 @@ import numpy as np
 
 from device_client.adapters import litert, tflite_runtime
 from device_client.errors import DeviceError, TrainingError
-from device_client.ports import Float32, Int32
+from device_client.ports import Float32, Labels
+from fl_protocol.bundle import ModelBundle
 from fl_protocol.errors import BundleError
+from fl_protocol.model_manifest import DropoutMask
 
 Runtime = Literal["litert", "tflite_runtime"]
 _MAKERS: dict[Runtime, Callable[..., Any]] = {
@@ -26,6 +28,7 @@ class TfliteGraph:
         model: the flatbuffer, from a verified bundle.
         batch_size: B of the bundle's manifest.
         num_parameters: d of the bundle's manifest.
+        dropout: the masks that the bundle's manifest asks for.
         runtime: which runtime; by default the first that is installed.
         num_threads: threads of the interpreter.
 
@@ -40,10 +43,11 @@ class TfliteGraph:
         *,
         batch_size: int,
         num_parameters: int,
+        dropout: tuple[DropoutMask, ...] = (),
         runtime: Runtime | None = None,
         num_threads: int = 1,
     ) -> None:
-        self.batch_size = batch_size
+        self.batch_size, self.dropout = batch_size, dropout
         self._num_parameters = num_parameters
         self.runtime, interpreter = _interpreter(model, runtime, num_threads)
         try:
@@ -52,9 +56,25 @@ class TfliteGraph:
         except (ValueError, KeyError) as error:
             raise BundleError(f"the graph has no usable train and evaluate signatures ({error})") from error
 
-    def train(self, params: Float32, x: Float32, y: Int32, mask: Float32, *, clip: float) -> Float32:
+    @classmethod
+    def of_bundle(cls, bundle: ModelBundle, *, runtime: Runtime | None = None, num_threads: int = 1) -> TfliteGraph:
+        """The trainable graph of a verified bundle. Raises as the constructor does."""
+        manifest = bundle.manifest
+        return cls(
+            bundle.graph,
+            batch_size=manifest.batch_size,
+            num_parameters=manifest.num_parameters,
+            dropout=manifest.dropout,
+            runtime=runtime,
+            num_threads=num_threads,
+        )
+
+    def train(
+        self, params: Float32, x: Float32, y: Labels, mask: Float32, *, clip: float, dropout: Float32 | None = None
+    ) -> Float32:
         """Clipped gradient sum, float32 [d]."""
-        result = _run(self._train, params=params, x=x, y=y, mask=mask, clip=np.float32(clip))
+        masks = {} if dropout is None else {"dropout": dropout}
+        result = _run(self._train, params=params, x=x, y=y, mask=mask, clip=np.float32(clip), **masks)
         gradient: Float32 = result["grad"]
         if gradient.shape != (self._num_parameters,):
             raise BundleError(
@@ -62,7 +82,7 @@ class TfliteGraph:
             )
         return gradient
 
-    def evaluate(self, params: Float32, x: Float32, y: Int32, mask: Float32) -> tuple[float, float]:
+    def evaluate(self, params: Float32, x: Float32, y: Labels, mask: Float32) -> tuple[float, float]:
         """Summed loss and number correct."""
         result = _run(self._evaluate, params=params, x=x, y=y, mask=mask)
         return float(result["loss_sum"]), float(result["correct"])

@@ -1,49 +1,61 @@
-"""Dense: one row per version of an example."""
+"""Dense: a matrix product on the last axis, however many axes come before it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
-from models.errors import ModelSpecError
-from models.layers import rows
-from models.layers.layer import ExampleGradients, Parameter
-from models.specs import Dense, Shape
+from models.layers.gradients import cheaper_norm_method, row_product
+from models.layers.layer import Backward, Context, Parameter
+from models.layers.registry import register_layer
 
 
+@register_layer(tf.keras.layers.Dense, output_activation=True)
 class DenseLayer:
-    """y = x·W + b on [B, K]; it saves its input."""
+    """y = x·W + b on [N, ..., K]; it saves its rows [N, T, K]."""
 
-    def __init__(self, spec: Dense, input_shape: Shape, copies: int = 1) -> None:
-        if len(input_shape) != 1:
-            raise ModelSpecError(f"Dense {spec.name}: expected [features], got {input_shape}; put Flatten before it.")
-        self.name = spec.name
-        self.output_shape: Shape = (spec.units,)
-        self._use_bias, self._copies = spec.use_bias, copies
-        kernel = Parameter("kernel", (input_shape[0], spec.units), spec.initializer)
-        bias = Parameter("bias", (spec.units,), "zeros")
-        self.parameters = (kernel, bias) if spec.use_bias else (kernel,)
-        self.norm_method = rows.cheaper_norm_method(rows=copies, inputs=input_shape[0], outputs=spec.units)
+    def __init__(self, layer: Any, context: Context) -> None:
+        *self._leading, inputs = context.input_shape
+        self.output_shape = (*self._leading, layer.units)
+        self._copies, self._input_shape = context.copies, context.input_shape
+        kernel, bias = Parameter("kernel", (inputs, layer.units)), Parameter("bias", (layer.units,))
+        self.parameters = (kernel, bias) if layer.use_bias else (kernel,)
+        self._method = cheaper_norm_method(
+            rows=context.copies * math.prod(self._leading), inputs=inputs, outputs=layer.units
+        )
 
-    def forward(self, weights: Sequence[tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    @property
+    def norm_methods(self) -> dict[str, str]:
+        """See `Layer.norm_methods`."""
+        return {"kernel": self._method}
+
+    def forward(self, weights: Sequence[tf.Tensor], *inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See `Layer.forward`."""
+        (x,) = inputs
+        if len(self._leading) > 1:
+            x = tf.reshape(x, [-1, math.prod(self._leading), x.shape[-1]])
         y = tf.matmul(x, weights[0])
-        return (y + weights[1] if self._use_bias else y), x
+        y = y + weights[1] if len(weights) > 1 else y
+        return (tf.reshape(y, [-1, *self.output_shape]) if len(self._leading) > 1 else y), self._rows(x)
 
-    def input_gradient(self, weights: Sequence[tf.Tensor], saved: tf.Tensor, output_gradient: tf.Tensor) -> tf.Tensor:
-        """See `Layer.input_gradient`."""
-        return tf.matmul(output_gradient, weights[0], transpose_b=True)
+    def backward(self, weights: Sequence[tf.Tensor], saved: tf.Tensor, output_gradient: tf.Tensor) -> Backward:
+        """See `Layer.backward`."""
+        if len(self._leading) > 1:
+            output_gradient = tf.reshape(output_gradient, [-1, math.prod(self._leading), output_gradient.shape[-1]])
+        dx = tf.matmul(output_gradient, weights[0], transpose_b=True)
+        gradient = row_product(
+            self._method,
+            saved,
+            self._rows(output_gradient),
+            copies=self._copies,
+            roles=tuple(parameter.role for parameter in self.parameters),
+        )
+        return (tf.reshape(dx, [-1, *self._input_shape]) if len(self._leading) > 1 else dx,), (gradient,)
 
-    def example_gradients(self, saved: tf.Tensor, output_gradient: tf.Tensor) -> ExampleGradients:
-        """See `TrainedLayer.example_gradients`."""
-        row, gradient = self._rows(saved), self._rows(output_gradient)
-        return rows.example_gradients(self.norm_method, row, gradient, use_bias=self._use_bias)
-
-    def summed_gradient(self, saved: tf.Tensor, output_gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """See `TrainedLayer.summed_gradient`."""
-        return rows.summed_gradient(self._rows(saved), self._rows(output_gradient), use_bias=self._use_bias)
-
-    def _rows(self, x: tf.Tensor) -> tf.Tensor:
-        """[B·copies, features] as the rows of each example, [B, copies, features]."""
-        return tf.reshape(x, [-1, self._copies, x.shape[1]])
+    @staticmethod
+    def _rows(x: tf.Tensor) -> tf.Tensor:
+        """[N, features] as [N, 1, features]; with more axes it is rows already."""
+        return tf.expand_dims(x, 1) if len(x.shape) == 2 else x

@@ -58,7 +58,7 @@ from fl_protocol.signing import public_key_from_hex
 folder = Path("models/bundles")
 publisher = public_key_from_hex((folder / "publisher.pub").read_text())
 bundle = open_bundle((folder / "watch_features.covey").read_bytes(), publisher=publisher)
-TfliteGraph(bundle.graph, batch_size=bundle.manifest.batch_size, num_parameters=bundle.manifest.num_parameters)
+TfliteGraph.of_bundle(bundle)
 """
     result = subprocess.run(
         [sys.executable, "-c", code, training], capture_output=True, text=True, check=True, cwd=ROOT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import numpy as np
 import pytest
@@ -18,11 +19,7 @@ MODELS = ("watch_features", "watch_cnn")
 
 
 def graph_of(model: str, runtime: Runtime) -> TfliteGraph:
-    bundle = load_bundle(model)
-    manifest = bundle.manifest
-    return TfliteGraph(
-        bundle.graph, batch_size=manifest.batch_size, num_parameters=manifest.num_parameters, runtime=runtime
-    )
+    return TfliteGraph.of_bundle(load_bundle(model), runtime=runtime)
 
 
 def some_params(model: str) -> np.ndarray:
@@ -39,10 +36,10 @@ def test_a_runtime_is_installed() -> None:
 def test_no_record_moves_the_sum_by_more_than_the_clip(model: str, runtime: Runtime) -> None:
     graph, params = graph_of(model, runtime), some_params(model)
     records, clip = synthetic_records(load_bundle(model), seed=1, count=40), 0.05
-    everyone = clipped_gradient_sum(graph, params, records, np.arange(40), clip=clip)
+    everyone = clipped_gradient_sum(graph, params, records, np.arange(40), clip=clip, entropy=os.urandom)
     for left_out in (0, 17, 39):
         others = np.delete(np.arange(40), left_out)
-        difference = everyone - clipped_gradient_sum(graph, params, records, others, clip=clip)
+        difference = everyone - clipped_gradient_sum(graph, params, records, others, clip=clip, entropy=os.urandom)
         assert 0 < np.linalg.norm(difference) <= clip * (1 + 2.0**-10)  # the margin that the noise is scaled up by
 
 
@@ -50,7 +47,9 @@ def test_no_record_moves_the_sum_by_more_than_the_clip(model: str, runtime: Runt
 def test_installed_runtimes_agree(model: str) -> None:
     params, records = some_params(model), synthetic_records(load_bundle(model), seed=2, count=50)
     graphs = [graph_of(model, runtime) for runtime in INSTALLED]
-    sums = [clipped_gradient_sum(graph, params, records, np.arange(50), clip=0.5) for graph in graphs]
+    sums = [
+        clipped_gradient_sum(graph, params, records, np.arange(50), clip=0.5, entropy=os.urandom) for graph in graphs
+    ]
     results = [evaluate(graph, params, records) for graph in graphs]
     for other, result in zip(sums, results, strict=True):
         np.testing.assert_allclose(other, sums[0], rtol=1e-4, atol=1e-5)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from device_client.errors import StoreError
-from device_client.ports import Float32, Int32
+from device_client.ports import Float32, Labels
 from device_client.training import Records
 from fl_protocol.messages import RoundManifestMsg, TrainingPlanMsg
+from fl_protocol.model_manifest import DropoutMask
 from fl_protocol.sealing import RoundKey, round_key_bytes
 
 TENANT, TASK, DEVICE = "clinic", "watch", "watch-0"
@@ -84,6 +85,7 @@ class LogisticGraph:
     batch_size: int
     num_inputs: int
     num_classes: int = 2
+    dropout: tuple[DropoutMask, ...] = ()
     calls: int = 0
     rows: list[int] = field(default_factory=list)
 
@@ -91,7 +93,9 @@ class LogisticGraph:
     def num_parameters(self) -> int:
         return self.num_inputs * self.num_classes
 
-    def train(self, params: Float32, x: Float32, y: Int32, mask: Float32, *, clip: float) -> Float32:
+    def train(
+        self, params: Float32, x: Float32, y: Labels, mask: Float32, *, clip: float, dropout: Float32 | None = None
+    ) -> Float32:
         self.calls += 1
         self.rows.append(int(mask.sum()))
         gradients = self._per_example(params, x, y)
@@ -99,7 +103,7 @@ class LogisticGraph:
         scale = mask * np.minimum(1.0, clip / np.maximum(norms, 1e-12))
         return (gradients * scale[:, None]).sum(axis=0).astype(np.float32)
 
-    def evaluate(self, params: Float32, x: Float32, y: Int32, mask: Float32) -> tuple[float, float]:
+    def evaluate(self, params: Float32, x: Float32, y: Labels, mask: Float32) -> tuple[float, float]:
         chance = self._chances(params, x)
         loss = -np.log(chance[np.arange(len(y)), y] + 1e-12)
         return float((loss * mask).sum()), float(((chance.argmax(axis=1) == y) * mask).sum())
@@ -110,7 +114,7 @@ class LogisticGraph:
         result: Float32 = exponent / exponent.sum(axis=1, keepdims=True)
         return result
 
-    def _per_example(self, params: Float32, x: Float32, y: Int32) -> Float32:
+    def _per_example(self, params: Float32, x: Float32, y: Labels) -> Float32:
         error = self._chances(params, x)
         error[np.arange(len(y)), y] -= 1
         inputs = x.reshape(len(x), -1)
@@ -121,7 +125,9 @@ class LogisticGraph:
 class UnclippedGraph(LogisticGraph):
     """A broken graph: it ignores `clip`."""
 
-    def train(self, params: Float32, x: Float32, y: Int32, mask: Float32, *, clip: float) -> Float32:
+    def train(
+        self, params: Float32, x: Float32, y: Labels, mask: Float32, *, clip: float, dropout: Float32 | None = None
+    ) -> Float32:
         del clip
         return super().train(params, x, y, mask, clip=np.inf)
 

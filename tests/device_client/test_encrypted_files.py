@@ -28,6 +28,7 @@ from device_client.events import SessionState
 from device_client.ledger import LOG_NAME, Budget, PrivacyLedger
 from device_client.training import Records
 from fl_protocol.adapters.files import append_durably
+from fl_protocol.model_manifest import LabelSchema
 from tests.device_client.ports import make_plan, make_records
 from tests.virtual_fleet import SeededEntropy
 
@@ -295,7 +296,7 @@ def test_identity_session_and_records_survive(folder: Path) -> None:
     assert load_session(store).highest_round == 3
     records = make_records(count=5)
     save_records(store, records)
-    loaded = load_records(store, window_shape=(3, 2), num_classes=2)
+    loaded = load_records(store, window_shape=(3, 2), label=LabelSchema("class", ("a", "b")))
     np.testing.assert_array_equal(loaded.x, records.x)
     np.testing.assert_array_equal(loaded.y, records.y)
 
@@ -312,7 +313,7 @@ def test_identity_session_and_records_survive(folder: Path) -> None:
 def test_records_that_do_not_fit_the_model_are_refused(folder: Path, x: np.ndarray, y: list[int], reason: str) -> None:
     store = EncryptedFiles(folder, KEY)
     with pytest.raises(StoreError, match="covey-device import"):
-        load_records(store, window_shape=(3, 2), num_classes=2)
+        load_records(store, window_shape=(3, 2), label=LabelSchema("class", ("a", "b")))
     save_records(store, Records(x.astype(np.float32), np.array(y, np.int32)))
     with pytest.raises(StoreError, match=reason):
-        load_records(store, window_shape=(3, 2), num_classes=2)
+        load_records(store, window_shape=(3, 2), label=LabelSchema("class", ("a", "b")))

@@ -14,7 +14,8 @@ from device_client.errors import BudgetSpentError, StoreError, TrainingError
 from device_client.events import PendingUpdate
 from device_client.ledger import LOG_NAME, Budget, PrivacyLedger
 from device_client.participation import Outbox, Participant, sealed_digest_of
-from device_client.ports import Float32, Int32
+from device_client.personal import PersonalLayers
+from device_client.ports import Float32, Labels
 from device_client.training import train_locally
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.messages import RoundManifestMsg, UpdateEnvelopeMsg, UpdateHeaderMsg, decode
@@ -43,7 +44,9 @@ class WatchedGraph(LogisticGraph):
 
     store: MemoryStore | None = None
 
-    def train(self, params: Float32, x: Float32, y: Int32, mask: Float32, *, clip: float) -> Float32:
+    def train(
+        self, params: Float32, x: Float32, y: Labels, mask: Float32, *, clip: float, dropout: Float32 | None = None
+    ) -> Float32:
         assert self.store is not None
         if self.store.operations[-1:] != [("compute", "gradient")]:
             self.store.operations.append(("compute", "gradient"))
@@ -77,6 +80,7 @@ def participant(store: MemoryStore, kind: type[Participant] = Participant, *, ep
         ledger=PrivacyLedger(store, Budget(epsilon, 1e-5)),
         graph=WatchedGraph(batch_size=8, num_inputs=6, store=store),
         records=make_records(),
+        personal=PersonalLayers(store, task="watch", initial=np.zeros(0, np.float32)),
         outbox=Outbox(store),
         entropy=SeededEntropy("participant"),
     )

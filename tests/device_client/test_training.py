@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -48,7 +49,9 @@ def broken_copy(
             batch = np.flatnonzero(poisson_sample(len(records), plan.sampling_rate, entropy))
             if shuffled:
                 batch = np.take(order, range(step * size, (step + 1) * size), mode="wrap")
-            total = clipped_gradient_sum(graph, current.astype(np.float32), records, batch, clip=plan.l2_norm_clip)
+            total = clipped_gradient_sum(
+                graph, current.astype(np.float32), records, batch, clip=plan.l2_norm_clip, entropy=entropy
+            )
             noise_source = SeededEntropy("constant") if constant_seed else entropy
             divisor = len(records) if own_count else plan.expected_batch_size
             current -= plan.learning_rate / divisor * grid.release(total, noise_source)
@@ -125,7 +128,9 @@ def check_the_divisor_is_public(train: Train) -> None:
     for count in (3, 40):
         records = make_records(count=count)
         change = train(graph, params, records, plan=plan, entropy=SeededEntropy("divisor"))
-        total = clipped_gradient_sum(graph, params, records, np.arange(count), clip=CLIP)
+        total = clipped_gradient_sum(
+            graph, params, records, np.arange(count), clip=CLIP, entropy=SeededEntropy("dropout")
+        )
         np.testing.assert_allclose(change, -RATE / DIVISOR * total, rtol=1e-5, atol=1e-7)
 
 
@@ -172,9 +177,11 @@ def test_a_graph_that_ignores_the_clip_is_caught() -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 64])
 def test_batches_are_cut_into_pieces_of_the_graphs_size_without_a_trace(batch_size: int) -> None:
     records, params = make_records(count=7), np.ones(12, np.float32)
-    whole = clipped_gradient_sum(LogisticGraph(7, 6), params, records, np.arange(7), clip=1.0)
+    whole = clipped_gradient_sum(LogisticGraph(7, 6), params, records, np.arange(7), clip=1.0, entropy=os.urandom)
     graph = LogisticGraph(batch_size, 6)
-    np.testing.assert_allclose(clipped_gradient_sum(graph, params, records, np.arange(7), clip=1.0), whole, rtol=1e-5)
+    np.testing.assert_allclose(
+        clipped_gradient_sum(graph, params, records, np.arange(7), clip=1.0, entropy=os.urandom), whole, rtol=1e-5
+    )
     assert sum(graph.rows) == 7
     result, reference = evaluate(graph, params, records), evaluate(LogisticGraph(7, 6), params, records)
     assert (result.correct, result.count) == (reference.correct, 7)

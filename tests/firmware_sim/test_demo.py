@@ -230,7 +230,7 @@ def check_model_runs_and_is_the_one_that_was_measured(demo: Demo) -> None:
     records = []
     for wrist in metrics.settings.held_out_wrists:
         device = DeviceFiles.load(run.device_toml(wrist)).open_store()
-        records.append(load_records(device, window_shape=shape, num_classes=len(bundle.manifest.label.names)))
+        records.append(load_records(device, window_shape=shape, label=bundle.manifest.label))
         device.close()
     x, y = np.concatenate([r.x for r in records]), np.concatenate([r.y for r in records])
 

@@ -19,6 +19,7 @@ from firmware_sim.run_folder import RunFolder, create_run, write_configs
 from firmware_sim.settings import AGGREGATOR, TENANT, DemoSettings
 from firmware_sim.watch_data import Recording, Wrist, all_wrists, windows_of
 from fl_protocol.bundle import open_bundle
+from fl_protocol.model_manifest import LabelSchema
 from fl_protocol.signing import public_key_from_hex, public_key_hex
 
 SETTINGS = DemoSettings(held_out=(2, 5), rounds=4)
@@ -66,7 +67,7 @@ def test_only_wrists_that_train_are_registered(run: RunFolder) -> None:
 def test_each_wrist_holds_its_own_windows(run: RunFolder, recordings: list[Recording]) -> None:
     for wrist in (Wrist(1, "left"), Wrist(2, "right"), Wrist(10, "right")):
         store = DeviceFiles.load(run.device_toml(wrist)).open_store()
-        records = load_records(store, window_shape=(SAMPLES, 6), num_classes=7)
+        records = load_records(store, window_shape=(SAMPLES, 6), label=LabelSchema("class", tuple("abcdefg")))
         store.close()
         expected = windows_of(recordings, wrist, samples=SAMPLES)
         np.testing.assert_array_equal(records.x, expected.x)

@@ -19,41 +19,52 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fl_protocol.bundle import (
-    MAX_MEMBER_BYTES,
+from fl_protocol.bundle import MAX_MEMBER_BYTES, open_bundle, pack_bundle
+from fl_protocol.errors import BundleError, LocalMisuseError
+from fl_protocol.model_manifest import (
     BundleManifest,
+    ClipGroup,
+    DropoutMask,
     InputSchema,
     LabelSchema,
+    LayerInfo,
+    LossSpec,
     ParameterSpec,
     TrainingDefaults,
-    open_bundle,
-    pack_bundle,
 )
-from fl_protocol.errors import BundleError, LocalMisuseError
 
 PUBLISHER = Ed25519PrivateKey.from_private_bytes(bytes([3]) * 32)
 PARAMS = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], np.float32)
+KERAS = b"{}"
 GRAPH, INFER = b"graph " * 50, b"head" + PARAMS.tobytes() + b"tail"
 MANIFEST = BundleManifest(
-    format=1,
+    format=2,
     name="tiny",
     version=4,
     description="for tests",
+    data="none",
     batch_size=8,
     num_parameters=7,
+    num_shared_parameters=6,
     parameters=(ParameterSpec("dense/kernel", (2, 3), 0), ParameterSpec("dense/bias", (1,), 6)),
+    layers=(LayerInfo("dense", "Dense", (3,), 7, {"kernel": "gram"}),),
     input=InputSchema((10, 2), ("x", "y"), ("g", "g"), 50.0),
     label=LabelSchema("class", ("rest", "walk")),
+    loss=LossSpec("softmax_cross_entropy"),
     preprocessing="none",
     defaults=TrainingDefaults(0.1, 1.0, 0.9),
-    norm_methods={"dense": "gram"},
+    norm_clips=(ClipGroup(("dense",), 1.0),),
+    dropout=(DropoutMask("drop", 0.5, 4),),
+    train_flops=100,
     infer_params_offset=4,
 )
-MEMBERS = ("manifest.json", "signature", "graph.tflite", "infer.tflite", "params.npy")
+MEMBERS = ("manifest.json", "signature", "graph.tflite", "infer.tflite", "params.npy", "keras.json")
 
 
 def pack(manifest: BundleManifest = MANIFEST, *, params: Any = PARAMS, infer: bytes = INFER) -> bytes:
-    return pack_bundle(manifest, graph=GRAPH, infer_template=infer, params=params, publisher_key=PUBLISHER)
+    return pack_bundle(
+        manifest, graph=GRAPH, infer_template=infer, params=params, keras_json=KERAS, publisher_key=PUBLISHER
+    )
 
 
 GOOD = pack()
@@ -76,12 +87,12 @@ def signed_with(change: Callable[[dict[str, Any]], None] | None = None, **member
     """A bundle that the real publisher signed although `change` was done to its manifest, or members replaced."""
     content = {**members_of(GOOD), **{name.replace("_", "."): data for name, data in members.items()}}
     manifest = msgspec.json.decode(content["manifest.json"])
-    for name in ("graph.tflite", "infer.tflite", "params.npy"):
+    for name in ("graph.tflite", "infer.tflite", "params.npy", "keras.json"):
         manifest["members"][name] = hashlib.sha256(content[name]).hexdigest()
     if change is not None:
         change(manifest)
     content["manifest.json"] = msgspec.json.encode(manifest)
-    content["signature"] = PUBLISHER.sign(b"covey bundle v1\0" + content["manifest.json"])
+    content["signature"] = PUBLISHER.sign(b"covey bundle v2\0" + content["manifest.json"])
     return zipped(list(content.items()))
 
 
@@ -288,7 +299,19 @@ def test_parameters_that_are_no_finite_vector_are_refused_even_if_signed(raw: by
         (lambda m: m["parameters"].pop(), "add up to 6"),
         (lambda m: m.update(infer_params_offset=-1), "infer_params_offset -1 lies outside"),
         (lambda m: m.update(infer_params_offset=9), "infer_params_offset 9 lies outside its infer.tflite of 36 bytes"),
-        (lambda m: m.update(format=2), "has format 2"),
+        (lambda m: m.update(format=1), "has format 1"),
+        (lambda m: m.update(format=3, something="new"), "has format 3"),
+        (lambda m: m.update(num_shared_parameters=5), "num_shared_parameters=5"),
+        (lambda m: m.update(num_shared_parameters=0), "num_shared_parameters=0"),
+        (lambda m: m.update(num_shared_parameters=8), "num_shared_parameters=8"),
+        (lambda m: m["norm_clips"][0].update(share=1.1), "norm_clips"),
+        (lambda m: m["norm_clips"][0].update(share=-1.0), "norm_clips"),
+        (lambda m: m.update(norm_clips=[]), "norm_clips"),
+        (lambda m: m["dropout"][0].update(rate=1.0), "dropout of drop has rate 1"),
+        (lambda m: m["dropout"][0].update(units=0), "0 units"),
+        (lambda m: m.update(batch_size=0), "batch_size is 0"),
+        (lambda m: m["label"].update(kind="input"), "label of kind input"),
+        (lambda m: m["label"].update(units=["m"]), "label of kind class"),
         (lambda m: m.update(surprise=1), "cannot be read"),
         (lambda m: m.pop("label"), "cannot be read"),
         (lambda m: m["members"].pop("graph.tflite"), "does not match its signed digest"),

@@ -284,7 +284,7 @@ def test_every_member_of_a_bundle_is_vouched_for() -> None:
     def open_checking_the_signature_only(data: bytes, *, publisher: Ed25519PublicKey) -> bytes:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             text = archive.read("manifest.json")
-            publisher.verify(archive.read("signature"), b"covey bundle v1\0" + text)
+            publisher.verify(archive.read("signature"), b"covey bundle v2\0" + text)
             return archive.read("graph.tflite")
 
     must_fail(check_every_member_is_vouched_for, open_checking_the_signature_only)

@@ -5,25 +5,27 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from bundle_files import committed
-
 from models import catalog, check
 from models.convert import convert_network
 from models.network import Network
 
 
 @cache
+def network(model: str) -> Network:
+    """A catalogue model."""
+    return Network(catalog.load(model))
+
+
+@cache
 def model_cases(model: str, batch_size: int) -> dict[str, check.Case]:
     """Every case of a catalogue model, by name."""
-    count = committed(model).manifest.num_parameters
-    some = check.cases(catalog.load(model), num_parameters=count, batch_size=batch_size)
-    return {case.name: case for case in some}
+    return {case.name: case for case in check.cases(network(model), batch_size=batch_size)}
 
 
 @cache
 def single_example_graph(model: str) -> bytes:
     """The model converted for B=1."""
-    return convert_network(Network(catalog.load(model)), batch_size=1)
+    return convert_network(network(model), batch_size=1)
 
 
 @cache

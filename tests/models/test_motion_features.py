@@ -13,7 +13,7 @@ tf = pytest.importorskip("tensorflow")
 
 from oracle_cases import signature  # noqa: E402
 
-from models.rotations import TetrahedralRotations  # noqa: E402
+from models.zoo.rotations import TetrahedralRotations  # noqa: E402
 
 
 def motion_features(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ elevation, internal rotation, external rotation, trapezius extension, upright ro
 
 from __future__ import annotations
 
-from fl_protocol.bundle import InputSchema, LabelSchema
+from fl_protocol.model_manifest import InputSchema, LabelSchema
 
 WINDOW = InputSchema(
     shape=(128, 6),
@@ -17,3 +17,5 @@ WINDOW = InputSchema(
 """2.56 s of acceleration (gravity included) and angular rate."""
 
 EXERCISES = LabelSchema(kind="class", names=("PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW"))
+
+RECORDINGS = "Shoulder exercises of 10 people on both wrists, shipped with seglearn; BSD-3-Clause (arXiv 1802.01489)."

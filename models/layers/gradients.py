@@ -1,0 +1,187 @@
+"""Forms in which a layer hands over the gradients of its parameters: one gradient per example, never summed too early.
+
+`RowProduct` serves every layer that is a matrix product on rows, y = x·W + b for T rows of each example. With X [T, K]
+the rows of one example and D [T, M] the gradient at its output, its kernel gradient is Xᵀ·D. Two ways to the norm:
+
+* materialised: form Xᵀ·D. The weighted sum over examples is then one pass over what is already there.
+* Gram ("ghost", Li et al. 2021, arXiv 2110.05679): ‖XᵀD‖² = Σₛₜ (X·Xᵀ)ₛₜ (D·Dᵀ)ₛₜ needs only T×T matrices, but the
+  sum must be formed afterwards from rescaled output gradients.
+
+`PerExample` serves small parameters (scales, biases, depthwise kernels) whose gradients are simply held.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import tensorflow as tf
+
+GRAM, MATERIALISED = "gram", "materialised"
+
+
+class ParameterGradient(Protocol):
+    """The gradients of some parameters of one layer, one per example, in whatever form is cheapest."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Which parameters of the layer these are, in the order of what the sums return."""
+        ...
+
+    def squared_norms(self) -> tf.Tensor:
+        """The squared L2 norm of each example's gradient over these parameters, float32 [B]."""
+        ...
+
+    def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """The sum over examples of factor times gradient, one flat tensor per parameter.
+
+        Args:
+            factors: float32 [B].
+            counted: bool [B]; where false the example contributes exactly zero, be its gradient NaN or infinite.
+        """
+        ...
+
+    def sum(self) -> tuple[tf.Tensor, ...]:
+        """The plain sum over the batch, one flat tensor per parameter, for the non-private step."""
+        ...
+
+
+def cheaper_norm_method(*, rows: int, inputs: int, outputs: int) -> str:
+    """The cheaper way to the norms of T=`rows`, K=`inputs`, M=`outputs`.
+
+    Both must multiply T·K·M times for the gradient itself. On top, Gram takes T²·(K+M) multiplications per example and
+    the materialised form two passes over K·M values, one for the norm and one for the weighted sum.
+    """
+    return GRAM if rows * rows * (inputs + outputs) < 2 * inputs * outputs else MATERIALISED
+
+
+def row_product(
+    method: str, rows: tf.Tensor, output_gradient: tf.Tensor, *, copies: int, roles: tuple[str, ...]
+) -> ParameterGradient:
+    """The gradients of y = x·W + b.
+
+    Args:
+        method: ``gram`` or ``materialised``.
+        rows: X, float32 [B·copies, T, K].
+        output_gradient: D, float32 [B·copies, T, M].
+        copies: versions of each example, side by side.
+        roles: of W and, if there is one, of b.
+    """
+    form = _Gram if method == GRAM else _Materialised
+    return form(_merged(rows, copies), _merged(output_gradient, copies), roles)
+
+
+def keep_counted(counted: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """`values` [B, ...] with the rows that do not count set to zero; a product would keep their NaN."""
+    # Zeros that the converter cannot know: as a constant they would fill the file (650 kB for a 5k kernel at B=32).
+    never = tf.reduce_any(counted & ~counted)
+    zeros = tf.fill(values.shape, tf.cast(never, tf.float32))
+    # The first version of where takes a condition per row (builtin SELECT), which copies whole rows; the second
+    # broadcasts element by element (SELECT_V2), a hundred times slower on the reference kernel.
+    return tf.compat.v1.where(counted, values, zeros)
+
+
+class PerExample:
+    """Gradients held as they are.
+
+    Args:
+        values: float32 [B·copies, ...].
+        copies: versions of each example, side by side.
+        role: of the one parameter.
+    """
+
+    def __init__(self, values: tf.Tensor, *, copies: int, role: str) -> None:
+        flat = tf.reshape(values, [-1, copies, _size(values)])
+        self._values = tf.reduce_sum(flat, 1) if copies > 1 else tf.reshape(values, [-1, _size(values)])
+        self.roles = (role,)
+
+    def squared_norms(self) -> tf.Tensor:
+        """See `ParameterGradient`."""
+        return tf.reduce_sum(self._values * self._values, 1)
+
+    def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """See `ParameterGradient`."""
+        return (tf.reduce_sum(keep_counted(counted, self._values) * tf.reshape(factors, [-1, 1]), 0),)
+
+    def sum(self) -> tuple[tf.Tensor, ...]:
+        """See `ParameterGradient`."""
+        return (tf.reduce_sum(self._values, 0),)
+
+
+class _Materialised:
+    """Each example's gradient, held as one tensor [B, ...] per parameter."""
+
+    def __init__(self, rows: tf.Tensor, output_gradient: tf.Tensor, roles: tuple[str, ...]) -> None:
+        self.roles = roles
+        self._kernels = _transposed_kernels(rows, output_gradient)
+        self._biases = tf.reduce_sum(output_gradient, 1) if len(roles) > 1 else None
+
+    def squared_norms(self) -> tf.Tensor:
+        kernel = tf.reduce_sum(self._kernels * self._kernels, [1, 2])
+        return kernel if self._biases is None else kernel + tf.reduce_sum(self._biases * self._biases, 1)
+
+    def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        # A product and a sum: as one matrix product the converter transposes the whole stack of gradients first.
+        kernels = keep_counted(counted, self._kernels) * tf.reshape(factors, [-1, 1, 1])
+        kernel = _flat_kernel(tf.reduce_sum(kernels, 0))
+        if self._biases is None:
+            return (kernel,)
+        return kernel, tf.reduce_sum(keep_counted(counted, self._biases) * tf.reshape(factors, [-1, 1]), 0)
+
+    def sum(self) -> tuple[tf.Tensor, ...]:
+        kernel = _flat_kernel(tf.reduce_sum(self._kernels, 0))
+        return (kernel,) if self._biases is None else (kernel, tf.reduce_sum(self._biases, 0))
+
+
+class _Gram:
+    """Rows and output gradients, kept apart until the clip factors are known."""
+
+    def __init__(self, rows: tf.Tensor, output_gradient: tf.Tensor, roles: tuple[str, ...]) -> None:
+        self.roles = roles
+        self._rows, self._output_gradient = rows, output_gradient
+
+    def squared_norms(self) -> tf.Tensor:
+        # A bias is a weight on a constant input of 1, which adds 1 to every entry of X·Xᵀ.
+        constant_input = 1.0 if len(self.roles) > 1 else 0.0
+        if self._rows.shape[1] == 1:
+            return _row_squares(self._output_gradient) * (_row_squares(self._rows) + constant_input)
+        inputs = tf.matmul(self._rows, self._rows, transpose_b=True)
+        outputs = tf.matmul(self._output_gradient, self._output_gradient, transpose_b=True)
+        return tf.reduce_sum((inputs + constant_input) * outputs, [1, 2])
+
+    def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        rescaled = keep_counted(counted, self._output_gradient) * tf.reshape(factors, [-1, 1, 1])
+        return self._product(keep_counted(counted, self._rows), rescaled)
+
+    def sum(self) -> tuple[tf.Tensor, ...]:
+        return self._product(self._rows, self._output_gradient)
+
+    def _product(self, rows: tf.Tensor, output_gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        # One product per example and a sum measured faster than one product over all rows, which copies them to
+        # reshape.
+        kernel = _flat_kernel(tf.reduce_sum(_transposed_kernels(rows, output_gradient), 0))
+        return (kernel,) if len(self.roles) == 1 else (kernel, tf.reduce_sum(output_gradient, [0, 1]))
+
+
+def _merged(x: tf.Tensor, copies: int) -> tf.Tensor:
+    """[B·copies, T, n] as the rows of each example, [B, copies·T, n]."""
+    return x if copies == 1 else tf.reshape(x, [-1, copies * x.shape[1], x.shape[2]])
+
+
+def _size(x: tf.Tensor) -> int:
+    """How many values an example has."""
+    return int(x.shape[1:].num_elements())
+
+
+def _transposed_kernels(rows: tf.Tensor, output_gradient: tf.Tensor) -> tf.Tensor:
+    """Each example's kernel gradient as Dᵀ·X [B, M, K]; the runtime copies the transposed operand, and D is smaller."""
+    return tf.matmul(output_gradient, rows, transpose_a=True)
+
+
+def _flat_kernel(transposed: tf.Tensor) -> tf.Tensor:
+    """A gradient [M, K] as the flat kernel [K·M]."""
+    return tf.reshape(tf.transpose(transposed), [-1])
+
+
+def _row_squares(x: tf.Tensor) -> tf.Tensor:
+    """The squared L2 norm of each example, [B]."""
+    return tf.reduce_sum(x * x, [1, 2])
