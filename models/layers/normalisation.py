@@ -1,0 +1,115 @@
+"""LayerNormalization and GroupNormalization: statistics of one example alone, so that every example has a gradient.
+
+With x̂ = (x − μ)/√(σ² + ε) over the m values of a group and y = x̂·γ + β, the gradient g = ∂L/∂x̂ goes back as
+∂L/∂x = (g − mean(g) − x̂·mean(g·x̂))/√(σ² + ε) (Ba, Kiros & Hinton 2016, arXiv 1607.06450; Wu & He 2018, arXiv
+1803.08494, for groups of channels).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from models.errors import ModelSpecError
+from models.layers.gradients import MATERIALISED, ParameterGradient, PerExample
+from models.layers.layer import Backward, Context, Parameter
+from models.layers.registry import register_layer
+from models.specs import Shape
+
+
+@register_layer(tf.keras.layers.LayerNormalization)
+def _layer_normalization(layer: Any, context: Context) -> NormalisationLayer:
+    rank = len(context.input_shape)
+    # Keras counts the batch dimension.
+    axes = sorted(axis % (rank + 1) for axis in layer.axis)
+    if axes != list(range(rank + 1 - len(axes), rank + 1)) or 0 in axes:
+        raise ModelSpecError(
+            f"Layer {layer.name}: LayerNormalization over the axes {axes}; only the last axis or several last ones are "
+            "supported: put what is normalised last."
+        )
+    scaled = context.input_shape[rank - len(axes) :]
+    rows, values = math.prod(context.input_shape[: rank - len(axes)]), math.prod(scaled)
+    return NormalisationLayer(layer, context, scaled=scaled, grouped=(rows, values), reduced=(2,))
+
+
+@register_layer(tf.keras.layers.GroupNormalization)
+def _group_normalization(layer: Any, context: Context) -> NormalisationLayer:
+    *spatial, channels = context.input_shape
+    if layer.axis not in (-1, len(context.input_shape)):
+        raise ModelSpecError(
+            f"Layer {layer.name}: GroupNormalization over axis {layer.axis}; only the last axis is supported: put the "
+            "channels last."
+        )
+    groups = channels if layer.groups == -1 else layer.groups
+    if groups == 1:
+        return NormalisationLayer(
+            layer, context, scaled=(channels,), grouped=(1, math.prod(context.input_shape)), reduced=(2,)
+        )
+    grouped = (math.prod(spatial), groups, channels // groups)
+    return NormalisationLayer(layer, context, scaled=(channels,), grouped=grouped, reduced=(1, 3))
+
+
+class NormalisationLayer:
+    """y = x̂·γ + β; it saves x̂ and 1/√(σ² + ε), in the shape in which groups are axes.
+
+    Args:
+        layer: the Keras layer: ``epsilon``, ``scale`` (whether there is a γ) and ``center`` (a β).
+        context: of one input.
+        scaled: the shape of γ and β, the last axes of the input.
+        grouped: a shape of the example in which each group is made of whole axes.
+        reduced: those axes, counted with the batch.
+    """
+
+    def __init__(
+        self, layer: Any, context: Context, *, scaled: Shape, grouped: Shape, reduced: tuple[int, ...]
+    ) -> None:
+        self.output_shape, self._copies = context.input_shape, context.copies
+        self._grouped, self._reduced, self._epsilon = grouped, reduced, float(layer.epsilon)
+        # Where γ and β apply: rows of as many values as they have.
+        self._values = math.prod(scaled)
+        self._rows = math.prod(context.input_shape) // self._values
+        roles = (["gamma"] if layer.scale else []) + (["beta"] if layer.center else [])
+        self.parameters = tuple(Parameter(role, scaled) for role in roles)
+
+    @property
+    def norm_methods(self) -> dict[str, str]:
+        """See `Layer.norm_methods`."""
+        return {parameter.role: MATERIALISED for parameter in self.parameters}
+
+    def forward(self, weights: Sequence[tf.Tensor], *inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """See `Layer.forward`."""
+        x = _shaped(inputs[0], self._grouped)
+        deviation = x - tf.reduce_mean(x, self._reduced, keepdims=True)
+        variance = tf.reduce_mean(deviation * deviation, self._reduced, keepdims=True)
+        inverse = tf.math.rsqrt(variance + self._epsilon)
+        normal = deviation * inverse
+        y, named = _shaped(normal, (self._rows, self._values)), self._named(weights)
+        y = y * named["gamma"] if "gamma" in named else y
+        y = y + named["beta"] if "beta" in named else y
+        return _shaped(y, self.output_shape), (normal, inverse)
+
+    def backward(self, weights: Sequence[tf.Tensor], saved: Any, output_gradient: tf.Tensor) -> Backward:
+        """See `Layer.backward`."""
+        normal, inverse = saved
+        gradient, named = _shaped(output_gradient, (self._rows, self._values)), self._named(weights)
+        held = {"gamma": gradient * _shaped(normal, (self._rows, self._values)), "beta": gradient}
+        forms: list[ParameterGradient] = [
+            PerExample(tf.reduce_sum(held[role], 1), copies=self._copies, role=role) for role in named
+        ]
+        g = _shaped(gradient * named["gamma"] if "gamma" in named else gradient, self._grouped)
+        along = tf.reduce_mean(g * normal, self._reduced, keepdims=True)
+        dx = (g - tf.reduce_mean(g, self._reduced, keepdims=True) - normal * along) * inverse
+        return (_shaped(dx, self.output_shape),), tuple(forms)
+
+    def _named(self, weights: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
+        """The weights that there are, flat, by role."""
+        pairs = zip(self.parameters, weights, strict=True)
+        return {parameter.role: tf.reshape(weight, [self._values]) for parameter, weight in pairs}
+
+
+def _shaped(x: tf.Tensor, shape: Shape) -> tf.Tensor:
+    """The same examples in another shape."""
+    return x if tuple(x.shape[1:]) == tuple(shape) else tf.reshape(x, [-1, *shape])
