@@ -183,6 +183,7 @@ class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         norm_clips: groups of layers that are clipped together; one group with share 1 is a flat clip.
         dropout: the masks that the host feeds while training; empty for a model without dropout.
         train_flops: floating-point operations of one call of ``train``, counted from the graph.
+        train_arena_bytes: working memory of one call of ``train``, planned from the graph.
         infer_params_offset: byte offset of the d little-endian float32 parameters within ``infer.tflite``.
         members: SHA-256 (hex) of every other member except the signature.
     """
@@ -205,6 +206,7 @@ class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     norm_clips: tuple[ClipGroup, ...]
     dropout: tuple[DropoutMask, ...]
     train_flops: int
+    train_arena_bytes: int
     infer_params_offset: int
     members: dict[str, str] = {}
 

@@ -7,6 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fl_protocol.bundle import pack_bundle
 from fl_protocol.model_manifest import BUNDLE_FORMAT, BundleManifest
 from models.convert import convert_infer, convert_network
+from models.cost import SignatureCost, signature_cost
 from models.network import Network
 from models.specs import ModelSpec
 from models.template import with_constant_params
@@ -39,10 +40,14 @@ def build_bundle(
     network = Network(spec)
     params = network.initial_parameters
     template = with_constant_params(convert_infer(network, batch_size=batch_size), params)
-    manifest = _manifest(network, batch_size=batch_size, version=version, infer_params_offset=template.params_offset)
+    graph = convert_network(network, batch_size=batch_size)
+    cost = signature_cost(graph, "train")
+    manifest = _manifest(
+        network, cost, batch_size=batch_size, version=version, infer_params_offset=template.params_offset
+    )
     return pack_bundle(
         manifest,
-        graph=convert_network(network, batch_size=batch_size),
+        graph=graph,
         infer_template=template.graph,
         params=params,
         keras_json=spec.model.to_json().encode(),
@@ -50,7 +55,9 @@ def build_bundle(
     )
 
 
-def _manifest(network: Network, *, batch_size: int, version: int, infer_params_offset: int) -> BundleManifest:
+def _manifest(
+    network: Network, cost: SignatureCost, *, batch_size: int, version: int, infer_params_offset: int
+) -> BundleManifest:
     """What the bundle says about itself; the digests of its members are filled in when it is packed."""
     spec = network.spec
     return BundleManifest(
@@ -71,6 +78,7 @@ def _manifest(network: Network, *, batch_size: int, version: int, infer_params_o
         defaults=spec.defaults,
         norm_clips=network.norm_clips,
         dropout=network.dropout,
-        train_flops=0,
+        train_flops=cost.flops,
+        train_arena_bytes=cost.arena_bytes,
         infer_params_offset=infer_params_offset,
     )

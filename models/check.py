@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from numpy.typing import NDArray
 
 from models.layers.embedding import EmbeddingLayer
@@ -98,8 +99,19 @@ def _examples(network: Network, batch_size: int, rng: np.random.Generator) -> Fl
     """Normal values, or ids that every embedding has."""
     shape = (batch_size, *network.spec.input.shape)
     sizes = [node.layer.vocabulary for node in network.nodes if isinstance(node.layer, EmbeddingLayer)]
-    drawn = rng.integers(0, min(sizes), shape) if sizes else rng.standard_normal(shape)
+    drawn = rng.integers(0, min(sizes), shape) if sizes else _typical_size(network) * rng.standard_normal(shape)
     return drawn.astype(np.float32)
+
+
+def _typical_size(network: Network) -> float:
+    """What to multiply normal values by, so that the first trained layer sees values of about 1.
+
+    Of a model that divides pixels by 255, small values would make near-ties of every maximum.
+    """
+    probe = np.random.default_rng(0).standard_normal((4, *network.spec.input.shape)).astype(np.float32)
+    zeros = np.zeros(network.num_parameters, np.float32)
+    seen = network.forward(network.split(tf.constant(zeros)), tf.constant(probe)).window.numpy()
+    return 1 / max(float(np.sqrt(np.mean(seen * seen))), 1e-6)
 
 
 def _labels(network: Network, batch_size: int, rng: np.random.Generator) -> NDArray[Any]:

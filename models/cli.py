@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -15,9 +12,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.table import Table
 
-from fl_protocol.bundle import open_bundle
+from fl_protocol.adapters.files import write_atomic
 from fl_protocol.errors import BundleError, CoveyError, LocalMisuseError
+from fl_protocol.model_manifest import ClipGroup
 from models import catalog, publisher
+from models.quiet import quiet_tensorflow
+from models.sources import Description, load_spec
 
 _EPILOG = """Examples:
 
@@ -25,9 +25,11 @@ covey-model key publisher.key
 
 covey-model build watch_features --out watch_features.covey --key publisher.key
 
+covey-model build my_model.py:make_model --out my.covey --key publisher.key --labels rest,walk,run
+
 covey-model build all --out-dir models/bundles
 
-covey-model inspect models/bundles/watch_cnn.covey --publisher models/bundles/publisher.pub"""
+covey-model inspect my.covey --verify publisher.pub"""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -87,7 +89,13 @@ def key(
 
 @app.command()
 def build(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A model of the list, or all.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A model of the list, all, FILE.py:FUNCTION, or a saved Keras model (.keras, .h5, SavedModel).",
+        ),
+    ],
     *,
     out: Annotated[Path | None, typer.Option(help="The .covey file to write (one model).")] = None,
     out_dir: Annotated[Path | None, typer.Option(help="Folder for NAME.covey.")] = None,
@@ -100,61 +108,117 @@ def build(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Static batch dimension of the graph.")] = 32,
     version: Annotated[int, typer.Option(min=0, help="Bundle version; devices refuse a lower one.")] = 1,
+    name: Annotated[str | None, typer.Option(help="Name in the bundle [default: the model's].")] = None,
+    description: Annotated[str | None, typer.Option(help="What the model is for.")] = None,
+    data: Annotated[str | None, typer.Option(help="Which recordings it is for or from, and their licence.")] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="softmax_cross_entropy, binary_cross_entropy, mean_squared_error, huber or huber:DELTA "
+            "[default: the compiled one]."
+        ),
+    ] = None,
+    autoencoder: Annotated[bool, typer.Option("--autoencoder", help="The target is the input itself.")] = False,
+    labels: Annotated[str, typer.Option(help="Names of the classes or values, with commas between.")] = "",
+    label_units: Annotated[str, typer.Option(help="Units of the values, with commas between.")] = "",
+    tolerance: Annotated[float | None, typer.Option(help="A value off by at most this counts as correct.")] = None,
+    channels: Annotated[str, typer.Option(help="Names of the input's last axis, with commas between.")] = "",
+    units: Annotated[str, typer.Option(help="Units of the channels, with commas between.")] = "",
+    sampling_rate: Annotated[float | None, typer.Option(metavar="HZ", help="Samples per second of the input.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default for tasks.")] = None,
+    l2_norm_clip: Annotated[float | None, typer.Option(help="Default for tasks.")] = None,
+    personal: Annotated[str, typer.Option(help="Layers that stay on the device, with commas between.")] = "",
+    clip_group: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER,LAYER=SHARE",
+            help="Layers that are clipped together, to SHARE of the clip; repeat for every group. The squares of the "
+            "shares add up to 1. Without it, one flat clip.",
+        ),
+    ] = None,
 ) -> None:
     """Convert, package and sign a model; publisher.pub, which devices pin, is written beside it."""
-    names = list(catalog.MODELS) if name == "all" else [name]
-    if (out is None) == (out_dir is None) or (out is not None and name == "all"):
+    sources = list(catalog.MODELS) if source == "all" else [source]
+    if (out is None) == (out_dir is None) or (out is not None and source == "all"):
         raise LocalMisuseError("build: give --out FILE for one model, or --out-dir FOLDER.")
-    with _quiet_tensorflow():
-        specs = [catalog.load(each) for each in names]
+    said = Description(
+        name=name,
+        description=description,
+        data=data,
+        loss=loss,
+        label_kind="input" if autoencoder else None,
+        labels=_listed(labels),
+        label_units=_listed(label_units),
+        tolerance=tolerance,
+        channels=_listed(channels),
+        units=_listed(units),
+        sampling_rate_hz=sampling_rate,
+        learning_rate=learning_rate,
+        l2_norm_clip=l2_norm_clip,
+        personal_layers=_listed(personal),
+        norm_clips=tuple(_clip_group(each) for each in clip_group or ()),
+    )
     signer = publisher.load_key(key) if key else Ed25519PrivateKey.generate()
-    with _quiet_tensorflow():
-        from models.build import build_bundle  # noqa: PLC0415 - slow: only once the arguments are known to be good
-    for spec in specs:
-        path = out or (out_dir or Path()) / f"{spec.name}.covey"
-        with _quiet_tensorflow():
-            data = build_bundle(spec, publisher_key=signer, batch_size=batch_size, version=version)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        _out.print(f"{path}: {len(data)} bytes, version {version}", highlight=False, soft_wrap=True)
+    for each in sources:
+        path = _build_one(each, said, signer, out=out, out_dir=out_dir, batch_size=batch_size, version=version)
     public = publisher.write_public_key(signer, path.parent)
     _out.print(f"{public}: devices pin this key", highlight=False, soft_wrap=True)
+
+
+def _build_one(
+    source: str,
+    said: Description,
+    signer: Ed25519PrivateKey,
+    *,
+    out: Path | None,
+    out_dir: Path | None,
+    batch_size: int,
+    version: int,
+) -> Path:
+    """Build the model of one source, and say what came out."""
+    with _out.status(f"{source}: importing TensorFlow and converting (seconds to a minute)"), quiet_tensorflow():
+        from models.build import build_bundle  # noqa: PLC0415 - slow: only once the arguments are known to be good
+
+        spec = load_spec(source, said)
+        bundle = build_bundle(spec, publisher_key=signer, batch_size=batch_size, version=version)
+    path = out or (out_dir or Path()) / f"{spec.name}.covey"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, bundle, mode=0o644)
+    _out.print(f"{path}: {len(bundle)} bytes, version {version}", highlight=False, soft_wrap=True)
+    return path
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """The words between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _clip_group(text: str) -> ClipGroup:
+    """``LAYER,LAYER=SHARE``."""
+    layers, _, share = text.rpartition("=")
+    try:
+        return ClipGroup(_listed(layers), float(share))
+    except ValueError:
+        raise LocalMisuseError(f"--clip-group {text}: expected LAYER,LAYER=SHARE, such as conv1,conv2=0.6.") from None
 
 
 @app.command()
 def inspect(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A .covey file.")],
     *,
-    publisher_key: Annotated[
-        Path | None, typer.Option("--publisher", help="Public key file; else publisher.pub beside the bundle.")
+    verify: Annotated[
+        Path | None,
+        typer.Option(metavar="KEYFILE", help="The publisher's public key [default: publisher.pub beside the bundle]."),
     ] = None,
 ) -> None:
-    """Verify a bundle and show what is in it."""
-    trusted = publisher.load_public_key(publisher_key or bundle.parent / publisher.PUBLIC_KEY_FILE)
-    try:
-        data = bundle.read_bytes()
-    except OSError as error:
-        raise BundleError(f"The bundle {bundle} cannot be read ({error.strerror}).") from error
-    opened = open_bundle(data, publisher=trusted)
-    with _quiet_tensorflow():
+    """Verify a bundle, before anything in it is read, and show what it holds."""
+    key_file = verify or bundle.parent / publisher.PUBLIC_KEY_FILE
+    trusted = publisher.load_public_key(key_file)
+    opened = publisher.open_file(bundle, trusted)
+    with quiet_tensorflow():
         from models.report import describe  # noqa: PLC0415 - slow: reads the graph with TensorFlow's schema
-    for part in describe(opened, size_bytes=len(data)):
+    for part in describe(opened, size_bytes=bundle.stat().st_size, publisher=trusted, key_file=key_file.name):
         _out.print(part)
-
-
-@contextlib.contextmanager
-def _quiet_tensorflow() -> Iterator[None]:
-    """Drop what TensorFlow's C++ prints on import and conversion; its failures are exceptions as well."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,14 @@ def read_model(graph: bytes) -> Any:
 def operators(graph: bytes) -> list[str]:
     """The operators of all subgraphs in order; a custom one (Flex too) shows as ``CUSTOM:name``."""
     model = read_model(graph)
-    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
-    codes = [_operator_name(code, names) for code in model.operatorCodes]
+    codes = operator_names(model)
     return [codes[operator.opcodeIndex] for graph_ in model.subgraphs for operator in graph_.operators]
+
+
+def operator_names(model: Any) -> list[str]:
+    """The name of each entry of a model's operator codes."""
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+    return [_operator_name(code, names) for code in model.operatorCodes]
 
 
 def _operator_name(code: Any, names: dict[int, str]) -> str:

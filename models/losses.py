@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -39,9 +40,7 @@ class Loss:
     def __init__(self, spec: ModelSpec, *, output_shape: Shape, target_shape: Shape) -> None:
         self._loss, self._label = spec.loss, spec.label
         _check(spec.name, spec.loss, spec.label, output_shape, target_shape)
-        self.outputs = 1
-        for side in output_shape:
-            self.outputs *= side
+        self.outputs = math.prod(output_shape)
 
     def label_tensor(self, batch_size: int) -> tf.TensorSpec:
         """The input ``y``: int32 [B], or float32 [B, K]."""
@@ -134,10 +133,10 @@ def _check(name: str, loss: LossSpec, label: LabelSchema, output_shape: Shape, t
             f"{name}: the loss {loss.name} does not fit a label of kind {label.kind}; use {' or '.join(fitting)}."
         )
     if label.kind == "input":
-        if output_shape != target_shape:
+        if math.prod(output_shape) != math.prod(target_shape):
             raise ModelSpecError(
-                f"{name}: an autoencoder's last layer gives {output_shape}, expected the shape {target_shape} of what "
-                "its first trained layer sees."
+                f"{name}: an autoencoder's last layer gives {output_shape}, expected as many values as the "
+                f"{target_shape} that its first trained layer sees."
             )
     elif output_shape != (len(label.names),):
         raise ModelSpecError(

@@ -45,7 +45,9 @@ class Network:
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self._check_input()
-        self.nodes = maximum_first(self._without_final_activation(bound_nodes(spec.model, copies=spec.copies)))
+        nodes = self._without_final_activation(bound_nodes(spec.model, copies=spec.copies))
+        self._output_shapes = {node.name: node.layer.output_shape for node in nodes}
+        self.nodes = maximum_first(nodes)
         self._trained = [index for index, node in enumerate(self.nodes) if node.is_trained]
         self._check_names()
         # Stable: within each part the order of the forward pass.
@@ -85,19 +87,21 @@ class Network:
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
-        """One entry per Keras layer, in running order."""
-        merged: dict[str, LayerInfo] = {}
-        for node in self.nodes:
-            before = merged.get(node.name, LayerInfo(node.name, node.kind, (), 0))
-            own = sum(math.prod(p.shape) for p in node.layer.parameters) if node.is_trained else 0
-            merged[node.name] = LayerInfo(
-                name=node.name,
-                kind=node.kind,
-                output_shape=node.layer.output_shape,
-                num_parameters=before.num_parameters + own,
-                norm_methods=before.norm_methods | (node.layer.norm_methods if node.is_trained else {}),
+        """One entry per Keras layer, in the order of the Keras model."""
+        found = []
+        for name, shape in self._output_shapes.items():
+            own = [node for node in self.nodes if node.name == name]
+            trained = [node.layer for node in own if node.is_trained]
+            found.append(
+                LayerInfo(
+                    name=name,
+                    kind=own[0].kind,
+                    output_shape=shape,
+                    num_parameters=sum(math.prod(p.shape) for layer in trained for p in layer.parameters),
+                    norm_methods={role: how for layer in trained for role, how in layer.norm_methods.items()},
+                )
             )
-        return tuple(merged.values())
+        return tuple(found)
 
     @property
     def dropout(self) -> tuple[DropoutMask, ...]:

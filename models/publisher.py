@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.errors import BundleError, LocalMisuseError
 from fl_protocol.signing import public_key_from_hex, public_key_hex
 
@@ -61,5 +62,18 @@ def load_public_key(path: Path) -> Ed25519PublicKey:
         return public_key_from_hex(path.read_text(encoding="utf-8", errors="replace"))
     except OSError as error:
         raise BundleError(
-            f"The publisher's key {path} cannot be read ({error.strerror}): name the file with --publisher."
+            f"The publisher's key {path} cannot be read ({error.strerror}): name the file with --verify or --publisher."
         ) from error
+
+
+def open_file(path: Path, publisher: Ed25519PublicKey) -> ModelBundle:
+    """A bundle from a file, verified.
+
+    Raises:
+        BundleError: it cannot be read, or is not what `publisher` signed.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"The bundle {path} cannot be read ({error.strerror}).") from error
+    return open_bundle(data, publisher=publisher)

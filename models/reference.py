@@ -14,6 +14,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from fl_protocol.model_manifest import ClipGroup, ParameterSpec
+from models.keras_losses import ending
 from models.losses import FINAL_ACTIVATION
 from models.network import Network
 
@@ -40,9 +41,9 @@ class Reference:
         self._assign(params)
         self._set_masks(None)
         scores: Floats = self._model(tf.constant(x)).numpy()
-        ending = FINAL_ACTIVATION.get(self._spec.loss.name)
-        if ending is not None and _ends_in(self._model, ending):
-            scores = np.log(scores) if ending == "softmax" else np.log(scores) - np.log1p(-scores)
+        contained = FINAL_ACTIVATION.get(self._spec.loss.name)
+        if ending(self._model) == contained:
+            scores = np.log(scores) if contained == "softmax" else np.log(scores) - np.log1p(-scores)
         return scores
 
     def losses(self, params: Floats, x: Floats, y: NDArray[Any]) -> Floats:
@@ -71,12 +72,14 @@ class Reference:
         with tf.GradientTape() as tape:
             loss = self._loss(versions, y)
         variables = self._model.trainable_variables
-        return loss, tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        gradients = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        # An embedding's comes as the rows that were used.
+        return loss, [tf.convert_to_tensor(each) for each in gradients]
 
     def _loss(self, versions: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         """The mean loss of one example's versions, by Keras's own loss functions."""
         scores, loss = self._model(versions), self._spec.loss
-        from_logits = not _ends_in(self._model, FINAL_ACTIVATION.get(loss.name))
+        from_logits = ending(self._model) != FINAL_ACTIVATION.get(loss.name)
         copies = len(versions) if versions.shape[0] is None else versions.shape[0]
         if self._spec.label.kind == "class":
             labels = tf.fill([copies], y)
@@ -162,13 +165,6 @@ def _first_trained_input(model: Any) -> Any:
     """A model from the input to what the first layer with weights sees."""
     first = next(layer for layer in model.layers if layer.trainable_variables)
     return tf.keras.Model(model.input, first.input)
-
-
-def _ends_in(model: Any, function: str | None) -> bool:
-    """Whether the model's last layer applies the named activation."""
-    last = model.layers[-1]
-    found = "softmax" if isinstance(last, tf.keras.layers.Softmax) else getattr(last, "activation", None)
-    return function is not None and (found == function or getattr(found, "__name__", "") == function)
 
 
 def _piece(params: Floats, spec: ParameterSpec) -> Floats:

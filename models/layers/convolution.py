@@ -16,7 +16,7 @@ from models.errors import ModelSpecError
 from models.layers.gradients import cheaper_norm_method, row_product
 from models.layers.layer import Backward, Context, Parameter
 from models.layers.registry import register_layer
-from models.layers.windows import Geometry, flat_positions, geometry, picked
+from models.layers.windows import Geometry, flat_positions, geometry, image_windows, picked, total, windows
 
 
 @register_layer(tf.keras.layers.Conv1D, output_activation=True)
@@ -52,6 +52,8 @@ class ConvolutionLayer:
         self._method = cheaper_norm_method(
             rows=context.copies * window.outputs, inputs=window.places * self._channels, outputs=filters
         )
+        # GATHER takes its time by the piece, so few channels are first joined along the last axis.
+        self._in_two_steps = len(window.spatial) == 2 and self._channels < 8
         # Two ways back to the input: gather the output gradients that a position was used for and multiply by the
         # kernel, or multiply first and gather the products. With strides most gathered gradients would be zeros.
         used = np.count_nonzero(window.inverse_by_place < window.outputs)
@@ -66,10 +68,10 @@ class ConvolutionLayer:
         """See `Layer.forward`."""
         window, filters = self._window, self.output_shape[-1]
         x = flat_positions(inputs[0], window.positions)
-        windows = tf.reshape(picked(x, window.table), [-1, window.outputs, window.places * self._channels])
-        y = tf.matmul(windows, tf.reshape(weights[0], [-1, filters]))
+        rows = image_windows(x, window) if self._in_two_steps else windows(x, window.table)
+        y = tf.matmul(rows, tf.reshape(weights[0], [-1, filters]))
         y = y + weights[1] if len(weights) > 1 else y
-        return (y if len(self.output_shape) == 2 else tf.reshape(y, [-1, *self.output_shape])), windows
+        return (y if len(self.output_shape) == 2 else tf.reshape(y, [-1, *self.output_shape])), rows
 
     def backward(self, weights: Sequence[tf.Tensor], saved: tf.Tensor, output_gradient: tf.Tensor) -> Backward:
         """See `Layer.backward`."""
@@ -90,14 +92,14 @@ class ConvolutionLayer:
         by_place = tf.reshape(kernel, [window.places, channels, filters])
         if not self._multiply_first:
             # dx[s] = Σⱼ D[output whose place j lies on s]·W[j]ᵀ.
-            gathered = tf.reshape(
-                picked(gradient, window.inverse_by_place), [-1, window.positions, window.places * filters]
+            return tf.matmul(
+                windows(gradient, window.inverse_by_place),
+                tf.reshape(tf.transpose(by_place, [0, 2, 1]), [-1, channels]),
             )
-            return tf.matmul(gathered, tf.reshape(tf.transpose(by_place, [0, 2, 1]), [-1, channels]))
         products = tf.matmul(gradient, tf.reshape(by_place, [-1, filters]), transpose_b=True)
         rows = tf.reshape(products, [-1, window.outputs * window.places, channels])
         # Rows are numbered output first here, place first in `inverse`.
         place, output = np.divmod(window.inverse, window.outputs)
         missing = window.inverse == window.places * window.outputs
         numbers = np.where(missing, window.places * window.outputs, output * window.places + place).astype(np.int32)
-        return tf.add_n([picked(rows, column) for column in numbers.T])
+        return total([picked(rows, column) for column in numbers.T])

@@ -45,7 +45,10 @@ class DenseLayer:
         """See `Layer.backward`."""
         if len(self._leading) > 1:
             output_gradient = tf.reshape(output_gradient, [-1, math.prod(self._leading), output_gradient.shape[-1]])
-        dx = tf.matmul(output_gradient, weights[0], transpose_b=True)
+        # Three axes always: a product of two becomes FULLY_CONNECTED, which XNNPACK refuses if the weights are
+        # computed.
+        wide = output_gradient if self._leading else tf.reshape(output_gradient, [1, -1, self.output_shape[-1]])
+        dx = tf.matmul(wide, weights[0], transpose_b=True)
         gradient = row_product(
             self._method,
             saved,
@@ -53,9 +56,9 @@ class DenseLayer:
             copies=self._copies,
             roles=tuple(parameter.role for parameter in self.parameters),
         )
-        return (tf.reshape(dx, [-1, *self._input_shape]) if len(self._leading) > 1 else dx,), (gradient,)
+        return (dx if len(self._leading) == 1 else tf.reshape(dx, [-1, *self._input_shape]),), (gradient,)
 
     @staticmethod
     def _rows(x: tf.Tensor) -> tf.Tensor:
         """[N, features] as [N, 1, features]; with more axes it is rows already."""
-        return tf.expand_dims(x, 1) if len(x.shape) == 2 else x
+        return tf.reshape(x, [-1, 1, x.shape[1]]) if len(x.shape) == 2 else x

@@ -12,7 +12,7 @@ from models.layers.convolution import ConvolutionLayer
 from models.layers.gradients import MATERIALISED, ParameterGradient, PerExample
 from models.layers.layer import Backward, Context, Parameter
 from models.layers.registry import register_layer
-from models.layers.windows import Geometry, flat_positions, geometry, picked
+from models.layers.windows import Geometry, flat_positions, geometry, picked, total
 
 
 @register_layer(tf.keras.layers.DepthwiseConv1D, output_activation=True)
@@ -73,7 +73,7 @@ class DepthwiseLayer:
         if self._multiplier > 1:
             x = tf.gather(x, np.repeat(np.arange(self._channels, dtype=np.int32), self._multiplier), axis=2)
         shifted = [picked(x, column) for column in self._window.table.T]
-        y = tf.add_n([each * tap for each, tap in zip(shifted, self._taps(weights[0]), strict=True)])
+        y = total([each * tap for each, tap in zip(shifted, self._taps(weights[0]), strict=True)])
         y = y + weights[1] if len(weights) > 1 else y
         return (y if len(self.output_shape) == 2 else tf.reshape(y, [-1, *self.output_shape])), shifted
 
@@ -90,7 +90,7 @@ class DepthwiseLayer:
         """From D [N, P, C·m] to the gradient of the input."""
         columns = self._window.inverse_by_place.T
         parts = [picked(gradient, column) * tap for column, tap in zip(columns, self._taps(kernel), strict=True)]
-        dx = tf.add_n(parts)
+        dx = total(parts)
         if self._multiplier > 1:
             dx = tf.reduce_sum(tf.reshape(dx, [-1, dx.shape[1], self._channels, self._multiplier]), 3)
         return dx if len(self._input_shape) == 2 else tf.reshape(dx, [-1, *self._input_shape])

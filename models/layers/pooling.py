@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from models.layers.activations import is_positive
 from models.layers.layer import Backward, Context, Parameterless
 from models.layers.registry import register_layer
-from models.layers.windows import flat_positions, geometry, picked
+from models.layers.windows import flat_positions, geometry, picked, total
 
 _LOWEST = -3.0e38
 """Stands for "nothing there" in a maximum."""
@@ -33,12 +34,12 @@ class _WindowPooling(Parameterless):
     def _scattered(self, shares: list[tf.Tensor]) -> tf.Tensor:
         """The gradient of the input, from the share [N, P, C] of each place."""
         stacked = tf.concat(shares, 1)
-        dx = tf.add_n([picked(stacked, column) for column in self._window.inverse.T])
+        dx = total([picked(stacked, column) for column in self._window.inverse.T])
         return tf.reshape(dx, [-1, *self._input_shape])
 
     def _shaped(self, y: tf.Tensor) -> tf.Tensor:
-        """[N, P, C] as the output."""
-        return y if len(self.output_shape) == 2 else tf.reshape(y, [-1, *self.output_shape])
+        """[N, P, C] or with an axis more as the output."""
+        return y if len(y.shape) == len(self.output_shape) + 1 else tf.reshape(y, [-1, *self.output_shape])
 
 
 @register_layer(tf.keras.layers.MaxPooling1D)
@@ -58,8 +59,7 @@ class MaxPoolingLayer(_WindowPooling):
         remaining = flat_positions(output_gradient, self._window.outputs)
         shares = []
         for member in members[:-1]:
-            # sign(max − x) is 0 where x is the maximum, else 1; a comparison and cast took ten times as long.
-            passed_on = remaining * tf.sign(largest - member)
+            passed_on = remaining * is_positive(largest - member)
             shares.append(remaining - passed_on)
             remaining = passed_on
         return (self._scattered([*shares, remaining]),), ()
@@ -72,14 +72,18 @@ class AveragePoolingLayer(_WindowPooling):
 
     def forward(self, weights: Sequence[tf.Tensor], *inputs: tf.Tensor) -> tuple[tf.Tensor, None]:
         """See `Layer.forward`."""
-        return self._shaped(tf.add_n(self._members(inputs[0], 0.0)) * self._share()), None
+        # The builtin leaves out what hangs over the edge, as TensorFlow does.
+        (x,), window = inputs, self._window
+        image = tf.reshape(x, [-1, *((*window.spatial, 1)[:2]), x.shape[-1]])
+        size, strides = ((*each, 1)[:2] for each in (window.size, window.strides))
+        return self._shaped(tf.nn.avg_pool2d(image, size, strides, window.padding.upper())), None
 
     def backward(self, weights: Sequence[tf.Tensor], saved: None, output_gradient: tf.Tensor) -> Backward:
         """See `Layer.backward`."""
         share = flat_positions(output_gradient, self._window.outputs) * self._share()
         missing, places = self._window.places * self._window.outputs, self._window.outputs
         numbers = np.where(self._window.inverse == missing, places, self._window.inverse % places).astype(np.int32)
-        dx = tf.add_n([picked(share, column) for column in numbers.T])
+        dx = total([picked(share, column) for column in numbers.T])
         return (tf.reshape(dx, [-1, *self._input_shape]),), ()
 
     def _share(self) -> Any:
@@ -132,7 +136,7 @@ class GlobalMaxPoolingLayer(_GlobalPooling):
         """See `Layer.forward`."""
         x = flat_positions(inputs[0], self._positions)
         largest = tf.reduce_max(x, 1, keepdims=True)
-        return self._shaped(tf.reshape(largest, [-1, x.shape[2]])), 1.0 - tf.sign(largest - x)
+        return self._shaped(tf.reshape(largest, [-1, x.shape[2]])), tf.nn.relu(1.0 - tf.math.ceil(largest - x))
 
     def backward(self, weights: Sequence[tf.Tensor], saved: tf.Tensor, output_gradient: tf.Tensor) -> Backward:
         """See `Layer.backward`."""

@@ -8,8 +8,10 @@ back is a gather as well: TFLite has no builtin that adds into places.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,6 +158,47 @@ def picked(x: tf.Tensor, indices: Indices, *, fill: float = 0.0) -> tf.Tensor:
     if indices.max() == x.shape[1]:
         x = tf.pad(x, [[0, 0], [0, 1], [0, 0]], constant_values=fill)
     return tf.gather(x, indices, axis=1)
+
+
+def windows(x: tf.Tensor, table: Indices) -> tf.Tensor:
+    """The windows of x [N, n, C] by a table [P, J], each in one row: [N, P, J·C]."""
+    positions, places = table.shape
+    # An output of seven axes is one too many for XNNPACK, which therefore leaves the RESHAPE to the runtime, and that
+    # does it in place; XNNPACK's copied the windows, a tenth of the whole step (measured on LiteRT 2.3 and 2.14).
+    gathered = picked(x, table.reshape(positions, places, 1, 1, 1, 1))
+    return tf.reshape(gathered, [-1, positions, places * x.shape[2]])
+
+
+def image_windows(x: tf.Tensor, window: Geometry) -> tf.Tensor:
+    """`windows` of an image in two steps, first pieces of rows and then those pieces: the same result."""
+    height, width = window.spatial
+    places_down, places_across = window.size
+    across = window.output[1]
+    lines, columns = _along(window, 1), _along(window, 0)
+    starts = np.arange(height)[:, None, None] * width
+    pieces = np.where(lines < width, starts + lines, height * width).reshape(-1, places_across)
+    joined = windows(x, pieces.astype(np.int32))
+    rows = columns[:, None, :] * across + np.arange(across)[None, :, None]
+    table = np.where(columns[:, None, :] < height, rows, height * across).reshape(-1, places_down)
+    return windows(joined, table.astype(np.int32))
+
+
+def _along(window: Geometry, axis: int) -> Indices:
+    """The table of one axis alone, [outputs, places]."""
+    here = slice(axis, axis + 1)
+    return Geometry(
+        window.name,
+        window.spatial[here],
+        window.size[here],
+        window.strides[here],
+        window.dilation[here],
+        window.padding,
+    ).table
+
+
+def total(parts: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The sum of tensors of one shape, as a chain: XNNPACK runs ADD, and ADD_N is left to a slower kernel."""
+    return functools.reduce(operator.add, parts)
 
 
 def flat_positions(x: tf.Tensor, positions: int) -> tf.Tensor:

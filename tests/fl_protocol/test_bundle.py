@@ -56,6 +56,7 @@ MANIFEST = BundleManifest(
     norm_clips=(ClipGroup(("dense",), 1.0),),
     dropout=(DropoutMask("drop", 0.5, 4),),
     train_flops=100,
+    train_arena_bytes=1000,
     infer_params_offset=4,
 )
 MEMBERS = ("manifest.json", "signature", "graph.tflite", "infer.tflite", "params.npy", "keras.json")

@@ -6,9 +6,10 @@ import pytest
 from bundle_files import committed
 
 from fl_protocol.bundle import ModelBundle
+from models import catalog
 
 
-@pytest.fixture(params=("watch_cnn", "watch_features"))
+@pytest.fixture(params=tuple(catalog.MODELS))
 def model(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -92,19 +92,33 @@ def test_a_broken_graph_fails_the_same_check(broken: Callable[..., Any]) -> None
     assert check.worst_error(runner, model_cases("watch_features", 32).values()) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
-def test_a_poisoned_example_counts_as_padding(bundle: ModelBundle, model: str, runtime: str, poison: float) -> None:
+def test_an_example_of_nan_counts_as_padding(bundle: ModelBundle, model: str, runtime: str) -> None:
     runner = signature(bundle.graph, runtime, "train")
     case = model_cases(model, 32)["full, half clipped"]
-    bad = case.inputs["x"].copy()
-    bad[[0, 5]] = poison
-    mask = case.inputs["mask"].copy()
-    mask[[0, 5]] = 0
+    bad, mask = case.inputs["x"].copy(), case.inputs["mask"].copy()
+    bad[[0, 5]], mask[[0, 5]] = np.nan, 0
     want = runner(**case.inputs | {"mask": mask})
     got = runner(**case.inputs | {"x": bad})
     for name, values in want.items():
         assert np.isfinite(got[name]).all()
         np.testing.assert_array_equal(got[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("poison", [np.inf, -np.inf, 3e38])
+def test_an_extreme_example_counts_as_padding_or_is_clipped(
+    bundle: ModelBundle, model: str, runtime: str, poison: float
+) -> None:
+    # A saturating function may make something finite of it; then it is an example like any other.
+    runner = signature(bundle.graph, runtime, "train")
+    case = model_cases(model, 32)["full, half clipped"]
+    bad, mask = case.inputs["x"].copy(), case.inputs["mask"].copy()
+    bad[[0, 5]], mask[[0, 5]] = poison, 0
+    without = runner(**case.inputs | {"mask": mask})
+    got = runner(**case.inputs | {"x": bad})
+    assert all(np.isfinite(values).all() for values in got.values())
+    counted = got["loss"][[0, 5]] != 0
+    moved = np.linalg.norm((got["grad"] - without["grad"]).astype(np.float64))
+    assert moved <= 1.001 * counted.sum() * case.inputs["clip"]
 
 
 @pytest.mark.parametrize("size", [np.nan, np.inf, 1e20, 3e38])

@@ -39,7 +39,7 @@ def test_help_shows_examples_and_the_models_are_listed() -> None:
 def test_a_bundle_of_another_publisher_is_refused_in_one_sentence(tmp_path: Path) -> None:
     stranger = tmp_path / "stranger.pub"
     stranger.write_text("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a\n")
-    shown = covey_model("inspect", BUNDLES / "watch_features.covey", "--publisher", stranger)
+    shown = covey_model("inspect", BUNDLES / "watch_features.covey", "--verify", stranger)
     assert shown.returncode == 4
     assert "not signed by the pinned publisher" in shown.stderr
     assert "Traceback" not in shown.stderr

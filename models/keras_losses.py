@@ -1,0 +1,72 @@
+"""Which of our losses a compiled Keras model is trained with, and whether its output fits it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fl_protocol.model_manifest import LossName, LossSpec
+from models.errors import ModelSpecError
+from models.losses import FINAL_ACTIVATION, LABEL_KINDS
+
+_KERAS_NAMES: dict[str, LossName] = {
+    "sparse_categorical_crossentropy": "softmax_cross_entropy",
+    "categorical_crossentropy": "softmax_cross_entropy",
+    "binary_crossentropy": "binary_cross_entropy",
+    "mean_squared_error": "mean_squared_error",
+    "mse": "mean_squared_error",
+    "huber": "huber",
+    "huber_loss": "huber",
+}
+"""As a string or function, and of the class in snake case."""
+
+
+def compiled_loss(model: Any) -> LossSpec:
+    """The loss that ``model.compile`` was given.
+
+    Raises:
+        ModelSpecError: there is none, it is not one of ours, or the model's output is not what it expects.
+    """
+    given = getattr(model, "loss", None)
+    if given is None or isinstance(given, dict | list):
+        raise ModelSpecError(
+            f"Model {model.name}: it is not compiled with one loss; call model.compile(loss=...) or give --loss "
+            f"(one of {', '.join(LABEL_KINDS)})."
+        )
+    config = given.get_config() if hasattr(given, "get_config") else {}
+    keras_name = str(config.get("name") or getattr(given, "__name__", given))
+    name = _KERAS_NAMES.get(keras_name)
+    if name is None:
+        raise ModelSpecError(
+            f"Model {model.name}: the loss {keras_name} is not supported; use one of "
+            f"{', '.join(sorted(set(_KERAS_NAMES) - {'mse', 'huber_loss'}))}."
+        )
+    if config.get("label_smoothing"):
+        raise ModelSpecError(f"Model {model.name}: label_smoothing is not supported; leave it out.")
+    _check_output(model, name, from_logits=bool(config.get("from_logits", False)))
+    return LossSpec(name, float(config.get("delta", 1.0)))
+
+
+def ending(model: Any) -> str:
+    """The name of the activation that the model's output went through last; ``linear`` if none."""
+    last = model.layers[-1]
+    if type(last).__name__ == "Softmax":
+        return "softmax"
+    activation = getattr(last, "activation", None)
+    return str(getattr(activation, "__name__", activation or "linear"))
+
+
+def _check_output(model: Any, name: LossName, *, from_logits: bool) -> None:
+    """Probabilities where the loss expects them, logits where it expects those."""
+    wanted = FINAL_ACTIVATION.get(name)
+    if wanted is None or (ending(model) == wanted) != from_logits:
+        return
+    last = model.layers[-1].name
+    if from_logits:
+        raise ModelSpecError(
+            f"Layer {last}: it ends in {wanted}, but the loss says from_logits=True, which would apply {wanted} twice; "
+            "leave one of them out."
+        )
+    raise ModelSpecError(
+        f"Layer {last}: the loss expects probabilities, but the model does not end in {wanted}; compile it with "
+        "from_logits=True."
+    )
