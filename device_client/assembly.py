@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device_client.adapters.encrypted_files import KEY_BYTES, EncryptedFiles
+from device_client.adapters.system_entropy import system_entropy
 from device_client.adapters.tflite_graph import TfliteGraph
 from device_client.config import DeviceConfig
 from device_client.daemon import DeviceDaemon
@@ -110,7 +111,7 @@ def _assemble(files: DeviceFiles, store: EncryptedFiles, *, software: str, journ
         records=load_records(store, window_shape=manifest.input.shape, label=manifest.label),
         personal=PersonalLayers(store, task=study.task, initial=bundle.params[manifest.num_shared_parameters :]),
         outbox=Outbox(store),
-        entropy=os.urandom,
+        entropy=system_entropy,
     )
     session = DeviceSession(
         SessionConfig(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_client.noise import SENSITIVITY_MARGIN, NoisyGrid, _cumulative_weights, discrete_gaussian
+from device_client.noise import SENSITIVITY_MARGIN, NoisyGrid, _cumulative_weights, _table_sample, discrete_gaussian
 from fl_protocol.errors import LocalMisuseError
 from tests.device_client import noise_checks as checks
 from tests.virtual_fleet import SeededEntropy
@@ -138,3 +138,16 @@ def test_sums_of_another_length_or_without_end_are_refused(total: np.ndarray) ->
 def test_clips_that_float32_cannot_hold_are_refused(clip: float) -> None:
     with pytest.raises(LocalMisuseError, match="l2_norm_clip"):
         NoisyGrid(clip, 1.0, 10)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 3.7, 2048.0, 4000.3])
+def test_the_guide_gives_what_a_search_of_the_table_gives(sigma: float) -> None:
+    cumulative = _cumulative_weights(sigma)
+    # Every boundary of the table and of the guide, one below and one above, and the ends.
+    table = {int(c) + k for c in cumulative for k in (-1, 0, 1)}
+    edges = table | {(i << 45) + k for i in range(1 << 18) for k in (-1, 0)}
+    draws = np.array(sorted(edge for edge in edges if 0 <= edge < 1 << 63), np.int64)
+    raw = (draws.astype(np.uint64) << np.uint64(1)).astype("<u8").tobytes()
+    searched = np.minimum(np.searchsorted(cumulative, draws, side="right"), len(cumulative) - 1)
+    drawn = _table_sample(sigma, len(draws), lambda count: raw[:count])
+    np.testing.assert_array_equal(drawn, searched - (len(cumulative) - 1) // 2)
