@@ -14,6 +14,7 @@ from tensorflow.lite.python.convert_phase import ConverterError
 from models import steps
 from models.errors import ConversionError
 from models.flatbuffer import operators
+from models.memory_sharing import kept_apart
 from models.network import Network
 
 
@@ -80,7 +81,7 @@ def convert_signatures(signatures: Mapping[str, tuple[Callable[..., Any], Mappin
     foreign = sorted({name for name in operators(graph) if name.startswith("CUSTOM")})
     if foreign:
         raise ConversionError(f"The graph needs operators that are not builtin: {', '.join(foreign)}.")
-    return graph
+    return kept_apart(graph)
 
 
 def _pick(tensors: Mapping[str, tf.TensorSpec], *names: str) -> dict[str, tf.TensorSpec]:

@@ -60,10 +60,10 @@ def with_constant_params(graph: bytes, params: NDArray[np.float32]) -> InferTemp
     buffer = schema.BufferT()
     buffer.data = np.frombuffer(data, np.uint8)
     model.buffers.append(buffer)
-    return _located(_pack(model), tensor.buffer, data)
+    return _located(pack_model(model), tensor.buffer, data)
 
 
-def _pack(model: Any) -> bytes:
+def pack_model(model: Any) -> bytes:
     """Serialise the object form."""
     builder = _AligningBuilder(1 << 16)
     builder.Finish(model.Pack(builder), _FILE_IDENTIFIER)
