@@ -77,7 +77,7 @@ def bound_nodes(model: Any, *, copies: int) -> list[Node]:
     values = {id(model.inputs[0]): 0}
     nodes: list[Node] = []
     seen: set[int] = set()
-    for layer, inputs, output in _calls(model):
+    for layer, inputs, output, options in _calls(model):
         if id(layer) in seen and layer.weights:
             raise ModelSpecError(
                 f"Layer {layer.name}: it is used more than once, and the gradients of shared weights do not come apart "
@@ -90,6 +90,7 @@ def bound_nodes(model: Any, *, copies: int) -> list[Node]:
             nodes.append(node)
             shapes.append(node.layer.output_shape)
             sources = (len(nodes),)
+        _check_ignored(layer, options)
         values[id(output)] = sources[0]
         if shapes[sources[0]] != tuple(output.shape[1:]):
             raise ModelSpecError(
@@ -125,13 +126,14 @@ def _replaced(node: Node, layer: Layer, inputs: tuple[int, ...]) -> Node:
     return Node(node.name, node.kind, layer, inputs, node.initial, node.frozen)
 
 
-def _calls(model: Any) -> Iterator[tuple[Any, list[Any], Any]]:
-    """Each call of a layer that leads to the output, in running order: layer, input tensors, output tensor."""
+def _calls(model: Any) -> Iterator[tuple[Any, list[Any], Any, list[str]]]:
+    """Each call of a layer that leads to the output, in order: layer, input tensors, output, named arguments."""
     # Keras 2.15 has no public name for the order of its own forward pass.
     for depth in sorted(model._nodes_by_depth, reverse=True):
         for node in model._nodes_by_depth[depth]:
             if not node.is_input:
-                yield node.layer, list(node.keras_inputs), node.outputs
+                options = [name for name, value in node.call_kwargs.items() if value is not None]
+                yield node.layer, list(node.keras_inputs), node.outputs, options
 
 
 def _chain(layer: Any, shapes: tuple[Shape, ...], copies: int) -> list[Layer]:
@@ -171,8 +173,21 @@ def _cut(flat: NDArray[np.float32], layer: Layer) -> tuple[tuple[NDArray[np.floa
     return shaped, flat[ends[-1] :]
 
 
+def _check_ignored(layer: Any, options: list[str]) -> None:
+    """Nothing that Keras would do for this layer is left out without a word."""
+    if options:
+        raise ModelSpecError(f"Layer {layer.name}: it is called with {', '.join(options)}; call it on its input alone.")
+    if layer.losses or any(variable.constraint is not None for variable in layer.weights):
+        raise ModelSpecError(
+            f"Layer {layer.name}: regularizers and constraints are not part of an example's loss and would be ignored; "
+            "leave them out."
+        )
+
+
 def _static(owner: str, tensor: Any) -> Shape:
     """The shape of one example of a tensor."""
+    if isinstance(tensor, list | tuple | dict):
+        raise ModelSpecError(f"{owner}: it has {len(tensor)} outputs; only layers with one output are supported.")
     shape = tuple(tensor.shape[1:])
     if not shape or any(side is None for side in shape):
         raise ModelSpecError(
