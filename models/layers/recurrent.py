@@ -117,7 +117,7 @@ class GRULayer(_RecurrentLayer):
             gates.append(tf.concat([state, state, state], 1) * by_step[step])
             states.append(state)
             if step:
-                carried = state * kept[step][0] + tf.matmul(gates[-1], weights[1], transpose_b=True)
+                carried = state * kept[step][0] + _through(weights[1], gates[-1])
         to_state = tf.stack(gates[::-1], 1)
         shared = tf.split(to_state, [2 * self._units, self._units], 2)[0]
         to_input = tf.concat([shared, tf.stack(states[::-1], 1) * to_candidate], 2)
@@ -132,8 +132,7 @@ class LSTMLayer(_RecurrentLayer):
 
     def forward(self, weights: Sequence[tf.Tensor], *inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
         """See `Layer.forward`; it saves x and by step i, f, g, o, tanh(c), c and h."""
-        (x,) = inputs
-        projected = tf.matmul(x, weights[0])
+        projected = tf.matmul(inputs[0], weights[0])
         projected = projected + weights[2] if len(weights) > 2 else projected
         kept: list[tuple[tf.Tensor, ...]] = []
         for row in tf.unstack(projected, axis=1):
@@ -144,7 +143,7 @@ class LSTMLayer(_RecurrentLayer):
             cell = f * kept[-1][5] + i * g if kept else i * g
             shown = tf.tanh(cell)
             kept.append((i, f, g, o, shown, cell, o * shown))
-        return self._output([step[6] for step in kept]), (x, kept)
+        return self._output([step[6] for step in kept]), (inputs[0], kept)
 
     def backward(self, weights: Sequence[tf.Tensor], saved: Any, output_gradient: tf.Tensor) -> Backward:
         """See `Layer.backward`."""
@@ -161,7 +160,7 @@ class LSTMLayer(_RecurrentLayer):
             cell = _sum(carried_cell, state * to_cell[step])
             gates.append(tf.concat([cell, cell, cell, state], 1) * by_step[step])
             if step:
-                carried = tf.matmul(gates[-1], weights[1], transpose_b=True)
+                carried = _through(weights[1], gates[-1])
                 carried_cell = cell * kept[step][1]
         to_gates, before = tf.stack(gates[::-1], 1), _after_zero([step[6] for step in kept])
         return self._finished(weights[0], x, before, to_gates, to_gates)
@@ -169,8 +168,13 @@ class LSTMLayer(_RecurrentLayer):
 
 def _sum(first: tf.Tensor | None, second: tf.Tensor | None) -> tf.Tensor:
     """The sum of the gradients that are there; one is."""
-    there = [each for each in (first, second) if each is not None]
-    return there[0] if len(there) == 1 else there[0] + there[1]
+    return second if first is None else first if second is None else first + second
+
+
+def _through(kernel: tf.Tensor, gates: tf.Tensor) -> tf.Tensor:
+    """Gate gradients [N, gates·u] back to the state; as three axes, since XNNPACK refuses a product of two here."""
+    product = tf.matmul(tf.reshape(gates, [1, -1, kernel.shape[1]]), kernel, transpose_b=True)
+    return tf.reshape(product, [-1, kernel.shape[0]])
 
 
 def _after_zero(states: list[tf.Tensor]) -> tf.Tensor:
@@ -191,6 +195,4 @@ def _check(layer: Any, context: Context) -> None:
             raise ModelSpecError(f"Layer {layer.name}: {kind} with {option}={found}; only {wanted} is supported.")
     for option in _UNSUPPORTED:
         if getattr(layer, option, None):
-            raise ModelSpecError(
-                f"Layer {layer.name}: {kind} with {option}={getattr(layer, option)} is not supported; leave it out."
-            )
+            raise ModelSpecError(f"Layer {layer.name}: {kind} with {option}={getattr(layer, option)}; leave it out.")
