@@ -38,6 +38,7 @@ def export_model(origin: ModelBundle, model: StoredModel, *, signing_key: Ed2551
         infer_template=origin.infer_template,
         params=params,
         keras_json=origin.keras_json,
+        frozen=origin.frozen,
         publisher_key=signing_key,
     )
     return ExportedModel(bundle, origin.inference_model(params))

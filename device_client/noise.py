@@ -51,7 +51,8 @@ def _guide(sigma: float) -> NDArray[np.int32]:
     cumulative, width = _cumulative_weights(sigma), _TOTAL >> _GUIDE_BITS
     starts = np.arange(1 << _GUIDE_BITS, dtype=np.int64) * width
     first, last = (np.searchsorted(cumulative, edge, side="right") for edge in (starts, starts + (width - 1)))
-    return np.where(first == last, first, -1).astype(np.int32)
+    guide: NDArray[np.int32] = np.where(first == last, first, -1).astype(np.int32)
+    return guide
 
 
 def _table_sample(sigma: float, count: int, entropy: Entropy) -> NDArray[np.int64]:
@@ -63,7 +64,8 @@ def _table_sample(sigma: float, count: int, entropy: Entropy) -> NDArray[np.int6
     unclear = np.flatnonzero(index < 0)
     index[unclear] = np.searchsorted(cumulative, bits[unclear], side="right")
     # Values run from 0 to 2^63 - 1; the one value past the total maps to the last entry.
-    return np.minimum(index, len(cumulative) - 1) - (len(cumulative) - 1) // 2
+    drawn: NDArray[np.int64] = np.minimum(index, len(cumulative) - 1) - (len(cumulative) - 1) // 2
+    return drawn
 
 
 def discrete_gaussian(sigma: float, count: int, entropy: Entropy) -> NDArray[np.int64]:

@@ -2,7 +2,8 @@
 
 Members: ``manifest.json``, ``graph.tflite`` (signatures ``train``, ``infer``, ``evaluate``), ``infer.tflite``
 (inference only, parameters stored as one constant), ``params.npy`` (float32 [d]), ``keras.json`` (the Keras model, for
-tools that have TensorFlow; a device does not read it) and ``signature`` (Ed25519 of the publisher over the bytes of
+tools that have TensorFlow; a device does not read it), ``frozen.npy`` (the weights of its frozen layers, which the
+graphs hold as constants) and ``signature`` (Ed25519 of the publisher over the bytes of
 ``manifest.json``). The manifest carries the SHA-256 of every other member, so the one
 signature covers all of them.
 
@@ -29,21 +30,31 @@ from fl_protocol.model_manifest import BundleManifest, decode_manifest
 MAX_MEMBER_BYTES = 64 * 1024 * 1024
 """Largest uncompressed member that is read; a zip that declares more is refused unread (zip bombs)."""
 
-GRAPH, INFER, PARAMS, KERAS = "graph.tflite", "infer.tflite", "params.npy", "keras.json"
+GRAPH, INFER, PARAMS, KERAS, FROZEN = "graph.tflite", "infer.tflite", "params.npy", "keras.json", "frozen.npy"
 _MANIFEST, _SIGNATURE = "manifest.json", "signature"
-_HASHED = (GRAPH, INFER, PARAMS, KERAS)
+_HASHED = (GRAPH, INFER, PARAMS, KERAS, FROZEN)
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _SIGNING_CONTEXT = b"covey bundle v2\0"
 
 
 class ModelBundle(msgspec.Struct, frozen=True):
-    """A verified bundle: manifest, TFLite graphs, the publisher's parameters (float32 [d]), the Keras model's JSON."""
+    """A verified bundle.
+
+    Args:
+        manifest: what it says about itself.
+        graph: the trainable TFLite flatbuffer.
+        infer_template: the inference-only flatbuffer.
+        params: the publisher's parameters, float32 [d].
+        keras_json: the Keras model's configuration.
+        frozen: the weights of frozen layers, float32, layer by layer as Keras has them.
+    """
 
     manifest: BundleManifest
     graph: bytes
     infer_template: bytes
     params: NDArray[np.float32]
     keras_json: bytes
+    frozen: NDArray[np.float32]
 
     @property
     def graph_digest(self) -> bytes:
@@ -78,6 +89,7 @@ def pack_bundle(
     infer_template: bytes,
     params: NDArray[np.float32],
     keras_json: bytes,
+    frozen: NDArray[np.float32],
     publisher_key: Ed25519PrivateKey,
 ) -> bytes:
     """Sign and zip a bundle; runs at the publisher.
@@ -88,17 +100,22 @@ def pack_bundle(
         infer_template: the inference-only flatbuffer whose constant starts at ``infer_params_offset``.
         params: float32 [d].
         keras_json: the Keras model's configuration.
+        frozen: the weights of its frozen layers, float32.
         publisher_key: signs the manifest.
 
     Returns:
         The bytes of the ``.covey`` file; the same arguments give the same bytes.
 
     Raises:
-        LocalMisuseError: `params` is not a finite float32 vector of the manifest's length.
+        LocalMisuseError: `params` is not a finite float32 vector of the manifest's length, or `frozen` not finite.
     """
-    stream = io.BytesIO()
-    np.save(stream, _checked_params(params, manifest.num_parameters))
-    members = {GRAPH: graph, INFER: infer_template, PARAMS: stream.getvalue(), KERAS: keras_json}
+    members = {
+        GRAPH: graph,
+        INFER: infer_template,
+        PARAMS: _saved(params, manifest.num_parameters),
+        KERAS: keras_json,
+        FROZEN: _saved(frozen, len(frozen)),
+    }
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     text = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, members=digests)), indent=1)
     signature = publisher_key.sign(_SIGNING_CONTEXT + text)
@@ -148,13 +165,13 @@ def open_bundle(data: bytes, *, publisher: Ed25519PublicKey, minimum_version: in
             raise BundleError(
                 f"The bundle's {name} does not match its signed digest: the file is damaged, get it again."
             )
-    params = _load_params(members[PARAMS], manifest.num_parameters)
     return ModelBundle(
         manifest=manifest,
         graph=members[GRAPH],
         infer_template=members[INFER],
-        params=params,
+        params=_load_vector(PARAMS, members[PARAMS], manifest.num_parameters),
         keras_json=members[KERAS],
+        frozen=_load_vector(FROZEN, members[FROZEN], None),
     )
 
 
@@ -188,18 +205,27 @@ def _read_members(data: bytes) -> dict[str, bytes]:
         raise BundleError(f"The bundle is not a readable zip ({error}): the file is damaged, get it again.") from error
 
 
-def _load_params(raw: bytes, count: int) -> NDArray[np.float32]:
-    """The parameter vector from its ``.npy`` bytes; pickles are never loaded."""
+def _saved(vector: NDArray[np.float32], count: int) -> bytes:
+    """A vector of `count` as ``.npy`` bytes."""
+    stream = io.BytesIO()
+    np.save(stream, _checked_params(vector, count))
+    return stream.getvalue()
+
+
+def _load_vector(member: str, raw: bytes, count: int | None) -> NDArray[np.float32]:
+    """A vector of `count`, or of any length, from its ``.npy`` bytes; pickles are never loaded."""
     stream = io.BytesIO(raw)
     try:
         if np.lib.format.read_magic(stream) != (1, 0):  # type: ignore[no-untyped-call]
             raise ValueError("expected .npy version 1.0")
         shape, _fortran, dtype = np.lib.format.read_array_header_1_0(stream)  # type: ignore[no-untyped-call]
-        if (shape, dtype.str) != ((count,), "<f4"):
-            raise ValueError(f"expected <f4 [{count}], got {dtype.str} {list(shape)}")
-        return _checked_params(np.frombuffer(raw[stream.tell() :], "<f4").astype(np.float32), count)
+        data = raw[stream.tell() :]
+        wanted = len(data) // 4 if count is None else count
+        if (shape, dtype.str) != ((wanted,), "<f4"):
+            raise ValueError(f"expected <f4 [{wanted}], got {dtype.str} {list(shape)}")
+        return _checked_params(np.frombuffer(data, "<f4").astype(np.float32), wanted)
     except ValueError as error:
-        raise BundleError(f"The bundle's {PARAMS} cannot be used ({error}): get the bundle again.") from error
+        raise BundleError(f"The bundle's {member} cannot be used ({error}): get the bundle again.") from error
 
 
 def _checked_params(params: Any, count: int) -> NDArray[np.float32]:

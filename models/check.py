@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,6 @@ def interpreter(runtime: str, graph: bytes) -> Any:
 def random_batch(network: Network, *, batch_size: int, seed: int = 0) -> dict[str, Any]:
     """Parameters, examples, labels and dropout masks; normal values, except where the model looks them up."""
     rng = np.random.default_rng(seed)
-    spec = network.spec
     batch = {
         "params": 0.2 * rng.standard_normal(network.num_parameters).astype(np.float32),
         "x": _examples(network, batch_size, rng),
@@ -76,6 +75,20 @@ def cases(network: Network, *, batch_size: int, seed: int = 0, batch: dict[str, 
                 inputs={**batch, "x": rows, "mask": mask, "clip": np.float32(clip)},
                 expected={"grad": grad, "norms": norms, "loss": losses * mask},
             )
+
+
+def installed_runtimes() -> tuple[str, ...]:
+    """The runtimes of `RUNTIMES` that can be imported."""
+    return tuple(name for name, module in RUNTIMES.items() if importlib.util.find_spec(module.split(".")[0]))
+
+
+def worst_errors(network: Network, graph: bytes, *, batch_size: int) -> dict[str, float]:
+    """By installed runtime, the largest relative error of a converted graph against automatic differentiation."""
+    some_cases = list(cases(network, batch_size=batch_size))
+    return {
+        runtime: worst_error(interpreter(runtime, graph).get_signature_runner("train"), some_cases)
+        for runtime in installed_runtimes()
+    }
 
 
 def worst_error(runner: Any, some_cases: Iterable[Case]) -> float:

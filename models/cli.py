@@ -16,6 +16,8 @@ from fl_protocol.adapters.files import write_atomic
 from fl_protocol.errors import BundleError, CoveyError, LocalMisuseError
 from fl_protocol.model_manifest import ClipGroup
 from models import catalog, publisher
+from models.cli_export import export
+from models.cli_train import train
 from models.quiet import quiet_tensorflow
 from models.sources import Description, load_spec
 
@@ -29,13 +31,17 @@ covey-model build my_model.py:make_model --out my.covey --key publisher.key --la
 
 covey-model build all --out-dir models/bundles
 
-covey-model inspect my.covey --verify publisher.pub"""
+covey-model inspect my.covey --verify publisher.pub
+
+covey-model train my.covey --data windows.npz --epochs 20 --epsilon 3 --out trained.covey --key publisher.key
+
+covey-model export trained.covey --format int8 --data windows.npz"""
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     epilog=_EPILOG,
-    help="Build, list and inspect the model bundles (*.covey) that devices train.",
+    help="Build, inspect, train and export the model bundles (*.covey) that devices train.",
 )
 _out = Console()
 
@@ -212,13 +218,17 @@ def inspect(
     ] = None,
 ) -> None:
     """Verify a bundle, before anything in it is read, and show what it holds."""
+    opened = publisher.opened(bundle, verify)
     key_file = verify or bundle.parent / publisher.PUBLIC_KEY_FILE
     trusted = publisher.load_public_key(key_file)
-    opened = publisher.open_file(bundle, trusted)
     with quiet_tensorflow():
         from models.report import describe  # noqa: PLC0415 - slow: reads the graph with TensorFlow's schema
     for part in describe(opened, size_bytes=bundle.stat().st_size, publisher=trusted, key_file=key_file.name):
         _out.print(part)
+
+
+app.command()(export)
+app.command()(train)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fl_protocol.adapters.files import write_atomic
-from fl_protocol.bundle import ModelBundle, open_bundle
-from fl_protocol.errors import BundleError, LocalMisuseError
+from fl_protocol.bundle import ModelBundle
+from fl_protocol.errors import LocalMisuseError
 from fl_protocol.model_manifest import BundleManifest
 from models import publisher
 from models.export.data import Examples, read_examples, read_params
 from models.quiet import quiet_tensorflow
+from models.sources import load_python
 
 if TYPE_CHECKING:
     from models.export.checked import Exported, ExportRequest
@@ -69,7 +70,7 @@ def export(
 ) -> None:
     """Make a file for phones or microcontrollers, and measure what the conversion costs."""
     _check_options(format, data, int8_io=int8_io, keep_float=keep_float, max_drop=max_drop)
-    opened = _opened(bundle, publisher_key)
+    opened = publisher.opened(bundle, publisher_key)
     paths = _targets(opened.manifest, format, out, force=force)
     vector = read_params(params, opened) if params else None
     examples = read_examples(data, opened.manifest) if data else None
@@ -112,16 +113,6 @@ def _check_options(
         raise LocalMisuseError("--max-drop: the drop is measured on labels: give --data FILE.npz.")
 
 
-def _opened(path: Path, publisher_key: Path | None) -> ModelBundle:
-    """The bundle, verified."""
-    trusted = publisher.load_public_key(publisher_key or path.parent / publisher.PUBLIC_KEY_FILE)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"The bundle {path} cannot be read ({error.strerror}).") from error
-    return open_bundle(data, publisher=trusted)
-
-
 def _targets(manifest: BundleManifest, format: Format, out: Path | None, *, force: bool) -> list[Path]:
     """The files to write: one .tflite, or source and header."""
     stem = "".join(letter if letter.isalnum() else "_" for letter in manifest.name)
@@ -143,11 +134,10 @@ def _with_progress(bundle: ModelBundle, request: ExportRequest, custom: list[Pat
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=_out, transient=True, disable=not _out.is_terminal) as progress, quiet_tensorflow():
         from models.export.checked import export_bundle  # noqa: PLC0415
-        from models.keras_bundle import import_custom  # noqa: PLC0415
 
         task = progress.add_task("starting", total=None)
         for path in custom:
-            import_custom(path)
+            load_python(path)
         return export_bundle(bundle, request, say=lambda text: progress.update(task, description=text))
 
 

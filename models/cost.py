@@ -68,7 +68,7 @@ def _flops(name: str, operator: Any, tensors: Any) -> int:
         return 2 * outputs * taps
     if name == "ADD_N":
         return outputs * (len(inputs) - 1)
-    return inputs[0] if name in _REDUCTIONS else outputs
+    return int(inputs[0] if name in _REDUCTIONS else outputs)
 
 
 def _elements(tensor: Any) -> int:

@@ -8,12 +8,9 @@ the layers that covey trains, Keras's own initializers and the like, and classes
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import math
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,26 +29,6 @@ _CODE = ("Lambda", "__lambda__")
 """What a configuration holds as Python bytecode."""
 
 
-def import_custom(path: Path) -> None:
-    """Run a Python file that registers layers; it is the caller's own code.
-
-    Raises:
-        LocalMisuseError: it cannot be read, or fails.
-    """
-    # A name of its own, so that layers.py does not take the place of another module called layers.
-    name = f"covey_custom_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise LocalMisuseError(f"--custom {path}: expected a Python file, such as layers.py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    # Whatever somebody's module may raise.
-    except Exception as error:
-        raise LocalMisuseError(f"--custom {path} fails with {type(error).__name__}: {error}") from error
-
-
 def keras_model(bundle: ModelBundle, params: NDArray[np.float32] | None = None) -> Any:
     """The Keras model as its publisher wrote it, final activation included, with its weights.
 
@@ -61,7 +38,7 @@ def keras_model(bundle: ModelBundle, params: NDArray[np.float32] | None = None) 
 
     Raises:
         BundleError: the configuration holds code, or does not fit the parameters.
-        LocalMisuseError: it needs a class that is not registered here, or weights that a bundle does not hold.
+        LocalMisuseError: it needs a class that is not registered here.
     """
     for name in _STAGES:
         importlib.import_module(f"models.zoo.{name}")
@@ -121,21 +98,20 @@ def _assign(model: Any, bundle: ModelBundle, params: NDArray[np.float32]) -> Non
     for spec in bundle.manifest.parameters:
         piece = params[spec.offset : spec.offset + math.prod(spec.shape)]
         by_layer.setdefault(spec.name.rpartition("/")[0], []).append(piece)
+    frozen = bundle.frozen
     for layer in model.layers:
-        flat = np.concatenate(by_layer.pop(layer.name, [np.zeros(0, np.float32)]))
-        sizes = [math.prod(weight.shape) for weight in layer.weights]
-        if sizes and not flat.size and not layer.trainable:
-            raise LocalMisuseError(
-                f"Layer {layer.name} is frozen, and a bundle holds the weights of trained layers only: export the "
-                "model from the Keras file that the bundle was built from."
-            )
-        if flat.size != sum(sizes):
+        count = sum(math.prod(weight.shape) for weight in layer.weights)
+        if layer.trainable:
+            flat = np.concatenate([np.zeros(0, np.float32), *by_layer.pop(layer.name, [])])
+        else:
+            flat, frozen = frozen[:count], frozen[count:]
+        if flat.size != count:
             raise BundleError(
-                f"Layer {layer.name} has {sum(sizes)} weights in {KERAS} and {flat.size} in the manifest: build the "
+                f"Layer {layer.name} has {count} weights in {KERAS}, the bundle holds {flat.size} for it: build the "
                 "bundle again."
             )
-        ends = np.cumsum(sizes)[:-1]
-        pieces = np.split(flat, ends) if sizes else []
+        ends = np.cumsum([math.prod(weight.shape) for weight in layer.weights])[:-1]
+        pieces = np.split(flat, ends) if count else []
         layer.set_weights([piece.reshape(w.shape) for piece, w in zip(pieces, layer.weights, strict=True)])
-    if by_layer:
-        raise BundleError(f"The manifest has parameters of {', '.join(by_layer)}, which {KERAS} has not: build again.")
+    if by_layer or frozen.size:
+        raise BundleError(f"The bundle has weights that {KERAS} has no layer for: build it again.")

@@ -102,6 +102,12 @@ def bound_nodes(model: Any, *, copies: int) -> list[Node]:
     return nodes
 
 
+def frozen_weights(model: Any) -> NDArray[np.float32]:
+    """The weights of all frozen layers, layer by layer in Keras's order, as one vector."""
+    found = [weight.ravel() for layer in model.layers if not layer.trainable for weight in layer.get_weights()]
+    return np.asarray(np.concatenate([np.zeros(0, np.float32), *found]), np.float32)
+
+
 def maximum_first(nodes: Sequence[Node]) -> list[Node]:
     """Swap a rectifier and the maximum pooling that follows it: the same function, on half the values or fewer."""
     result = list(nodes)

@@ -66,14 +66,15 @@ def load_public_key(path: Path) -> Ed25519PublicKey:
         ) from error
 
 
-def open_file(path: Path, publisher: Ed25519PublicKey) -> ModelBundle:
-    """A bundle from a file, verified.
+def opened(path: Path, key_file: Path | None) -> ModelBundle:
+    """A bundle from a file, verified with the publisher's key: that in `key_file`, or ``publisher.pub`` beside it.
 
     Raises:
-        BundleError: it cannot be read, or is not what `publisher` signed.
+        BundleError: bundle or key cannot be read, or the publisher did not sign it.
     """
+    trusted = load_public_key(key_file or path.parent / PUBLIC_KEY_FILE)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise BundleError(f"The bundle {path} cannot be read ({error.strerror}).") from error
-    return open_bundle(data, publisher=publisher)
+    return open_bundle(data, publisher=trusted)

@@ -89,7 +89,7 @@ def load_spec(source: str, said: Description) -> ModelSpec:
             f"{source}: expected a model of the catalogue ({', '.join(catalog.MODELS)}), FILE.py:FUNCTION, or a saved "
             "Keras model (.keras, .h5 or a SavedModel folder)."
         )
-    return _amended(made, said) if isinstance(made, ModelSpec) else _described(made, said)
+    return _amended(made, said) if isinstance(made, ModelSpec) else describe(made, said)
 
 
 def load_python(path: Path) -> Any:
@@ -181,7 +181,7 @@ def _amended(spec: ModelSpec, said: Description) -> ModelSpec:
     )
 
 
-def _described(model: Any, said: Description) -> ModelSpec:
+def describe(model: Any, said: Description) -> ModelSpec:
     """A specification of a bare Keras model."""
     from models.keras_losses import compiled_loss  # noqa: PLC0415 - TensorFlow
     from models.keras_nodes import input_shape  # noqa: PLC0415 - TensorFlow

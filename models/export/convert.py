@@ -20,6 +20,7 @@ from fl_protocol.model_manifest import LossSpec
 from models.errors import ConversionError
 from models.flatbuffer import operators, read_model
 from models.losses import FINAL_ACTIVATION
+from models.memory_sharing import kept_apart
 
 Precision = Literal["float32", "float16", "int8"]
 Floats = NDArray[np.float32]
@@ -148,7 +149,7 @@ def _converted(converter: Any, precision: Precision) -> bytes:
     foreign = sorted({name for name in operators(graph) if name.startswith("CUSTOM")})
     if foreign:
         raise ConversionError(f"{precision}: the model needs operators that are not builtin: {', '.join(foreign)}.")
-    return graph
+    return kept_apart(graph)
 
 
 def _refuse_untried(graph: bytes, precision: Precision) -> None:

@@ -1,4 +1,4 @@
-"""One file per family of layers; importing this registers them all."""
+"""One file per family of layers; importing this registers them all. `register_layer` adds one of your own."""
 
 from models.layers import (
     activations,
@@ -14,8 +14,14 @@ from models.layers import (
     recurrent,
     shaping,
 )
+from models.layers.gradients import PerExample, row_product
+from models.layers.layer import Context, Parameter
+from models.layers.registry import register_layer
 
 __all__ = [
+    "Context",
+    "Parameter",
+    "PerExample",
     "activations",
     "convolution",
     "dense",
@@ -27,5 +33,7 @@ __all__ = [
     "normalisation",
     "pooling",
     "recurrent",
+    "register_layer",
+    "row_product",
     "shaping",
 ]

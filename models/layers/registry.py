@@ -26,7 +26,7 @@ _REGISTRY: dict[type[Any], Entry] = {}
 _INSTEAD = {
     "BatchNormalization": "its statistics mix the examples of a batch, so no example has a gradient of its own; use "
     "GroupNormalization or LayerNormalization instead",
-    "Lambda": "its function cannot be looked into; write a Keras layer and register it with models.register_layer",
+    "Lambda": "its function cannot be looked into; write a Keras layer and give it to models.layers.register_layer",
     "TFOpLambda": "an operator on tensors has no registered gradient; use a layer, such as keras.layers.Add for +",
     "SlicingOpLambda": "indexing a tensor has no registered gradient; use a layer",
     "SimpleRNN": "use GRU or LSTM instead",
@@ -71,7 +71,7 @@ def entry_for(keras_layer: Any) -> Entry:
     if entry is None:
         kind = type(keras_layer).__name__
         known = ", ".join(sorted(each.__name__ for each in _REGISTRY))
-        advice = _INSTEAD.get(kind, f"use one of {known}, or register yours with models.register_layer")
+        advice = _INSTEAD.get(kind, f"use one of {known}, or register yours with models.layers.register_layer")
         raise ModelSpecError(f"Layer {keras_layer.name}: {kind} cannot be trained with per-example clipping: {advice}.")
     return entry
 

@@ -36,6 +36,7 @@ from fl_protocol.model_manifest import (
 PUBLISHER = Ed25519PrivateKey.from_private_bytes(bytes([3]) * 32)
 PARAMS = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], np.float32)
 KERAS = b"{}"
+FROZEN = np.array([0.5, -0.5], np.float32)
 GRAPH, INFER = b"graph " * 50, b"head" + PARAMS.tobytes() + b"tail"
 MANIFEST = BundleManifest(
     format=2,
@@ -59,12 +60,18 @@ MANIFEST = BundleManifest(
     train_arena_bytes=1000,
     infer_params_offset=4,
 )
-MEMBERS = ("manifest.json", "signature", "graph.tflite", "infer.tflite", "params.npy", "keras.json")
+MEMBERS = ("manifest.json", "signature", "graph.tflite", "infer.tflite", "params.npy", "keras.json", "frozen.npy")
 
 
 def pack(manifest: BundleManifest = MANIFEST, *, params: Any = PARAMS, infer: bytes = INFER) -> bytes:
     return pack_bundle(
-        manifest, graph=GRAPH, infer_template=infer, params=params, keras_json=KERAS, publisher_key=PUBLISHER
+        manifest,
+        graph=GRAPH,
+        infer_template=infer,
+        params=params,
+        keras_json=KERAS,
+        frozen=FROZEN,
+        publisher_key=PUBLISHER,
     )
 
 
@@ -88,7 +95,7 @@ def signed_with(change: Callable[[dict[str, Any]], None] | None = None, **member
     """A bundle that the real publisher signed although `change` was done to its manifest, or members replaced."""
     content = {**members_of(GOOD), **{name.replace("_", "."): data for name, data in members.items()}}
     manifest = msgspec.json.decode(content["manifest.json"])
-    for name in ("graph.tflite", "infer.tflite", "params.npy", "keras.json"):
+    for name in ("graph.tflite", "infer.tflite", "params.npy", "keras.json", "frozen.npy"):
         manifest["members"][name] = hashlib.sha256(content[name]).hexdigest()
     if change is not None:
         change(manifest)

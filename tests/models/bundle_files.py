@@ -8,6 +8,7 @@ from pathlib import Path
 from fl_protocol.bundle import ModelBundle, open_bundle
 from models.publisher import load_public_key
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 BUNDLES = Path(__file__).parents[2] / "models" / "bundles"
 
 

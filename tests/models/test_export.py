@@ -36,9 +36,10 @@ from models.export.data import Examples, read_examples, read_params  # noqa: E40
 from models.export.micro import MicroRunner  # noqa: E402
 from models.export.run import GraphRunner  # noqa: E402
 from models.flatbuffer import operators  # noqa: E402
-from models.keras_bundle import import_custom, keras_model  # noqa: E402
+from models.keras_bundle import keras_model  # noqa: E402
 from models.network import Network  # noqa: E402
 from models.publisher import write_public_key  # noqa: E402
+from models.sources import Description, describe, load_python  # noqa: E402
 from models.zoo import watch_cnn, watch_features  # noqa: E402
 
 HELD_OUT = (9, 10)
@@ -285,18 +286,27 @@ def test_a_custom_layer_is_known_once_its_file_was_run(trained: Trained, tmp_pat
         "import tensorflow as tf\nfrom models.zoo.channel_scale import ChannelScale\n"
         "@tf.keras.saving.register_keras_serializable(package='mine')\nclass MineForTest(ChannelScale):\n    pass\n"
     )
-    import_custom(tmp_path / "layers.py")
+    load_python(tmp_path / "layers.py")
     assert type(keras_model(bundle).get_layer("scale")).__name__ == "MineForTest"
-    with pytest.raises(LocalMisuseError, match="--custom"):
-        import_custom(tmp_path / "missing.py")
+    with pytest.raises(LocalMisuseError, match="no such Python file"):
+        load_python(tmp_path / "missing.py")
 
 
-def test_a_frozen_layer_is_refused_because_its_weights_are_not_in_the_bundle(trained: Trained) -> None:
-    config = json.loads(trained.bundle.keras_json)
-    config["config"]["layers"][2]["config"]["trainable"] = False
-    manifest = replace(trained.bundle.manifest, parameters=trained.bundle.manifest.parameters[2:])
-    with pytest.raises(LocalMisuseError, match="conv1 is frozen"):
-        keras_model(replace(trained.bundle, keras_json=json.dumps(config).encode(), manifest=manifest))
+def test_frozen_layers_come_back_with_their_weights() -> None:
+    layers = tf.keras.layers
+    inputs = tf.keras.Input((12, 2))
+    frozen = layers.Conv1D(3, 4, trainable=False, name="frozen")
+    outputs = layers.Dense(3)(layers.GlobalMaxPooling1D()(layers.Conv1D(4, 3)(frozen(inputs))))
+    model = tf.keras.Model(inputs, outputs, name="partly")
+    model.compile(loss=tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    spec = describe(model, Description())
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    bundle = open_bundle(build_bundle(spec, publisher_key=key, batch_size=2), publisher=key.public_key())
+    assert bundle.frozen.size == 4 * 2 * 3 + 3
+    x = np.random.default_rng(0).standard_normal((5, 12, 2)).astype(np.float32)
+    np.testing.assert_allclose(keras_model(bundle)(x), model(x), atol=1e-6)
+    with pytest.raises(BundleError, match="Layer frozen has 27 weights"):
+        keras_model(replace(bundle, frozen=bundle.frozen[:5]))
 
 
 @pytest.mark.parametrize(
