@@ -65,10 +65,10 @@ def _flops(name: str, operator: Any, tensors: Any) -> int:
     if name in ("CONV_2D", "DEPTHWISE_CONV_2D"):
         # Each output multiplies one filter: all of it, or one channel's.
         taps = inputs[1] // (tensors[operator.inputs[1]].shape[0 if name == "CONV_2D" else 3])
-        return 2 * outputs * taps
+        return int(2 * outputs * taps)
     if name == "ADD_N":
         return outputs * (len(inputs) - 1)
-    return int(inputs[0] if name in _REDUCTIONS else outputs)
+    return inputs[0] if name in _REDUCTIONS else outputs
 
 
 def _elements(tensor: Any) -> int:

@@ -317,3 +317,12 @@ def test_records_that_do_not_fit_the_model_are_refused(folder: Path, x: np.ndarr
     save_records(store, Records(x.astype(np.float32), np.array(y, np.int32)))
     with pytest.raises(StoreError, match=reason):
         load_records(store, window_shape=(3, 2), label=LabelSchema("class", ("a", "b")))
+
+
+def test_labels_that_are_numbers_survive(folder: Path) -> None:
+    store, label = EncryptedFiles(folder, KEY), LabelSchema("value", ("rate", "trend"), ("1/min", "1"))
+    records = Records(np.zeros((4, 3, 2), np.float32), np.arange(8, dtype=np.float32).reshape(4, 2))
+    save_records(store, records)
+    np.testing.assert_array_equal(load_records(store, window_shape=(3, 2), label=label).y, records.y)
+    with pytest.raises(StoreError, match="takes 1 numbers an example"):
+        load_records(store, window_shape=(3, 2), label=LabelSchema("value", ("rate",)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from sqlalchemy import event
 
 from aggregator.rounds import Phase
@@ -27,7 +28,7 @@ from tests.system.study import (
     final_digest,
     published_updates,
 )
-from tests.virtual_fleet import AGGREGATOR_KEY, TASK, TENANT, Faults, VirtualFleet, task_config
+from tests.virtual_fleet import AGGREGATOR_KEY, TASK, TENANT, Faults, VirtualFleet, load_bundle, task_config
 
 
 @pytest.fixture(scope="module")
@@ -345,3 +346,21 @@ def test_a_finished_study_leaves_no_round_key_in_the_database_files(tmp_path: Pa
     for path in files:
         content = path.read_bytes() if path.exists() else b""
         assert not any(secret in content for secret in drawn), path.name
+
+
+def test_personal_layers_stay_with_their_wearers(tmp_path: Path) -> None:
+    whole = load_bundle("watch_cnn")
+    # The head, which lies last, stays on the device.
+    head = next(spec.offset for spec in whole.manifest.parameters if spec.name == "logits/kernel")
+    bundle = replace(whole, manifest=replace(whole.manifest, num_shared_parameters=head))
+    fleet = VirtualFleet(tmp_path, bundle=bundle)
+    fleet.run()
+    check_study(fleet)
+    assert fleet.aggregator.store.model(fleet.aggregator.state.model_version).model.params.size == head
+    own = [fleet.devices[name].participant.personal.values for name in sorted(fleet.devices)]
+    assert all(values.size == whole.manifest.num_parameters - head for values in own)
+    assert not any(np.array_equal(values, whole.params[head:]) for values in own)
+    assert not np.array_equal(own[0], own[1])
+    for daemon in fleet.devices.values():
+        left = [payload for _, payload in fleet.broker.published]
+        assert not any(daemon.participant.personal.values[:64].tobytes() in payload for payload in left)
