@@ -16,7 +16,6 @@ def make_model():
     shortcut = x
     x = layers.SeparableConv1D(16, 5, padding="same", activation="relu", name="separable")(x)
     x = layers.Add(name="residual")([x, shortcut])
-    x = layers.GroupNormalization(4, name="norm")(x)
     x = layers.GlobalAveragePooling1D(name="mean")(x)
     x = layers.Dropout(0.2, name="dropout")(x)
     outputs = layers.Dense(7, activation="softmax", name="exercise")(x)

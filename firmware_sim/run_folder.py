@@ -23,7 +23,7 @@ from device_client.assembly import DeviceFiles
 from device_client.config import DeviceConfig, DeviceSection, PrivacyConfig, StudyConfig
 from device_client.device_store import create_identity, save_records
 from device_client.session import Role
-from firmware_sim.bundles import bundle_and_publisher
+from firmware_sim.bundles import bundle_and_publisher, require_watch_model
 from firmware_sim.errors import FleetError
 from firmware_sim.settings import AGGREGATOR, TASK, TENANT, DemoSettings
 from firmware_sim.watch_data import Recording, Wrist, windows_of
@@ -82,7 +82,7 @@ def create_run(folder: Path, settings: DemoSettings, recordings: list[Recording]
     """
     # What cannot be carried out is refused before anything is written.
     settings.plan()
-    bundle_and_publisher(settings.model)
+    require_watch_model(settings.model)
     run = RunFolder(folder)
     try:
         if folder.exists() and any(folder.iterdir()):

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from device_client.training import Records
 from firmware_sim.errors import FleetError
 
+CHANNELS = 6
 LABELS = ("PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW")
 PEOPLE = tuple(range(1, 11))
 SIDES = ("left", "right")

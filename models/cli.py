@@ -114,14 +114,14 @@ def build(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Static batch dimension of the graph.")] = 32,
     version: Annotated[int, typer.Option(min=0, help="Bundle version; devices refuse a lower one.")] = 1,
-    name: Annotated[str | None, typer.Option(help="Name in the bundle [default: the model's].")] = None,
+    name: Annotated[str | None, typer.Option(help="Name in the bundle (default: the model's).")] = None,
     description: Annotated[str | None, typer.Option(help="What the model is for.")] = None,
     data: Annotated[str | None, typer.Option(help="Which recordings it is for or from, and their licence.")] = None,
     loss: Annotated[
         str | None,
         typer.Option(
             help="softmax_cross_entropy, binary_cross_entropy, mean_squared_error, huber or huber:DELTA "
-            "[default: the compiled one]."
+            "(default: the compiled one)."
         ),
     ] = None,
     autoencoder: Annotated[bool, typer.Option("--autoencoder", help="The target is the input itself.")] = False,
@@ -214,7 +214,7 @@ def inspect(
     *,
     verify: Annotated[
         Path | None,
-        typer.Option(metavar="KEYFILE", help="The publisher's public key [default: publisher.pub beside the bundle]."),
+        typer.Option(metavar="KEYFILE", help="The publisher's public key (default: publisher.pub beside the bundle)."),
     ] = None,
 ) -> None:
     """Verify a bundle, before anything in it is read, and show what it holds."""

@@ -118,7 +118,7 @@ class Network:
         stages = [node.layer.description for node in self.nodes if isinstance(node.layer, FixedLayer)]
         text = " Then: ".join(stages) if stages else "None: the samples enter the layers as they are."
         augmentation = self.spec.augmentation
-        return text if augmentation is None else f"{text} In training only: {augmentation.description}"
+        return text if augmentation is None else f"{text} In training only, augmentation: {augmentation.description}"
 
     def split(self, params: tf.Tensor) -> list[list[tf.Tensor]]:
         """Each node's own tensors: cut from the flat vector [d], or constants if it is frozen."""

@@ -171,9 +171,13 @@ def test_a_path_that_cannot_be_a_folder_is_one_sentence(tmp_path: Path, recordin
     ("settings", "complaint"),
     [
         (DemoSettings(epsilon=1e-9), "too small for 60 rounds"),
-        (DemoSettings(model="watch_transformer"), "there is no bundle watch_transformer; covey comes with watch_cnn, "),
+        (
+            DemoSettings(model="watch_transformer"),
+            "there is no bundle watch_transformer; covey comes with .*watch_cnn, ",
+        ),
+        (DemoSettings(model="image_cnn"), r"image_cnn is not for the watch recordings.*takes \(28, 28, 1\)"),
     ],
-    ids=["budget", "model"],
+    ids=["budget", "model", "other data"],
 )
 def test_settings_that_cannot_be_carried_out_leave_no_folder(
     tmp_path: Path, recordings: list[Recording], settings: DemoSettings, complaint: str
