@@ -147,6 +147,8 @@ def build(
     sources = list(catalog.MODELS) if source == "all" else [source]
     if (out is None) == (out_dir is None) or (out is not None and source == "all"):
         raise LocalMisuseError("build: give --out FILE for one model, or --out-dir FOLDER.")
+    if source == "all" and name:
+        raise LocalMisuseError("build all: --name would write every model to one file; leave it out.")
     said = Description(
         name=name,
         description=description,

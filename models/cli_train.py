@@ -19,8 +19,8 @@ from rich.table import Table
 from device_client.adapters.tflite_graph import TfliteGraph
 from device_client.training import Records
 from fl_protocol.adapters.files import write_atomic
-from fl_protocol.bundle import ModelBundle, open_bundle
-from fl_protocol.errors import BundleError, LocalMisuseError
+from fl_protocol.bundle import ModelBundle
+from fl_protocol.errors import LocalMisuseError
 from fl_protocol.signing import public_key_hex
 from models import publisher
 from models.central import release
@@ -40,6 +40,7 @@ from models.central.training import (
     train_centrally,
 )
 from models.quiet import quiet_tensorflow
+from models.sources import load_python
 
 if TYPE_CHECKING:
     from models.central.tf_privacy import ReferenceResult
@@ -121,6 +122,10 @@ def train(
             "compare."
         ),
     ] = None,
+    custom: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="MODULE.py", help="With --reference: a file that registers layers of yours; it is run."),
+    ] = None,
     data_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="What the bundle's description calls the data (default: FILE).")
     ] = None,
@@ -146,7 +151,7 @@ def train(
     averaging = _averaging(average)
     signer = publisher.load_key(key) if key else Ed25519PrivateKey.generate()
     _check_targets(out, report, signer, force=force)
-    opened = _opened(bundle, verify)
+    opened = publisher.opened(bundle, verify)
     records = read_records(data, opened.manifest, option="--data")
     held_out = read_records(validation, opened.manifest, option="--validation") if validation else None
     defaults = opened.manifest.defaults
@@ -176,7 +181,12 @@ def train(
     summary = release.report(opened, plan, trained, data_name=name, seed=seed, measured=measured)
     if reference is not None:
         summary["reference"] = _compare(
-            training, trained, reference, measured=measured, epsilon=summary["privacy"]["epsilon"]
+            training,
+            trained,
+            reference,
+            custom=custom or [],
+            measured=measured,
+            epsilon=summary["privacy"]["epsilon"],
         )
     if report is not None:
         _write(report, json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n")
@@ -308,16 +318,6 @@ def _check_targets(out: Path, report: Path | None, signer: Ed25519PrivateKey, *,
         )
 
 
-def _opened(path: Path, verify: Path | None) -> ModelBundle:
-    """The bundle, verified."""
-    trusted = publisher.load_public_key(verify or path.parent / publisher.PUBLIC_KEY_FILE)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"The bundle {path} cannot be read ({error.strerror}).") from error
-    return open_bundle(data, publisher=trusted)
-
-
 def _summary(plan: CentralPlan, trained: Trained, said: str, measured: dict[str, float]) -> list[str]:
     """What came out, for people."""
     lines = [said]
@@ -335,6 +335,7 @@ def _compare(
     trained: Trained,
     reference: Reference,
     *,
+    custom: list[Path],
     measured: dict[str, float],
     epsilon: float | None,
 ) -> dict[str, Any]:
@@ -344,6 +345,8 @@ def _compare(
         from models.central.tf_privacy import limit_threads, train_reference  # noqa: PLC0415 - slow
 
         limit_threads(training.threads)
+        for path in custom:
+            load_python(path)
         other: ReferenceResult = train_reference(
             training.bundle,
             training.records,
