@@ -8,9 +8,10 @@ With x̂ = (x − μ)/√(σ² + ε) over the m values of a group and y = x̂·�
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from models.errors import ModelSpecError
@@ -32,7 +33,7 @@ def _layer_normalization(layer: Any, context: Context) -> NormalisationLayer:
         )
     scaled = context.input_shape[rank - len(axes) :]
     rows, values = math.prod(context.input_shape[: rank - len(axes)]), math.prod(scaled)
-    return NormalisationLayer(layer, context, scaled=scaled, grouped=(rows, values), reduced=(2,))
+    return NormalisationLayer(layer, context, scaled=scaled, grouped=(rows, values), mean=_mean_of_rows)
 
 
 @register_layer(tf.keras.layers.GroupNormalization)
@@ -45,29 +46,54 @@ def _group_normalization(layer: Any, context: Context) -> NormalisationLayer:
         )
     groups = channels if layer.groups == -1 else layer.groups
     if groups == 1:
-        return NormalisationLayer(
-            layer, context, scaled=(channels,), grouped=(1, math.prod(context.input_shape)), reduced=(2,)
-        )
-    grouped = (math.prod(spatial), groups, channels // groups)
-    return NormalisationLayer(layer, context, scaled=(channels,), grouped=grouped, reduced=(1, 3))
+        whole = (1, math.prod(context.input_shape))
+        return NormalisationLayer(layer, context, scaled=(channels,), grouped=whole, mean=_mean_of_rows)
+    return NormalisationLayer(
+        layer,
+        context,
+        scaled=(channels,),
+        grouped=(math.prod(spatial), channels),
+        mean=_mean_of_groups(channels, groups),
+    )
+
+
+def _mean_of_rows(x: tf.Tensor) -> tf.Tensor:
+    """[N, rows, values] to [N, rows, 1]."""
+    return tf.reduce_mean(x, 2, keepdims=True)
+
+
+def _mean_of_groups(channels: int, groups: int) -> Callable[[tf.Tensor], tf.Tensor]:
+    """A function from [N, positions, channels] to [N, 1, channels]: at each channel the mean of its group."""
+    # A product with a constant matrix spreads a group's mean over its channels, so that all that follows broadcasts
+    # whole rows: less than half the time of reducing over two of four axes.
+    size = channels // groups
+    share = np.kron(np.eye(groups), np.full((size, size), 1 / size)).astype(np.float32)
+
+    return lambda x: tf.matmul(tf.reduce_mean(x, 1, keepdims=True), share)
 
 
 class NormalisationLayer:
-    """y = x̂·γ + β; it saves x̂ and 1/√(σ² + ε), in the shape in which groups are axes.
+    """y = x̂·γ + β; it saves x̂ and 1/√(σ² + ε).
 
     Args:
         layer: the Keras layer: ``epsilon``, ``scale`` (whether there is a γ) and ``center`` (a β).
         context: of one input.
         scaled: the shape of γ and β, the last axes of the input.
-        grouped: a shape of the example in which each group is made of whole axes.
-        reduced: those axes, counted with the batch.
+        grouped: a shape of two axes, in which x is normalised.
+        mean: from there to the mean of each value's group, in a shape that broadcasts.
     """
 
     def __init__(
-        self, layer: Any, context: Context, *, scaled: Shape, grouped: Shape, reduced: tuple[int, ...]
+        self,
+        layer: Any,
+        context: Context,
+        *,
+        scaled: Shape,
+        grouped: Shape,
+        mean: Callable[[tf.Tensor], tf.Tensor],
     ) -> None:
         self.output_shape, self._copies = context.input_shape, context.copies
-        self._grouped, self._reduced, self._epsilon = grouped, reduced, float(layer.epsilon)
+        self._grouped, self._mean, self._epsilon = grouped, mean, float(layer.epsilon)
         # Where γ and β apply: rows of as many values as they have.
         self._values = math.prod(scaled)
         self._rows = math.prod(context.input_shape) // self._values
@@ -82,8 +108,8 @@ class NormalisationLayer:
     def forward(self, weights: Sequence[tf.Tensor], *inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
         """See `Layer.forward`."""
         x = _shaped(inputs[0], self._grouped)
-        deviation = x - tf.reduce_mean(x, self._reduced, keepdims=True)
-        variance = tf.reduce_mean(deviation * deviation, self._reduced, keepdims=True)
+        deviation = x - self._mean(x)
+        variance = self._mean(deviation * deviation)
         inverse = tf.math.rsqrt(variance + self._epsilon)
         normal = deviation * inverse
         y, named = _shaped(normal, (self._rows, self._values)), self._named(weights)
@@ -100,8 +126,7 @@ class NormalisationLayer:
             PerExample(tf.reduce_sum(held[role], 1), copies=self._copies, role=role) for role in named
         ]
         g = _shaped(gradient * named["gamma"] if "gamma" in named else gradient, self._grouped)
-        along = tf.reduce_mean(g * normal, self._reduced, keepdims=True)
-        dx = (g - tf.reduce_mean(g, self._reduced, keepdims=True) - normal * along) * inverse
+        dx = (g - self._mean(g) - normal * self._mean(g * normal)) * inverse
         return (_shaped(dx, self.output_shape),), tuple(forms)
 
     def _named(self, weights: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
