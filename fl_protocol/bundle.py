@@ -107,7 +107,8 @@ def pack_bundle(
         The bytes of the ``.covey`` file; the same arguments give the same bytes.
 
     Raises:
-        LocalMisuseError: `params` is not a finite float32 vector of the manifest's length, or `frozen` not finite.
+        LocalMisuseError: `params` is not a finite float32 vector of the manifest's length, `frozen` is not finite, or
+            the manifest contradicts itself.
     """
     members = {
         GRAPH: graph,
@@ -118,6 +119,7 @@ def pack_bundle(
     }
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     text = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, members=digests)), indent=1)
+    _check_opens(text)
     signature = publisher_key.sign(_SIGNING_CONTEXT + text)
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -203,6 +205,14 @@ def _read_members(data: bytes) -> dict[str, bytes]:
     # zipfile raises a wide family on hostile input (BadZipFile, zlib.error, struct.error, EOFError, ...).
     except Exception as error:
         raise BundleError(f"The bundle is not a readable zip ({error}): the file is damaged, get it again.") from error
+
+
+def _check_opens(text: bytes) -> None:
+    """Refuse to sign what nobody could open."""
+    try:
+        decode_manifest(text)
+    except BundleError as error:
+        raise LocalMisuseError(f"No device could open this bundle: {error}") from error
 
 
 def _saved(vector: NDArray[np.float32], count: int) -> bytes:

@@ -213,7 +213,7 @@ class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def personal_layers(self) -> tuple[str, ...]:
         """Layers whose parameters stay on the device, in the order of the flat vector."""
-        own = [spec.name.split("/")[0] for spec in self.parameters if spec.offset >= self.num_shared_parameters]
+        own = [spec.name.rpartition("/")[0] for spec in self.parameters if spec.offset >= self.num_shared_parameters]
         return tuple(dict.fromkeys(own))
 
     @property
@@ -275,6 +275,23 @@ def _check_training(manifest: BundleManifest) -> None:
     for mask in manifest.dropout:
         if not 0 <= mask.rate < 1 or mask.units < 1:
             raise BundleError(f"The bundle's dropout of {mask.layer} has rate {mask.rate} and {mask.units} units.")
-    label = manifest.label
+    given, rate = manifest.defaults, manifest.input.sampling_rate_hz
+    numbers = (given.learning_rate, given.l2_norm_clip, manifest.loss.delta)
+    if not all(0 < number < math.inf for number in numbers) or not 0 <= given.server_momentum < 1:
+        raise BundleError(
+            f"The bundle's defaults are {given} and its loss {manifest.loss}; expected numbers above 0, "
+            "momentum below 1."
+        )
+    if not 0 <= rate < math.inf or not 0 <= manifest.label.tolerance < math.inf:
+        raise BundleError(
+            f"The bundle's sampling rate is {rate} and its tolerance {manifest.label.tolerance}; expected 0 or more."
+        )
+    _check_label(manifest.label)
+
+
+def _check_label(label: LabelSchema) -> None:
+    """Names and units fit the kind of label."""
+    if len(set(label.names)) != len(label.names):
+        raise BundleError(f"The bundle's label names one thing twice: {', '.join(label.names)}.")
     if (label.kind == "input") == bool(label.names) or (label.units and len(label.units) != len(label.names)):
         raise BundleError(f"The bundle's label of kind {label.kind} has names {label.names} and units {label.units}.")

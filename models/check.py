@@ -112,6 +112,8 @@ def _examples(network: Network, batch_size: int, rng: np.random.Generator) -> Fl
     """Normal values, or ids that every embedding has."""
     shape = (batch_size, *network.spec.input.shape)
     sizes = [node.layer.vocabulary for node in network.nodes if isinstance(node.layer, EmbeddingLayer)]
+    if not sizes and network.spec.model.inputs[0].dtype.is_integer:
+        return rng.integers(0, 128, shape).astype(np.float32)
     drawn = rng.integers(0, min(sizes), shape) if sizes else _typical_size(network) * rng.standard_normal(shape)
     return drawn.astype(np.float32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fl_protocol.model_manifest import LossName, LossSpec
@@ -33,17 +34,29 @@ def compiled_loss(model: Any) -> LossSpec:
             f"(one of {', '.join(LABEL_KINDS)})."
         )
     config = given.get_config() if hasattr(given, "get_config") else {}
-    keras_name = str(config.get("name") or getattr(given, "__name__", given))
+    keras_name = _keras_name(given)
     name = _KERAS_NAMES.get(keras_name)
     if name is None:
         raise ModelSpecError(
             f"Model {model.name}: the loss {keras_name} is not supported; use one of "
             f"{', '.join(sorted(set(_KERAS_NAMES) - {'mse', 'huber_loss'}))}."
         )
-    if config.get("label_smoothing"):
-        raise ModelSpecError(f"Model {model.name}: label_smoothing is not supported; leave it out.")
+    if config.get("label_smoothing") or config.get("ignore_class") is not None:
+        raise ModelSpecError(f"Model {model.name}: label_smoothing and ignore_class are not supported; leave them out.")
     _check_output(model, name, from_logits=bool(config.get("from_logits", False)))
     return LossSpec(name, float(config.get("delta", 1.0)))
+
+
+def _keras_name(given: Any) -> str:
+    """The loss's name in `_KERAS_NAMES`; of a loss that is not Keras's own, something that is not in it."""
+    if isinstance(given, str):
+        return given
+    is_object = hasattr(given, "get_config")
+    own = type(given) if is_object else given
+    name = str(getattr(own, "__name__", given))
+    if not str(getattr(own, "__module__", "")).startswith("keras."):
+        return f"{name} (not of Keras)"
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() if is_object else name
 
 
 def ending(model: Any) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from numpy.typing import NDArray
 
 import models.layers  # noqa: F401  # fills the registry
@@ -78,11 +79,7 @@ def bound_nodes(model: Any, *, copies: int) -> list[Node]:
     nodes: list[Node] = []
     seen: set[int] = set()
     for layer, inputs, output, options in _calls(model):
-        if id(layer) in seen and layer.weights:
-            raise ModelSpecError(
-                f"Layer {layer.name}: it is used more than once, and the gradients of shared weights do not come apart "
-                "per example; use a layer for each place."
-            )
+        _check_layer(layer, is_again=id(layer) in seen)
         seen.add(id(layer))
         _static(f"Layer {layer.name}", output)
         sources = tuple(values[id(tensor)] for tensor in inputs)
@@ -100,6 +97,22 @@ def bound_nodes(model: Any, *, copies: int) -> list[Node]:
     if values[id(model.outputs[0])] != len(nodes):
         raise ModelSpecError(f"Model {model.name}: its last layer is not its output; leave unused branches out.")
     return nodes
+
+
+def _check_layer(layer: Any, *, is_again: bool) -> None:
+    """Refuse what no kind of layer may be."""
+    if is_again and (layer.weights or isinstance(layer, tf.keras.layers.Dropout)):
+        raise ModelSpecError(
+            f"Layer {layer.name}: it is used more than once, and the gradients of shared weights do not come apart "
+            "per example; use a layer for each place."
+        )
+    if "/" in layer.name:
+        raise ModelSpecError(f"Layer {layer.name}: a name with / is taken apart in the bundle; name it without.")
+    if layer.compute_dtype != "float32":
+        raise ModelSpecError(
+            f"Layer {layer.name}: it computes in {layer.compute_dtype}, devices in float32; build the model without a "
+            "dtype policy."
+        )
 
 
 def frozen_weights(model: Any) -> NDArray[np.float32]:

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from fl_protocol.bundle import MAX_MEMBER_BYTES
 from fl_protocol.model_manifest import ClipGroup, DropoutMask, LayerInfo, ParameterSpec
 from models.errors import ModelSpecError
 from models.keras_nodes import Node, bound_nodes, input_shape, maximum_first
@@ -53,6 +54,11 @@ class Network:
         # Stable: within each part the order of the forward pass.
         self._layout = sorted(self._trained, key=lambda index: self.nodes[index].name in spec.personal_layers)
         self._needed = self._needs_gradient()
+        if 4 * self.num_parameters > MAX_MEMBER_BYTES // 2:
+            raise ModelSpecError(
+                f"{spec.name}: {self.num_parameters:,} parameters are more than a bundle holds "
+                f"({MAX_MEMBER_BYTES // 8:,}); use smaller layers."
+            )
         self._first_window = self.nodes[self._trained[0]].inputs[0]
         shapes = [spec.input.shape, *(node.layer.output_shape for node in self.nodes)]
         self.loss = Loss(spec, output_shape=shapes[-1], target_shape=shapes[self._first_window])
@@ -243,7 +249,7 @@ class Network:
                 f"{self.spec.name}: norm_clips name the layers {named}; expected each trained layer once: {trained}."
             )
         squares = math.fsum(group.share**2 for group in groups)
-        if any(group.share <= 0 for group in groups) or abs(squares - 1) > 1e-6:
+        if not all(group.share > 0 for group in groups) or not abs(squares - 1) <= 1e-6:
             raise ModelSpecError(
                 f"{self.spec.name}: the squares of the shares of norm_clips add up to {squares:.6g}; expected 1, so "
                 "that the noise fits the whole gradient."

@@ -98,7 +98,7 @@ class Reference:
     def _assign(self, params: Floats) -> None:
         pieces = {spec.name: _piece(params, spec) for spec in self._layout}
         for layer in self._model.layers:
-            own = [piece for name, piece in pieces.items() if name.split("/")[0] == layer.name]
+            own = [piece for name, piece in pieces.items() if name.rpartition("/")[0] == layer.name]
             at, flat = 0, np.concatenate([piece.ravel() for piece in own]) if own else np.zeros(0, np.float32)
             for variable in layer.trainable_variables:
                 size = math.prod(variable.shape)
@@ -111,7 +111,7 @@ class Reference:
         pairs = iter(by_variable)
         for layer in self._model.layers:
             by_layer[layer.name] = [next(pairs).ravel() for _ in layer.trainable_variables]
-        names = dict.fromkeys(spec.name.split("/")[0] for spec in self._layout)
+        names = dict.fromkeys(spec.name.rpartition("/")[0] for spec in self._layout)
         return np.concatenate([part for name in names for part in by_layer[name]])
 
     def _set_masks(self, dropout: tf.Tensor | None) -> None:
@@ -131,7 +131,7 @@ def clipped_sum(
     for group in groups:
         members = np.zeros(wide.shape[1], bool)
         for spec in layout:
-            if spec.name.split("/")[0] in group.layers:
+            if spec.name.rpartition("/")[0] in group.layers:
                 members[spec.offset : spec.offset + math.prod(spec.shape)] = True
         norms = np.linalg.norm(wide[:, members], axis=1)
         factors = mask * np.minimum(1.0, clip * group.share / np.maximum(norms, np.finfo(np.float64).tiny))

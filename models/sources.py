@@ -189,7 +189,12 @@ def describe(model: Any, said: Description) -> ModelSpec:
     shape = input_shape(model)
     loss = _parsed_loss(said.loss) if said.loss else compiled_loss(model)
     outputs = tuple(model.output_shape[1:])
-    count = outputs[0] if len(outputs) == 1 and outputs[0] else 0
+    if len(outputs) != 1 and said.label_kind != "input":
+        raise ModelSpecError(
+            f"Model {model.name}: its output is {outputs}, expected one row of numbers; end it with Flatten "
+            "or a global pooling layer, and Dense."
+        )
+    count = outputs[0] or 0
     kinds: dict[str, LabelKind] = {"softmax_cross_entropy": "class", "binary_cross_entropy": "binary"}
     kind = said.label_kind or kinds.get(loss.name, "value")
     word = {"class": "class", "binary": "label", "value": "value"}.get(kind, "")

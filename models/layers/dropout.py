@@ -24,6 +24,8 @@ class DropoutLayer(Parameterless):
     def __init__(self, layer: Any, context: Context) -> None:
         if layer.noise_shape is not None:
             raise ModelSpecError(f"Layer {layer.name}: Dropout with noise_shape is not supported; leave it out.")
+        if not 0 <= layer.rate < 1:
+            raise ModelSpecError(f"Layer {layer.name}: Dropout at rate {layer.rate} keeps nothing; use less than 1.")
         self.rate, self.units = float(layer.rate), math.prod(context.input_shape)
         self.output_shape = context.input_shape
 

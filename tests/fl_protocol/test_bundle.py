@@ -320,6 +320,11 @@ def test_parameters_that_are_no_finite_vector_are_refused_even_if_signed(raw: by
         (lambda m: m.update(batch_size=0), "batch_size is 0"),
         (lambda m: m["label"].update(kind="input"), "label of kind input"),
         (lambda m: m["label"].update(units=["m"]), "label of kind class"),
+        (lambda m: m["label"].update(names=["rest", "rest"]), "names one thing twice"),
+        (lambda m: m["label"].update(tolerance=-1.0), "tolerance -1"),
+        (lambda m: m["input"].update(sampling_rate_hz=-50.0), "sampling rate is -50"),
+        (lambda m: m["defaults"].update(l2_norm_clip=0.0), "expected numbers above 0"),
+        (lambda m: m["defaults"].update(server_momentum=1.0), "momentum below 1"),
         (lambda m: m.update(surprise=1), "cannot be read"),
         (lambda m: m.pop("label"), "cannot be read"),
         (lambda m: m["members"].pop("graph.tflite"), "does not match its signed digest"),
@@ -336,3 +341,8 @@ def test_a_manifest_that_contradicts_itself_is_refused_even_if_signed(
 def test_a_publisher_cannot_pack_parameters_that_nobody_would_open(params: Any) -> None:
     with pytest.raises(LocalMisuseError, match="parameters: expected"):
         pack(params=params)
+
+
+def test_a_manifest_that_nobody_could_open_is_not_signed() -> None:
+    with pytest.raises(LocalMisuseError, match=r"No device could open this bundle: .*offset 5"):
+        pack(msgspec.structs.replace(MANIFEST, parameters=(ParameterSpec("a", (7,), 5),)))

@@ -11,7 +11,7 @@ from bundle_files import EXAMPLES
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.model_manifest import ClipGroup, LossSpec
 from models.errors import ConversionError, ModelSpecError
-from models.sources import Description, load_spec
+from models.sources import Description, describe, load_spec
 
 pytestmark = pytest.mark.tensorflow
 tf = pytest.importorskip("tensorflow")
@@ -163,6 +163,63 @@ def test_a_python_function_hidden_in_a_saved_model_is_not_run(tmp_path: Path) ->
     model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Lambda(lambda x: x), tf.keras.layers.Dense(2)])
     model.compile(loss="mse")
     refused(saved(tmp_path, model), "cannot be read as a Keras model .*[Ll]ambda")
+
+
+def small(*layers: Any, **compiled: Any) -> Any:
+    model = tf.keras.Sequential([tf.keras.Input((4,)), *layers], name="small")
+    model.compile(**({"loss": "mse"} | compiled))
+    return model
+
+
+def test_what_no_layer_may_be_is_named() -> None:
+    layers = tf.keras.layers
+    shared = layers.Dropout(0.5, name="drop")
+    for model, match in (
+        (small(layers.Dense(2, name="a/b")), "Layer a/b: a name with /"),
+        (small(layers.Dense(2, dtype="float16", name="d")), "Layer d: it computes in float16"),
+        (small(layers.Dropout(1.0, name="all"), layers.Dense(2)), "Layer all: Dropout at rate 1"),
+        (small(shared, layers.Dense(4), shared, layers.Dense(2)), "Layer drop: it is used more than once"),
+        (small(layers.Reshape((2, 2)), layers.Dense(3)), r"its output is \(2, 3\), expected one row"),
+        (small(layers.Dense(6_000), layers.Dense(6_000), layers.Dense(2)), "parameters are more than a bundle holds"),
+    ):
+        with pytest.raises(ModelSpecError, match=match):
+            Network(describe(model, NOTHING))
+
+
+def test_a_loss_of_ones_own_is_not_taken_for_keras() -> None:
+    def mse(wanted: Any, got: Any) -> Any:
+        return tf.abs(wanted - got)
+
+    layer = tf.keras.layers.Dense(3)
+    named = tf.keras.losses.MeanSquaredError(name="huber")
+    assert describe(small(layer, loss=named), NOTHING).loss.name == "mean_squared_error"
+    ignoring = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
+    for loss, match in ((mse, "the loss mse .not of Keras. is not supported"), (ignoring, "ignore_class")):
+        with pytest.raises(ModelSpecError, match=match):
+            describe(small(layer, loss=loss), NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [
+        (Description(label_units=("a", "b")), "has names .'value 0',. and units"),
+        (Description(learning_rate=float("inf")), "No device could open this bundle"),
+        (Description(learning_rate=-1.0), "expected numbers above 0"),
+        (Description(sampling_rate_hz=float("nan")), "No device could open this bundle"),
+        (Description(tolerance=-1.0), "its tolerance -1"),
+    ],
+)
+def test_what_no_device_could_open_is_not_signed(said: Description, match: str) -> None:
+    spec = describe(small(tf.keras.layers.Dense(1)), said)
+    with pytest.raises(LocalMisuseError, match=match):
+        build_bundle(spec, publisher_key=KEY, batch_size=2)
+
+
+def test_whole_numbers_as_input_are_built() -> None:
+    inputs = tf.keras.Input((6,), dtype="uint8")
+    model = tf.keras.Model(inputs, tf.keras.layers.Dense(2)(tf.keras.layers.Rescaling(1 / 255)(inputs)))
+    model.compile(loss="mse")
+    build_bundle(describe(model, NOTHING), publisher_key=KEY, batch_size=2)
 
 
 def test_options_that_do_not_fit_are_named(tmp_path: Path) -> None:
