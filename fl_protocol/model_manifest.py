@@ -137,7 +137,8 @@ class LayerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kind: its Keras class.
         output_shape: of one example.
         num_parameters: trained ones.
-        norm_methods: how per-example gradient norms are computed, by parameter role: ``gram`` or ``materialised``.
+        norm_methods: how per-example gradient norms are computed, by parameter role: ``gram``, ``materialised``
+            or, of an embedding, ``by row``.
     """
 
     name: str

@@ -55,7 +55,8 @@ def clipped_step(
         by_group[network.clip_group(index)] += [form.squared_norms() for form in forms]
     squares = [tf.add_n(parts) for parts in by_group]
     total = tf.add_n(squares)
-    counted = _counts(mask, losses) & (total < LARGEST)
+    # A sum of squares that is negative or NaN is a layer's mistake; such an example must not pass unclipped.
+    counted = _counts(mask, losses) & (total >= 0.0) & (total < LARGEST)
     factors = []
     for group, square in zip(network.norm_clips, squares, strict=True):
         norms = tf.sqrt(keep_counted(counted, square))

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from models.errors import ModelSpecError
-from models.layers.gradients import cheaper_norm_method, row_product
+from models.layers.gradients import norm_method, row_product
 from models.layers.layer import Backward, Context, Parameter
 from models.layers.registry import register_layer
 from models.layers.windows import Geometry, flat_positions, geometry, image_windows, picked, total, windows
@@ -49,9 +49,7 @@ class ConvolutionLayer:
         self.output_shape = (*window.output, filters)
         kernel = Parameter(role, (*window.size, self._channels, filters))
         self.parameters = (kernel, Parameter("bias", (filters,))) if use_bias else (kernel,)
-        self._method = cheaper_norm_method(
-            rows=context.copies * window.outputs, inputs=window.places * self._channels, outputs=filters
-        )
+        self._method = norm_method(rows=context.copies * window.outputs)
         # GATHER takes its time by the piece, so few channels are first joined along the last axis.
         self._in_two_steps = len(window.spatial) == 2 and self._channels < 8
         # Two ways back to the input: gather the output gradients that a position was used for and multiply by the

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from models.layers.gradients import cheaper_norm_method, row_product
+from models.layers.gradients import norm_method, row_product
 from models.layers.layer import Backward, Context, Parameter
 from models.layers.registry import register_layer
 
@@ -23,9 +23,7 @@ class DenseLayer:
         self._copies, self._input_shape = context.copies, context.input_shape
         kernel, bias = Parameter("kernel", (inputs, layer.units)), Parameter("bias", (layer.units,))
         self.parameters = (kernel, bias) if layer.use_bias else (kernel,)
-        self._method = cheaper_norm_method(
-            rows=context.copies * math.prod(self._leading), inputs=inputs, outputs=layer.units
-        )
+        self._method = norm_method(rows=context.copies * math.prod(self._leading))
 
     @property
     def norm_methods(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from models.errors import ModelSpecError
-from models.layers.gradients import GRAM, MATERIALISED, ParameterGradient, keep_counted, row_product
+from models.layers.gradients import BY_ROW, MATERIALISED, ParameterGradient, keep_counted, row_product
 from models.layers.layer import Backward, Context, Parameter
 from models.layers.registry import register_layer
 
@@ -33,11 +33,11 @@ class EmbeddingLayer:
         self._input_shape, self._places = context.input_shape, math.prod(context.input_shape)
         self.output_shape = (*context.input_shape, layer.output_dim)
         self.parameters = (Parameter("embeddings", (layer.input_dim, layer.output_dim)),)
-        # Per example: which pairs of places share an id and the products of their gradients, or the table's gradient
-        # itself, passed over for the norm and for the sum.
+        # Per example: adding up the gradients of places that share an id, or the table's gradient itself, passed over
+        # for the norm and for the sum.
         places = context.copies * self._places
-        gram = places * places * (self._units + 4) < 2 * self.vocabulary * self._units
-        self._method = GRAM if gram else MATERIALISED
+        by_row = places * places * (self._units + 4) < 2 * self.vocabulary * self._units
+        self._method = BY_ROW if by_row else MATERIALISED
 
     @property
     def norm_methods(self) -> dict[str, str]:
@@ -56,7 +56,7 @@ class EmbeddingLayer:
         """See `Layer.backward`."""
         gradient = tf.reshape(output_gradient, [-1, self._places, self._units])
         form: ParameterGradient
-        if self._method == GRAM:
+        if self._method == BY_ROW:
             form = _Lookup(saved, gradient, vocabulary=self.vocabulary, copies=self._copies)
         else:
             rows = tf.one_hot(tf.cast(saved, tf.int32), self.vocabulary)
@@ -66,7 +66,7 @@ class EmbeddingLayer:
 
 
 class _Lookup:
-    """Ids and output gradients, kept apart until the clip factors are known.
+    """The gradient of each looked-up row, at every place that looked it up; the table's is not formed per example.
 
     Args:
         ids: whole numbers below `vocabulary`, float32 [B·copies, T].
@@ -79,31 +79,34 @@ class _Lookup:
         self.roles: tuple[str, ...] = ("embeddings",)
         places, units = copies * output_gradient.shape[1], output_gradient.shape[2]
         self._ids = tf.reshape(ids, [-1, places])
-        self._output_gradient = tf.reshape(output_gradient, [-1, places, units])
         self._vocabulary = vocabulary
-
-    def squared_norms(self) -> tf.Tensor:
-        """Σₛₜ [idₛ = idₜ]·(D·Dᵀ)ₛₜ of each example."""
-        gradient = self._output_gradient
-        places = gradient.shape[1]
+        gradient = tf.reshape(output_gradient, [-1, places, units])
         if places == 1:
-            return tf.reduce_sum(gradient * gradient, [1, 2])
+            self._shared, self._shares = gradient, gradient
+            return
         apart = tf.reshape(self._ids, [-1, places, 1]) - tf.reshape(self._ids, [-1, 1, places])
         # 1 where whole numbers are equal, else 0.
         same = tf.nn.relu(1.0 - apart * apart)
-        return tf.reduce_sum(same * tf.matmul(gradient, gradient, transpose_b=True), [1, 2])
+        # Each place holds its row's whole gradient; of places with one id, each passes on its share.
+        self._shared = tf.matmul(same, gradient)
+        self._shares = self._shared / tf.reduce_sum(same, 2, keepdims=True)
+
+    def squared_norms(self) -> tf.Tensor:
+        """Of what is summed, rounding and all: a product of the places' gradients would cancel (ADR 8)."""
+        # Every term is a square over a count, so none is negative.
+        return tf.reduce_sum(self._shared * self._shares, [1, 2])
 
     def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """See `ParameterGradient`."""
-        return self._scattered(keep_counted(counted, self._output_gradient) * tf.reshape(factors, [-1, 1, 1]))
+        return self._scattered(keep_counted(counted, self._shares) * tf.reshape(factors, [-1, 1, 1]))
 
     def sum(self) -> tuple[tf.Tensor, ...]:
         """See `ParameterGradient`."""
-        return self._scattered(self._output_gradient)
+        return self._scattered(self._shares)
 
-    def _scattered(self, output_gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """The rows of D added up in the rows of the table that they came from."""
-        units = output_gradient.shape[2]
+    def _scattered(self, rows: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Rows [B, T, M] added up in the rows of the table that they came from."""
+        units = rows.shape[2]
         ids = tf.cast(tf.reshape(self._ids, [-1, 1]), tf.int32)
-        table = tf.scatter_nd(ids, tf.reshape(output_gradient, [-1, units]), [self._vocabulary, units])
+        table = tf.scatter_nd(ids, tf.reshape(rows, [-1, units]), [self._vocabulary, units])
         return (tf.reshape(table, [-1]),)

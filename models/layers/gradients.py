@@ -3,9 +3,10 @@
 `RowProduct` serves every layer that is a matrix product on rows, y = x·W + b for T rows of each example. With X [T, K]
 the rows of one example and D [T, M] the gradient at its output, its kernel gradient is Xᵀ·D. Two ways to the norm:
 
-* materialised: form Xᵀ·D. The weighted sum over examples is then one pass over what is already there.
-* Gram ("ghost", Li et al. 2021, arXiv 2110.05679): ‖XᵀD‖² = Σₛₜ (X·Xᵀ)ₛₜ (D·Dᵀ)ₛₜ needs only T×T matrices, but the
-  sum must be formed afterwards from rescaled output gradients.
+* materialised: form Xᵀ·D. The weighted sum over examples is then one pass over what is already there, and what is
+  summed is what was measured, rounding and all.
+* Gram ("ghost", Li et al. 2021, arXiv 2110.05679): ‖XᵀD‖² = Σₛₜ (X·Xᵀ)ₛₜ (D·Dᵀ)ₛₜ. For one row this is ‖x‖²·‖d‖², and
+  no gradient is formed; for more it cancels, and is not used.
 
 `PerExample` serves small parameters (scales, biases, depthwise kernels) whose gradients are simply held.
 """
@@ -16,7 +17,7 @@ from typing import Protocol
 
 import tensorflow as tf
 
-GRAM, MATERIALISED = "gram", "materialised"
+GRAM, MATERIALISED, BY_ROW = "gram", "materialised", "by row"
 
 
 class ParameterGradient(Protocol):
@@ -45,13 +46,13 @@ class ParameterGradient(Protocol):
         ...
 
 
-def cheaper_norm_method(*, rows: int, inputs: int, outputs: int) -> str:
-    """The cheaper way to the norms of T=`rows`, K=`inputs`, M=`outputs`.
+def norm_method(*, rows: int) -> str:
+    """How to find the norms of T=`rows` rows of an example: Gram for one, which is cheaper, materialised for more.
 
-    Both must multiply T·K·M times for the gradient itself. On top, Gram takes T²·(K+M) multiplications per example and
-    the materialised form two passes over K·M values, one for the norm and one for the weighted sum.
+    Security: of more rows the Gram form cancels in float32. With rows that nearly cancel, its norm can come out far too
+    small, and the clipped gradient was measured up to 480 times longer than the clip at inputs of 1e6 (ADR 8).
     """
-    return GRAM if rows * rows * (inputs + outputs) < 2 * inputs * outputs else MATERIALISED
+    return GRAM if rows == 1 else MATERIALISED
 
 
 def row_product(
@@ -143,13 +144,9 @@ class _Gram:
         self._rows, self._output_gradient = rows, output_gradient
 
     def squared_norms(self) -> tf.Tensor:
-        # A bias is a weight on a constant input of 1, which adds 1 to every entry of X·Xᵀ.
+        # A bias is a weight on a constant input of 1.
         constant_input = 1.0 if len(self.roles) > 1 else 0.0
-        if self._rows.shape[1] == 1:
-            return _row_squares(self._output_gradient) * (_row_squares(self._rows) + constant_input)
-        inputs = tf.matmul(self._rows, self._rows, transpose_b=True)
-        outputs = tf.matmul(self._output_gradient, self._output_gradient, transpose_b=True)
-        return tf.reduce_sum((inputs + constant_input) * outputs, [1, 2])
+        return _row_squares(self._output_gradient) * (_row_squares(self._rows) + constant_input)
 
     def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, ...]:
         rescaled = keep_counted(counted, self._output_gradient) * tf.reshape(factors, [-1, 1, 1])
@@ -159,15 +156,10 @@ class _Gram:
         return self._product(self._rows, self._output_gradient)
 
     def _product(self, rows: tf.Tensor, output_gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        if rows.shape[1] == 1:
-            inputs, outputs = rows.shape[2], output_gradient.shape[2]
-            flat_gradient = tf.reshape(output_gradient, [-1, outputs])
-            kernel = tf.reshape(tf.matmul(tf.reshape(rows, [-1, inputs]), flat_gradient, transpose_a=True), [-1])
-            return (kernel,) if len(self.roles) == 1 else (kernel, tf.reduce_sum(flat_gradient, 0))
-        # One product per example and a sum measured faster than one product over all rows, which copies them to
-        # reshape.
-        kernel = _flat_kernel(tf.reduce_sum(_transposed_kernels(rows, output_gradient), 0))
-        return (kernel,) if len(self.roles) == 1 else (kernel, tf.reduce_sum(output_gradient, [0, 1]))
+        inputs, outputs = rows.shape[2], output_gradient.shape[2]
+        flat_gradient = tf.reshape(output_gradient, [-1, outputs])
+        kernel = tf.reshape(tf.matmul(tf.reshape(rows, [-1, inputs]), flat_gradient, transpose_a=True), [-1])
+        return (kernel,) if len(self.roles) == 1 else (kernel, tf.reduce_sum(flat_gradient, 0))
 
 
 def _merged(x: tf.Tensor, copies: int) -> tf.Tensor:

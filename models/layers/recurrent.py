@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from models.errors import ModelSpecError
-from models.layers.gradients import cheaper_norm_method, row_product
+from models.layers.gradients import norm_method, row_product
 from models.layers.layer import Backward, Context, Parameter
 from models.layers.registry import register_layer
 
@@ -37,7 +37,7 @@ class _RecurrentLayer:
         biases = tuple(Parameter(role, (width,)) for role in self.bias_roles) if layer.use_bias else ()
         self.parameters = (*kernels, *biases)
         rows = context.copies * self._steps
-        self._methods = [cheaper_norm_method(rows=rows, inputs=n, outputs=width) for n in (inputs, self._units)]
+        self._methods = [norm_method(rows=rows)] * 2
 
     @property
     def norm_methods(self) -> dict[str, str]:

@@ -154,7 +154,7 @@ def test_the_form_of_an_embeddings_norm_follows_its_size() -> None:
         name: converted(name).network.layers[0].norm_methods for name in ("embedding_of_many", "embedding_of_few")
     }
     assert methods == {
-        "embedding_of_many": {"embeddings": "gram"},
+        "embedding_of_many": {"embeddings": "by row"},
         "embedding_of_few": {"embeddings": "materialised"},
     }
 
