@@ -12,10 +12,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.table import Table
 
-from fl_protocol.adapters.files import write_atomic
 from fl_protocol.errors import BundleError, CoveyError, LocalMisuseError
 from fl_protocol.model_manifest import ClipGroup
-from models import catalog, publisher
+from models import catalog, output_files, publisher
 from models.cli_export import export
 from models.cli_train import train
 from models.quiet import quiet_tensorflow
@@ -90,7 +89,9 @@ def key(
 ) -> None:
     """Make a publisher's signing key. Whoever has it can give devices new models: keep it offline."""
     publisher.create_key(path)
-    _out.print(f"{path}: keep it secret; builds that use it write {publisher.PUBLIC_KEY_FILE}.", soft_wrap=True)
+    _out.print(
+        f"{path}: keep it secret; builds that use it write {publisher.PUBLIC_KEY_FILE}.", soft_wrap=True, markup=False
+    )
 
 
 @app.command()
@@ -99,7 +100,7 @@ def build(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A model of the list, all, FILE.py:FUNCTION, or a saved Keras model (.keras, .h5, SavedModel).",
+            help="A model of the list, all, FILE.py:FUNCTION, or a saved Keras model (.keras).",
         ),
     ],
     *,
@@ -142,6 +143,7 @@ def build(
             "shares add up to 1. Without it, one flat clip.",
         ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another publisher's publisher.pub.")] = False,
 ) -> None:
     """Convert, package and sign a model; publisher.pub, which devices pin, is written beside it."""
     sources = list(catalog.MODELS) if source == "all" else [source]
@@ -167,10 +169,15 @@ def build(
         norm_clips=tuple(_clip_group(each) for each in clip_group or ()),
     )
     signer = publisher.load_key(key) if key else Ed25519PrivateKey.generate()
+    folder = out.parent if out else out_dir or Path()
+    if out:
+        output_files.check_targets([out], others=[key] if key else [], force=True)
+    output_files.make_folder(folder)
+    publisher.check_public_key(folder, signer, force=force)
     for each in sources:
         path = _build_one(each, said, signer, out=out, out_dir=out_dir, batch_size=batch_size, version=version)
     public = publisher.write_public_key(signer, path.parent)
-    _out.print(f"{public}: devices pin this key", highlight=False, soft_wrap=True)
+    _out.print(f"{public}: devices pin this key", highlight=False, soft_wrap=True, markup=False)
 
 
 def _build_one(
@@ -190,9 +197,8 @@ def _build_one(
         spec = load_spec(source, said)
         bundle = build_bundle(spec, publisher_key=signer, batch_size=batch_size, version=version)
     path = out or (out_dir or Path()) / f"{spec.name}.covey"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, bundle, mode=0o644)
-    _out.print(f"{path}: {len(bundle)} bytes, version {version}", highlight=False, soft_wrap=True)
+    output_files.write(path, bundle)
+    _out.print(f"{path}: {len(bundle)} bytes, version {version}", highlight=False, soft_wrap=True, markup=False)
     return path
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,9 @@ from rich.table import Table
 
 from device_client.adapters.tflite_graph import TfliteGraph
 from device_client.training import Records
-from fl_protocol.adapters.files import write_atomic
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.errors import LocalMisuseError
-from fl_protocol.signing import public_key_hex
-from models import publisher
+from models import output_files, publisher
 from models.central import release
 from models.central.checkpoints import CheckpointFolder, run_digest
 from models.central.data import read_records
@@ -150,7 +147,9 @@ def train(
         raise LocalMisuseError("train: give --epochs or --steps, not both.")
     averaging = _averaging(average)
     signer = publisher.load_key(key) if key else Ed25519PrivateKey.generate()
-    _check_targets(out, report, signer, force=force)
+    others = [path for path in (bundle, data, validation, key, verify) if path]
+    output_files.check_targets([out, *([report] if report else [])], others=others, force=force)
+    publisher.check_public_key(out.parent, signer, force=force)
     opened = publisher.opened(bundle, verify)
     records = read_records(data, opened.manifest, option="--data")
     held_out = read_records(validation, opened.manifest, option="--validation") if validation else None
@@ -175,7 +174,7 @@ def train(
     name = data_name or data.stem
     measured = training.measured(trained)
     said = release.provenance(plan, trained, data_name=name, seeded=seed is not None)
-    _write(out, release.sign_trained(opened, trained, sentence=said, publisher_key=signer))
+    output_files.write(out, release.sign_trained(opened, trained, sentence=said, publisher_key=signer))
     public = publisher.write_public_key(signer, out.parent)
     _say(*_summary(plan, trained, said, measured), f"{out}: version {opened.manifest.version + 1}, signed for {public}")
     summary = release.report(opened, plan, trained, data_name=name, seed=seed, measured=measured)
@@ -189,7 +188,7 @@ def train(
             epsilon=summary["privacy"]["epsilon"],
         )
     if report is not None:
-        _write(report, json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n")
+        output_files.write(report, json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n")
 
 
 @dataclass(frozen=True)
@@ -298,26 +297,6 @@ def _averaging(text: str) -> Averaging:
         ) from None
 
 
-def _check_targets(out: Path, report: Path | None, signer: Ed25519PrivateKey, *, force: bool) -> None:
-    """Nothing is overwritten that was not meant to be, and this is said before hours of training."""
-    for path in (out, *([report] if report else [])):
-        if path.exists() and not force:
-            raise LocalMisuseError(f"{path} exists: name another file, or give --force.")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LocalMisuseError(f"{path.parent} cannot be made ({error.strerror}).") from error
-        if not os.access(path.parent, os.W_OK):
-            raise LocalMisuseError(f"{path.parent} cannot be written to: name another file.")
-    public = out.parent / publisher.PUBLIC_KEY_FILE
-    own = public_key_hex(signer.public_key())
-    if public.exists() and not force and public.read_text(encoding="utf-8", errors="replace").strip() != own:
-        raise LocalMisuseError(
-            f"{public} is the key of another publisher: sign with that publisher's --key, write --out to another "
-            "folder, or give --force to replace it."
-        )
-
-
 def _summary(plan: CentralPlan, trained: Trained, said: str, measured: dict[str, float]) -> list[str]:
     """What came out, for people."""
     lines = [said]
@@ -384,14 +363,6 @@ def _compare(
         "examples_per_second": speeds[1],
         "remarks": list(other.remarks),
     }
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file, whole."""
-    try:
-        write_atomic(path, data, mode=0o644)
-    except OSError as error:
-        raise LocalMisuseError(f"{path} cannot be written ({error.strerror}).") from error
 
 
 def _say(*lines: str) -> None:

@@ -1,16 +1,13 @@
 """From a verified bundle back to the Keras model and its weights.
 
 A configuration can name any class or function of any Python module, and Keras imports what it names. The bundle is
-signed, but a signature says who wrote it, not that it is harmless: before Keras reads it, every name in it is held to
-the layers that covey trains, Keras's own initializers and the like, and classes that this process has registered.
+signed, but a signature says who wrote it, not that it is harmless: `models.keras_config` looks at it before Keras does.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,15 +15,8 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from fl_protocol.bundle import KERAS, ModelBundle
-from fl_protocol.errors import BundleError, CoveyError, LocalMisuseError
-from models.layers.registry import registered_classes
-
-_STAGES = ("channel_scale", "motion_features")
-"""The modules of `models.zoo` that register layers of their own."""
-_MODELS = ("Sequential", "Functional")
-_PARTS = ("keras.initializers", "keras.regularizers", "keras.constraints")
-_CODE = ("Lambda", "__lambda__")
-"""What a configuration holds as Python bytecode."""
+from fl_protocol.errors import BundleError, CoveyError
+from models.keras_config import check_config, custom_classes
 
 
 def keras_model(bundle: ModelBundle, params: NDArray[np.float32] | None = None) -> Any:
@@ -40,11 +30,9 @@ def keras_model(bundle: ModelBundle, params: NDArray[np.float32] | None = None) 
         BundleError: the configuration holds code, or does not fit the parameters.
         LocalMisuseError: it needs a class that is not registered here.
     """
-    for name in _STAGES:
-        importlib.import_module(f"models.zoo.{name}")
-    custom = {each.__name__: each for each in registered_classes() if not each.__module__.startswith("keras.")}
+    custom = custom_classes()
     try:
-        _check(json.loads(bundle.keras_json), custom)
+        check_config(json.loads(bundle.keras_json), source=f"The bundle's {KERAS}")
         model = tf.keras.models.model_from_json(bundle.keras_json.decode(), custom_objects=custom)
     except CoveyError:
         raise
@@ -53,43 +41,6 @@ def keras_model(bundle: ModelBundle, params: NDArray[np.float32] | None = None) 
         raise BundleError(f"The bundle's {KERAS} is no Keras model that TensorFlow {tf.__version__} reads.") from error
     _assign(model, bundle, bundle.params if params is None else params)
     return model
-
-
-def _check(config: Any, custom: dict[str, Any]) -> None:
-    """Security: nothing is named that Keras would look up outside of what is known."""
-    if not isinstance(config, dict) or config.get("class_name") not in _MODELS:
-        raise BundleError(f"The bundle's {KERAS} is no {' or '.join(_MODELS)} model: build it again.")
-    layers = {each.__name__ for each in registered_classes()} | {"InputLayer"}
-    for each in _objects(config.get("config")):
-        name, module = str(each["class_name"]), each.get("module")
-        if name in _CODE:
-            raise BundleError(
-                f"The bundle's {KERAS} holds a {name.strip('_').title()}, that is program code, which is never run: "
-                "use a registered layer instead."
-            )
-        known = (module == "keras.layers" and name in layers) or module in _PARTS
-        if not known and tf.keras.saving.get_registered_object(_registered(each), custom) is None:
-            raise LocalMisuseError(
-                f"The model uses {_registered(each)}, which is not known here: import the file that registers it with "
-                "--custom MODULE.py."
-            )
-
-
-def _registered(each: dict[str, Any]) -> str:
-    """The name under which a class or function has to be registered."""
-    name = each["config"] if each["class_name"] == "function" else each.get("registered_name")
-    return str(name or each["class_name"])
-
-
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object that a configuration describes, however deep."""
-    if isinstance(value, dict):
-        if "class_name" in value:
-            yield value
-        value = list(value.values())
-    if isinstance(value, list):
-        for each in value:
-            yield from _objects(each)
 
 
 def _assign(model: Any, bundle: ModelBundle, params: NDArray[np.float32]) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import tensorflow as tf
+
 from fl_protocol.model_manifest import LossName, LossSpec
 from models.errors import ModelSpecError
+from models.layers.activations import activation_name
 from models.losses import FINAL_ACTIVATION, LABEL_KINDS
 
 _KERAS_NAMES: dict[str, LossName] = {
@@ -61,11 +64,10 @@ def _keras_name(given: Any) -> str:
 
 def ending(model: Any) -> str:
     """The name of the activation that the model's output went through last; ``linear`` if none."""
-    last = model.layers[-1]
-    if type(last).__name__ == "Softmax":
+    (last,) = model._output_layers
+    if isinstance(last, tf.keras.layers.Softmax):
         return "softmax"
-    activation = getattr(last, "activation", None)
-    return str(getattr(activation, "__name__", activation or "linear"))
+    return activation_name(getattr(last, "activation", None)) or "unknown"
 
 
 def _check_output(model: Any, name: LossName, *, from_logits: bool) -> None:
@@ -73,7 +75,7 @@ def _check_output(model: Any, name: LossName, *, from_logits: bool) -> None:
     wanted = FINAL_ACTIVATION.get(name)
     if wanted is None or (ending(model) == wanted) != from_logits:
         return
-    last = model.layers[-1].name
+    last = model._output_layers[0].name
     if from_logits:
         raise ModelSpecError(
             f"Layer {last}: it ends in {wanted}, but the loss says from_logits=True, which would apply {wanted} twice; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from models.layers.layer import Context, Layer
 from models.layers.pooling import MaxPoolingLayer
 from models.layers.registry import entry_for
 from models.specs import Shape
+
+_NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,10 @@ def _check_layer(layer: Any, *, is_again: bool) -> None:
             f"Layer {layer.name}: it is used more than once, and the gradients of shared weights do not come apart "
             "per example; use a layer for each place."
         )
-    if "/" in layer.name:
-        raise ModelSpecError(f"Layer {layer.name}: a name with / is taken apart in the bundle; name it without.")
+    if not _NAME.fullmatch(layer.name):
+        raise ModelSpecError(
+            f"Layer {layer.name}: a name takes letters, digits, dots, dashes and underscores; name it so with name=..."
+        )
     if layer.compute_dtype != "float32":
         raise ModelSpecError(
             f"Layer {layer.name}: it computes in {layer.compute_dtype}, devices in float32; build the model without a "

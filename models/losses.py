@@ -123,6 +123,8 @@ _LOSSES: dict[LossName, Callable[[tf.Tensor, tf.Tensor, LossSpec], _Outcome]] = 
 
 def _check(name: str, loss: LossSpec, label: LabelSchema, output_shape: Shape, target_shape: Shape) -> None:
     """Loss, label and outputs fit together."""
+    if not isinstance(loss, LossSpec):
+        raise ModelSpecError(f"{name}: its loss is {loss!r}; give a LossSpec, such as LossSpec('huber', 1.0).")
     if loss.name not in LABEL_KINDS:
         raise ModelSpecError(f"{name}: there is no loss {loss.name!r}; use one of {', '.join(LABEL_KINDS)}.")
     if loss.delta <= 0:

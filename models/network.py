@@ -59,7 +59,7 @@ class Network:
                 f"{spec.name}: {self.num_parameters:,} parameters are more than a bundle holds "
                 f"({MAX_MEMBER_BYTES // 8:,}); use smaller layers."
             )
-        self._first_window = self.nodes[self._trained[0]].inputs[0]
+        self._first_window = self._window_before_dropout(self.nodes[self._trained[0]].inputs[0])
         shapes = [spec.input.shape, *(node.layer.output_shape for node in self.nodes)]
         self.loss = Loss(spec, output_shape=shapes[-1], target_shape=shapes[self._first_window])
         self.norm_clips = self._checked_norm_clips()
@@ -238,6 +238,12 @@ class Network:
                 )
             needed.append(after_trained or node.is_trained)
         return needed
+
+    def _window_before_dropout(self, value: int) -> int:
+        """An autoencoder's target is what goes into a dropout, not what comes out of it."""
+        while value and isinstance(self.nodes[value - 1].layer, DropoutLayer):
+            value = self.nodes[value - 1].inputs[0]
+        return value
 
     def _checked_norm_clips(self) -> tuple[ClipGroup, ...]:
         """The clip groups, which hold every trained layer once; one flat group if none are given."""

@@ -25,6 +25,8 @@ def create_key(path: Path) -> Ed25519PrivateKey:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise LocalMisuseError(f"{path} exists; a publisher's key is never overwritten: name another file.") from None
+    except OSError as error:
+        raise LocalMisuseError(f"{path} cannot be written ({error.strerror}): name another file.") from error
     with os.fdopen(descriptor, "w", encoding="ascii") as stream:
         stream.write(key.private_bytes_raw().hex() + "\n")
     return key
@@ -42,6 +44,17 @@ def load_key(path: Path) -> Ed25519PrivateKey:
         raise LocalMisuseError(f"The key file {path} cannot be read ({error.strerror}); make one with key.") from error
     except ValueError:
         raise LocalMisuseError(f"{path} does not hold an Ed25519 private key as 64 hex digits.") from None
+
+
+def check_public_key(folder: Path, key: Ed25519PrivateKey, *, force: bool) -> None:
+    """Refuse to replace another publisher's ``publisher.pub``: devices and people pin it. Raises LocalMisuseError."""
+    path = folder / PUBLIC_KEY_FILE
+    own = public_key_hex(key.public_key())
+    if path.exists() and not force and path.read_text(encoding="utf-8", errors="replace").strip() != own:
+        raise LocalMisuseError(
+            f"{path} is the key of another publisher: sign with that publisher's --key, write to another folder, or "
+            "give --force to replace it."
+        )
 
 
 def write_public_key(key: Ed25519PrivateKey, folder: Path) -> Path:

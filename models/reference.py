@@ -164,7 +164,12 @@ def _masked(layer: Any) -> Any:
 def _first_trained_input(model: Any) -> Any:
     """A model from the input to what the first layer with weights sees."""
     first = next(layer for layer in model.layers if layer.trainable_variables)
-    return tf.keras.Model(model.input, first.input)
+    seen = first.input
+    # What dropout leaves out is to be reconstructed all the same.
+    dropped = {id(layer.output): layer.input for layer in model.layers if isinstance(layer, _MaskedDropout)}
+    while id(seen) in dropped:
+        seen = dropped[id(seen)]
+    return tf.keras.Model(model.input, seen)
 
 
 def _piece(params: Floats, spec: ParameterSpec) -> Floats:

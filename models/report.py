@@ -28,7 +28,7 @@ def describe(bundle: ModelBundle, *, size_bytes: int, publisher: Ed25519PublicKe
 def _summary(bundle: ModelBundle, size_bytes: int, publisher: str) -> Table:
     """The manifest in short."""
     manifest = bundle.manifest
-    table = Table("bundle", Column(f"{manifest.name} version {manifest.version}", overflow="fold"))
+    table = Table("bundle", Column(escape(f"{manifest.name} version {manifest.version}"), overflow="fold"))
     shape = " x ".join(map(str, manifest.input.shape))
     rate = manifest.input.sampling_rate_hz
     channels = ", ".join(f"{c} [{u}]" for c, u in zip(manifest.input.channels, manifest.input.units, strict=True))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import traceback
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +90,7 @@ def load_spec(source: str, said: Description) -> ModelSpec:
     else:
         raise LocalMisuseError(
             f"{source}: expected a model of the catalogue ({', '.join(catalog.MODELS)}), FILE.py:FUNCTION, or a saved "
-            "Keras model (.keras, .h5 or a SavedModel folder)."
+            "Keras model (.keras)."
         )
     return _amended(made, said) if isinstance(made, ModelSpec) else describe(made, said)
 
@@ -125,7 +128,8 @@ def _guarded(action: Callable[[], Any], path: Path) -> Any:
         return action()
     except (ModelSpecError, LocalMisuseError):
         raise
-    except Exception as error:
+    # SystemExit is no Exception: a file that ends the process would end it without a word.
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f" in line {lines[-1]}" if lines else ""
         raise LocalMisuseError(f"{path}: {type(error).__name__}{where}: {error}") from error
@@ -133,12 +137,26 @@ def _guarded(action: Callable[[], Any], path: Path) -> Any:
 
 def _saved(path: Path) -> Any:
     """A saved Keras model. Raises LocalMisuseError."""
+    # Security: loading the older formats runs Python code that they may hold; this one's configuration is looked at
+    # first.
+    if path.suffix != ".keras" or not zipfile.is_zipfile(path):
+        raise LocalMisuseError(
+            f"{path}: expected a model saved with model.save('NAME.keras'); HDF5 files and SavedModel folders can hold "
+            "program code, so load those in a Python file of yours and give FILE.py:FUNCTION."
+        )
+    from models.keras_config import check_config  # noqa: PLC0415 - TensorFlow
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            config = json.loads(archive.read("config.json"))
+    except (OSError, KeyError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise LocalMisuseError(f"{path}: it cannot be read as a Keras model ({_first_line(error)}).") from error
+    check_config(config, source=str(path))
     import tensorflow as tf  # noqa: PLC0415 - slow
 
     import models.layers  # noqa: PLC0415, F401 - TensorFlow; makes registered layers known to Keras
 
     try:
-        # Security: safe_mode refuses pickled functions (Lambda layers) in the file.
         return tf.keras.models.load_model(path, compile=True, safe_mode=True)
     except Exception as error:
         raise LocalMisuseError(

@@ -15,7 +15,17 @@ from device_client.training import Records
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.model_manifest import BundleManifest, label_array, label_problem
 
-_UNREADABLE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError, NotImplementedError)
+_UNREADABLE = (
+    ValueError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    AttributeError,
+    TypeError,
+    NotImplementedError,
+    RuntimeError,
+    MemoryError,
+)
 """What numpy raises for a file that is of another kind, damaged, a pickle, or a single array."""
 
 

@@ -15,7 +15,7 @@ from fl_protocol.bundle import ModelBundle
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.model_manifest import BundleManifest
 
-_UNREADABLE = (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE = (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError)
 """What numpy raises for a file that is of another kind, damaged, or a pickle."""
 
 

@@ -107,18 +107,28 @@ class ActivationLayer(Parameterless):
         return (self._gradient(saved, output_gradient),), ()
 
 
+def activation_name(function: Any) -> str | None:
+    """The name of one of Keras's or TensorFlow's own functions; None of any other, whatever it is called."""
+    if function is None:
+        return "linear"
+    name = str(getattr(function, "__name__", ""))
+    own = getattr(tf.keras.activations, name, None), getattr(tf.nn, name, None), getattr(tf.math, name, None)
+    return name if any(function is each for each in own) else None
+
+
 def activation_layer(owner: str, function: Any, context: Context) -> ActivationLayer | None:
     """The layer of a Keras activation function, or None for the identity.
 
     Raises:
         ModelSpecError: the function is not a known one.
     """
-    name = getattr(function, "__name__", type(function).__name__)
-    if function is None or name == "linear":
+    name = activation_name(function)
+    if name == "linear":
         return None
     if name not in _FUNCTIONS:
+        called = name or f"{getattr(function, '__name__', type(function).__name__)} (not of Keras)"
         raise ModelSpecError(
-            f"Layer {owner}: the activation {name} is not supported; use one of linear, {', '.join(_FUNCTIONS)}."
+            f"Layer {owner}: the activation {called} is not supported; use one of linear, {', '.join(_FUNCTIONS)}."
         )
     return ActivationLayer(name, context)
 

@@ -31,6 +31,8 @@ class ReshapeLayer(Parameterless):
 
 @register_layer(tf.keras.layers.Flatten)
 def _flatten(layer: Any, context: Context) -> ReshapeLayer:
+    if layer.data_format == "channels_first":
+        raise ModelSpecError(f"Layer {layer.name}: data_format must be channels_last.")
     return ReshapeLayer((math.prod(context.input_shape),), context)
 
 

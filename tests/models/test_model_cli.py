@@ -66,3 +66,27 @@ def test_a_built_bundle_opens_with_the_key_written_beside_it(tmp_path: Path) -> 
     assert "logits/kernel" in shown.stdout
     assert "BATCH_MATMUL" in shown.stdout
     assert sorted(path.name for path in out.parent.iterdir()) == ["publisher.pub", "w.covey"]
+
+
+def test_files_that_must_not_be_replaced_are_named(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    create_key(tmp_path / "k")
+    assert covey_model("key", tmp_path / "no" / "folder").stderr.count("cannot be written") == 1
+    (tmp_path / "other" / "publisher.pub").write_text("00" * 32)
+    stranger = covey_model("build", "watch_features", "--out", tmp_path / "other" / "w.covey", "--key", tmp_path / "k")
+    assert (stranger.returncode, "another publisher" in stranger.stderr) == (1, True)
+    folder = covey_model("build", "watch_features", "--out", tmp_path / "other", "--key", tmp_path / "k")
+    assert "is a folder" in folder.stderr
+    data = tmp_path / "d.npz"
+    data.touch()
+    arguments = ("--no-dp", "--data", data, "--key", tmp_path / "k")
+    for out, report, word in (
+        (tmp_path / "t.covey", tmp_path / "t.covey", "used for something else"),
+        (tmp_path / "k", tmp_path / "r", "used for something else"),
+        (tmp_path / "publisher.pub", tmp_path / "r", "used for something else"),
+        (tmp_path / "other", tmp_path / "r", "is a folder"),
+    ):
+        shown = covey_model(
+            "train", BUNDLES / "watch_features.covey", *arguments, "--out", out, "--report", report, "--force"
+        )
+        assert (shown.returncode, word in shown.stderr) == (1, True), shown.stderr

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bundle_files import EXAMPLES
 
-from fl_protocol.errors import LocalMisuseError
+from fl_protocol.errors import BundleError, LocalMisuseError
 from fl_protocol.model_manifest import ClipGroup, LossSpec
 from models.errors import ConversionError, ModelSpecError
 from models.sources import Description, describe, load_spec
@@ -87,10 +90,9 @@ def test_a_layer_whose_norms_are_wrong_is_not_signed(monkeypatch: pytest.MonkeyP
         build_bundle(spec, publisher_key=KEY, batch_size=4)
 
 
-@pytest.mark.parametrize("name", ["m.keras", "m.h5", "folder"])
-def test_a_saved_model_keeps_weights_and_loss(tmp_path: Path, name: str) -> None:
+def test_a_saved_model_keeps_weights_and_loss(tmp_path: Path) -> None:
     model = dense_model()
-    spec = load_spec(saved(tmp_path, model, name), NOTHING)
+    spec = load_spec(saved(tmp_path, model), NOTHING)
     assert spec.loss.name == "softmax_cross_entropy"
     assert (Network(spec).initial_parameters[:12] == model.get_weights()[0].ravel()).all()
 
@@ -156,13 +158,45 @@ def test_sources_that_are_not_there_are_named(tmp_path: Path) -> None:
     refused(f"{tmp_path}/absent.py:make_model", "there is no such Python file")
     refused(write(tmp_path, "    pass").replace("make_model", "other"), r"there is no function other\(\)")
     (tmp_path / "rubbish.keras").write_bytes(b"rubbish")
-    refused(f"{tmp_path}/rubbish.keras", "cannot be read as a Keras model")
+    refused(f"{tmp_path}/rubbish.keras", "expected a model saved with")
 
 
-def test_a_python_function_hidden_in_a_saved_model_is_not_run(tmp_path: Path) -> None:
-    model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Lambda(lambda x: x), tf.keras.layers.Dense(2)])
+@pytest.mark.parametrize("name", ["m.keras", "m.h5", "folder"])
+def test_a_python_function_hidden_in_a_saved_model_is_not_run(tmp_path: Path, name: str) -> None:
+    marker = tmp_path / "was_run"
+    # The path as a literal: what a lambda closes over cannot be saved.
+    function = eval(f"lambda x: (open({str(marker)!r}, 'w').close(), x)[1]")  # noqa: S307
+    run = tf.keras.layers.Lambda(function)
+    model = tf.keras.Sequential([tf.keras.Input((4,)), run, tf.keras.layers.Dense(2)])
     model.compile(loss="mse")
-    refused(saved(tmp_path, model), "cannot be read as a Keras model .*[Ll]ambda")
+    source = saved(tmp_path, model, name)
+    marker.unlink()
+    with pytest.raises((BundleError, LocalMisuseError), match="program code"):
+        load_spec(source, NOTHING)
+    assert not marker.exists()
+
+
+def test_a_saved_model_that_names_a_foreign_module_is_refused_unimported(tmp_path: Path) -> None:
+    source = saved(tmp_path, dense_model())
+    with zipfile.ZipFile(source) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    config = json.loads(members["config.json"])
+    config["config"]["layers"][1].update(module="antigravity", class_name="Fly", registered_name=None)
+    members["config.json"] = json.dumps(config).encode()
+    with zipfile.ZipFile(source, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    refused(source, "Fly, which is not known here")
+    assert "antigravity" not in sys.modules
+
+
+def test_an_activation_that_only_has_the_name_of_one_is_refused() -> None:
+    def relu(x: Any) -> Any:
+        return tf.nn.leaky_relu(x)
+
+    with pytest.raises(ModelSpecError, match=r"Layer d: the activation relu .not of Keras. is not supported"):
+        Network(describe(small(tf.keras.layers.Dense(2, activation=relu, name="d")), NOTHING))
+    Network(describe(small(tf.keras.layers.Dense(2, activation=tf.nn.relu)), NOTHING))
 
 
 def small(*layers: Any, **compiled: Any) -> Any:
@@ -175,7 +209,7 @@ def test_what_no_layer_may_be_is_named() -> None:
     layers = tf.keras.layers
     shared = layers.Dropout(0.5, name="drop")
     for model, match in (
-        (small(layers.Dense(2, name="a/b")), "Layer a/b: a name with /"),
+        (small(layers.Dense(2, name="a/b")), "Layer a/b: a name takes letters"),
         (small(layers.Dense(2, dtype="float16", name="d")), "Layer d: it computes in float16"),
         (small(layers.Dropout(1.0, name="all"), layers.Dense(2)), "Layer all: Dropout at rate 1"),
         (small(shared, layers.Dense(4), shared, layers.Dense(2)), "Layer drop: it is used more than once"),
