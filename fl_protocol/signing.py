@@ -74,7 +74,10 @@ def public_key_from_hex(text: str) -> Ed25519PublicKey:
     try:
         return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text.strip()))
     except ValueError:
-        raise LocalMisuseError(f"expected an Ed25519 public key as 64 hex digits, got {text.strip()[:80]!r}") from None
+        # Not shown: somebody may have named the file of a private key.
+        raise LocalMisuseError(
+            f"expected an Ed25519 public key as 64 hex digits, got {len(text.strip())} other characters"
+        ) from None
 
 
 def public_key_hex(key: Ed25519PublicKey) -> str:

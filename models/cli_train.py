@@ -304,6 +304,8 @@ def _summary(plan: CentralPlan, trained: Trained, said: str, measured: dict[str,
         lines.append(
             f"Ended {plan.steps - trained.steps} steps early: steps that were lost and run again had spent the budget."
         )
+        if plan.averaging.kind == "tail" and trained.steps <= (1 - plan.averaging.amount) * plan.steps:
+            lines.append("The mean over the last steps had not begun, so these are the last parameters themselves.")
     if measured:
         lines.append(as_text(measured)[:1].upper() + as_text(measured)[1:] + ".")
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -198,6 +199,10 @@ class Network:
 
     def _check_input(self) -> None:
         spec = self.spec
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", spec.name):
+            raise ModelSpecError(
+                f"The name {spec.name!r} is to be a file's: letters, digits, dots, dashes and underscores only."
+            )
         if input_shape(spec.model) != spec.input.shape:
             raise ModelSpecError(
                 f"{spec.name}: the model takes {input_shape(spec.model)}, its input is described as {spec.input.shape}."

@@ -101,13 +101,20 @@ def load_python(path: Path) -> Any:
     Raises:
         LocalMisuseError: there is no such file, or running it failed.
     """
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own, so that a file called json.py does not take the place of another module.
+    name = f"covey_source_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise LocalMisuseError(f"{path}: there is no such Python file.")
     module = importlib.util.module_from_spec(spec)
     # Before it runs, as import does: dataclasses and pickles look their module up.
-    sys.modules[path.stem] = module
-    _guarded(lambda: spec.loader.exec_module(module), path)  # type: ignore[union-attr]
+    sys.modules[name] = module
+    # What lies beside it can be imported, as when Python runs the file.
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        _guarded(lambda: spec.loader.exec_module(module), path)  # type: ignore[union-attr]
+    finally:
+        sys.path.pop(0)
     return module
 
 

@@ -258,6 +258,7 @@ def test_whole_numbers_as_input_are_built() -> None:
 
 def test_options_that_do_not_fit_are_named(tmp_path: Path) -> None:
     model = saved(tmp_path, dense_model())
+    refused(model, "is to be a file's", Description(name="a/b"))
     refused(model, "--loss median: expected one of", Description(loss="median"))
     refused(model, "--loss huber:x", Description(loss="huber:x"))
     refused(model, "for the labels a, b", Description(labels=("a", "b")))
