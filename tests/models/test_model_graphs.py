@@ -114,7 +114,8 @@ def test_no_constant_has_the_size_of_a_batch(bundle: ModelBundle) -> None:
         for tensor in subgraph.tensors
         if tensor.type == 0 and tensor.buffer in constant_buffers(bundle.graph)
     ]
-    assert max(floats, default=0) < 4096
+    # The largest that belongs there: group normalisation's matrix of 32 by 32 channels.
+    assert max(floats, default=0) <= 4 * 32 * 32
     assert len(bundle.infer_template) < 100_000 + 4 * bundle.manifest.num_parameters
 
 
