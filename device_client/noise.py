@@ -60,7 +60,8 @@ def _table_sample(sigma: float, count: int, entropy: Entropy) -> NDArray[np.int6
     """`count` discrete Gaussian integers from one table."""
     cumulative = _cumulative_weights(sigma)
     raw = np.frombuffer(entropy(8 * count), dtype="<u8")
-    # Nine draws in ten are known by their leading 16 bits; searching the table for all took longer than a training step.
+    # Nine draws in ten are known by their leading 16 bits; searching the table for all took longer than a training
+    # step.
     index = _guide(sigma).take(raw.view("<u2")[3::4]).astype(np.int64)
     unclear = np.flatnonzero(index == _SEVERAL)
     found = np.searchsorted(cumulative, (raw[unclear] >> np.uint64(1)).astype(np.int64), side="right")

@@ -74,9 +74,10 @@ def public_key_from_hex(text: str) -> Ed25519PublicKey:
     try:
         return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text.strip()))
     except ValueError:
-        # Not shown: somebody may have named the file of a private key.
+        # Its beginning only: somebody may have named the file of a private key.
         raise LocalMisuseError(
-            f"expected an Ed25519 public key as 64 hex digits, got {len(text.strip())} other characters"
+            f"expected an Ed25519 public key as 64 hex digits, got {len(text.strip())} characters that begin with "
+            f"{text.strip()[:8]!r}"
         ) from None
 
 
