@@ -217,11 +217,6 @@ class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         own = [spec.name.rpartition("/")[0] for spec in self.parameters if spec.offset >= self.num_shared_parameters]
         return tuple(dict.fromkeys(own))
 
-    @property
-    def dropout_units(self) -> int:
-        """Columns of the input ``dropout``; 0 if the graph has none."""
-        return sum(mask.units for mask in self.dropout)
-
 
 def decode_manifest(text: bytes) -> BundleManifest:
     """The manifest, decoded strictly and checked for consistency.

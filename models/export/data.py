@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,7 @@ from numpy.typing import NDArray
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.model_manifest import BundleManifest
-
-_UNREADABLE = (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError)
-"""What numpy raises for a file that is of another kind, damaged, or a pickle."""
+from models.npz_file import UNREADABLE, checked_x, read_arrays
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ def read_params(path: Path, bundle: ModelBundle) -> NDArray[np.float32]:
         vector = np.load(path, allow_pickle=False)
     except OSError as error:
         raise LocalMisuseError(f"--params {path}: cannot be read ({error.strerror}).") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise LocalMisuseError(f"--params {path}: expected a .npy file of float32.") from error
     lengths = sorted({manifest.num_parameters, manifest.num_shared_parameters})
     if not isinstance(vector, np.ndarray):
@@ -66,34 +62,10 @@ def read_examples(path: Path, manifest: BundleManifest) -> Examples:
     Raises:
         LocalMisuseError: the file is none, or its arrays do not fit the model.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in ("x", "y") if name in arrays}
-    except OSError as error:
-        raise LocalMisuseError(f"--data {path}: cannot be read ({error.strerror or error}).") from error
-    # AttributeError, TypeError: a single array is no archive.
-    except (*_UNREADABLE, AttributeError, TypeError) as error:
-        raise LocalMisuseError(f"--data {path}: expected an .npz file with the arrays x and y.") from error
-    if "x" not in found:
-        raise LocalMisuseError(f"--data {path}: there is no array x.")
-    x = _checked_x(path, found["x"], manifest)
-    return Examples(x, _checked_y(path, found["y"], len(x), manifest) if "y" in found else None)
-
-
-def _checked_x(path: Path, x: NDArray[Any], manifest: BundleManifest) -> NDArray[np.float32]:
-    """Finite float32 windows of the model's shape."""
-    shape = manifest.input.shape
-    if x.ndim == 0 or x.shape[1:] != shape or not len(x):
-        raise LocalMisuseError(
-            f"--data {path}: the model takes x of shape [n, {', '.join(map(str, shape))}], got {list(x.shape)}."
-        )
-    if x.dtype.kind not in "fiu":
-        raise LocalMisuseError(f"--data {path}: expected x as float32, got {x.dtype}.")
-    x = x.astype(np.float32)
-    spoilt = ~np.isfinite(x.reshape(len(x), -1)).all(1)
-    if spoilt.any():
-        raise LocalMisuseError(f"--data {path}: x[{int(spoilt.argmax())}] holds NaN or infinity; leave it out.")
-    return x
+    name = f"--data {path}"
+    x, y = read_arrays(path, name)
+    windows = checked_x(name, x, manifest, kinds="fiu")
+    return Examples(windows, None if y is None else _checked_y(path, y, len(windows), manifest))
 
 
 def _checked_y(path: Path, y: NDArray[Any], count: int, manifest: BundleManifest) -> NDArray[Any] | None:

@@ -49,18 +49,13 @@ class ConvolutionLayer:
         self.output_shape = (*window.output, filters)
         kernel = Parameter(role, (*window.size, self._channels, filters))
         self.parameters = (kernel, Parameter("bias", (filters,))) if use_bias else (kernel,)
-        self._method = norm_method(rows=context.copies * window.outputs)
+        self.norm_methods = {self.parameters[0].role: norm_method(rows=context.copies * window.outputs)}
         # GATHER takes its time by the piece, so few channels are first joined along the last axis.
         self._in_two_steps = len(window.spatial) == 2 and self._channels < 8
         # Two ways back to the input: gather the output gradients that a position was used for and multiply by the
         # kernel, or multiply first and gather the products. With strides most gathered gradients would be zeros.
         used = np.count_nonzero(window.inverse_by_place < window.outputs)
         self._multiply_first = used < 0.6 * window.inverse_by_place.size
-
-    @property
-    def norm_methods(self) -> dict[str, str]:
-        """See `Layer.norm_methods`."""
-        return {self.parameters[0].role: self._method}
 
     def forward(self, weights: Sequence[tf.Tensor], *inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See `Layer.forward`."""
@@ -76,7 +71,6 @@ class ConvolutionLayer:
         gradient = flat_positions(output_gradient, self._window.outputs)
         dx = self._input_gradient(weights[0], gradient)
         product = row_product(
-            self._method,
             saved,
             gradient,
             copies=self._copies,

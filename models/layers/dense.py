@@ -23,12 +23,7 @@ class DenseLayer:
         self._copies, self._input_shape = context.copies, context.input_shape
         kernel, bias = Parameter("kernel", (inputs, layer.units)), Parameter("bias", (layer.units,))
         self.parameters = (kernel, bias) if layer.use_bias else (kernel,)
-        self._method = norm_method(rows=context.copies * math.prod(self._leading))
-
-    @property
-    def norm_methods(self) -> dict[str, str]:
-        """See `Layer.norm_methods`."""
-        return {"kernel": self._method}
+        self.norm_methods = {self.parameters[0].role: norm_method(rows=context.copies * math.prod(self._leading))}
 
     def forward(self, weights: Sequence[tf.Tensor], *inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See `Layer.forward`."""
@@ -48,7 +43,6 @@ class DenseLayer:
         wide = output_gradient if self._leading else tf.reshape(output_gradient, [1, -1, self.output_shape[-1]])
         dx = tf.matmul(wide, weights[0], transpose_b=True)
         gradient = row_product(
-            self._method,
             saved,
             self._rows(output_gradient),
             copies=self._copies,

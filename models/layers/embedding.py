@@ -60,7 +60,7 @@ class EmbeddingLayer:
             form = _Lookup(saved, gradient, vocabulary=self.vocabulary, copies=self._copies)
         else:
             rows = tf.one_hot(tf.cast(saved, tf.int32), self.vocabulary)
-            form = row_product(MATERIALISED, rows, gradient, copies=self._copies, roles=("embeddings",))
+            form = row_product(rows, gradient, copies=self._copies, roles=("embeddings",))
         # Steps have no slope: what computed the ids gets none.
         return (tf.reshape(saved * 0.0, [-1, *self._input_shape]),), (form,)
 

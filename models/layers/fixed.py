@@ -23,7 +23,7 @@ class FixedStage(tf.keras.layers.Layer):  # type: ignore[misc]  # TensorFlow pub
     @property
     def description(self) -> str:
         """What it computes, for people; goes into the bundle's manifest."""
-        raise NotImplementedError
+        raise ModelSpecError(f"Layer {self.name}: a fixed stage needs a description, which devices are told.")
 
 
 class FixedLayer(Parameterless):

@@ -56,19 +56,19 @@ def norm_method(*, rows: int) -> str:
 
 
 def row_product(
-    method: str, rows: tf.Tensor, output_gradient: tf.Tensor, *, copies: int, roles: tuple[str, ...]
+    rows: tf.Tensor, output_gradient: tf.Tensor, *, copies: int, roles: tuple[str, ...]
 ) -> ParameterGradient:
-    """The gradients of y = x·W + b.
+    """The gradients of y = x·W + b, in the form that `norm_method` names for the rows of an example.
 
     Args:
-        method: ``gram`` or ``materialised``.
         rows: X, float32 [B·copies, T, K].
         output_gradient: D, float32 [B·copies, T, M].
         copies: versions of each example, side by side.
         roles: of W and, if there is one, of b.
     """
-    form = _Gram if method == GRAM else _Materialised
-    return form(_merged(rows, copies), _merged(output_gradient, copies), roles)
+    merged = _merged(rows, copies)
+    form = _Gram if norm_method(rows=merged.shape[1]) == GRAM else _Materialised
+    return form(merged, _merged(output_gradient, copies), roles)
 
 
 def keep_counted(counted: tf.Tensor, values: tf.Tensor) -> tf.Tensor:

@@ -37,12 +37,7 @@ class _RecurrentLayer:
         biases = tuple(Parameter(role, (width,)) for role in self.bias_roles) if layer.use_bias else ()
         self.parameters = (*kernels, *biases)
         rows = context.copies * self._steps
-        self._methods = [norm_method(rows=rows)] * 2
-
-    @property
-    def norm_methods(self) -> dict[str, str]:
-        """See `Layer.norm_methods`."""
-        return dict(zip(("kernel", "recurrent_kernel"), self._methods, strict=True))
+        self.norm_methods = dict.fromkeys(("kernel", "recurrent_kernel"), norm_method(rows=rows))
 
     def _output(self, states: list[tf.Tensor]) -> tf.Tensor:
         """The states that Keras gives: all or the last."""
@@ -60,8 +55,8 @@ class _RecurrentLayer:
         """Gate gradients [N, T, gates·u] as seen by the input kernel and by the recurrent one, handed over."""
         biases = tuple(parameter.role for parameter in self.parameters[2:])
         roles = [("kernel", *biases[:1]), ("recurrent_kernel", *biases[1:])]
-        pairs = zip(self._methods, [(x, to_input), (before, to_state)], roles, strict=True)
-        forms = tuple(row_product(method, *pair, copies=self._copies, roles=role) for method, pair, role in pairs)
+        pairs = zip([(x, to_input), (before, to_state)], roles, strict=True)
+        forms = tuple(row_product(*pair, copies=self._copies, roles=role) for pair, role in pairs)
         return (tf.matmul(to_input, kernel, transpose_b=True),), forms
 
 

@@ -24,7 +24,7 @@ from models.flatbuffer import operators  # noqa: E402
 from models.layers import registry  # noqa: E402
 from models.layers.activations import ActivationLayer  # noqa: E402
 from models.layers.dense import DenseLayer  # noqa: E402
-from models.layers.gradients import GRAM, ParameterGradient, row_product  # noqa: E402
+from models.layers.gradients import ParameterGradient, row_product  # noqa: E402
 from models.layers.layer import Backward  # noqa: E402
 from models.network import Network  # noqa: E402
 from models.reference import Reference  # noqa: E402
@@ -161,7 +161,7 @@ def test_the_form_of_an_embeddings_norm_follows_its_size() -> None:
 class _NormForgetsTheBias(DenseLayer):
     def backward(self, weights: Sequence[Any], saved: Any, output_gradient: Any) -> Backward:
         back, (form,) = super().backward(weights, saved, output_gradient)
-        kernel = row_product(GRAM, saved, self._rows(output_gradient), copies=1, roles=("kernel",))
+        kernel = row_product(saved, self._rows(output_gradient), copies=1, roles=("kernel",))
         return back, (_Changed(form, norms=kernel.squared_norms),)
 
 
