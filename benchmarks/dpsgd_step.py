@@ -27,10 +27,8 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ import tensorflow as tf
 
 from benchmarks.command import parser
 from benchmarks.peers import client, environments
+from benchmarks.timing import Lengths, alternate, cpu_name, timed
 from device_client.adapters.system_entropy import system_entropy
 from device_client.adapters.tflite_graph import TfliteGraph
 from device_client.training import Records, train_locally
@@ -61,16 +60,6 @@ PRIVATE_MODES = {
     "tensorflow": ("dp_model", "dp_model_xla", "dp_model_fast", "vectorized", "vectorized_xla"),
 }
 PLAIN_MODES = {"torch": ("plain",), "tensorflow": ("plain", "plain_xla")}
-
-Step = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """How many blocks are counted, and how many calls each has."""
-
-    blocks: int
-    calls: int
 
 
 def main() -> None:
@@ -239,42 +228,6 @@ def over_plain(ms: dict[str, float], ours: str) -> float | None:
     """Our step's time over TensorFlow's non-private one, the faster of its modes; None if it was not measured."""
     found = [ms[f"tensorflow {mode}"] for mode in PLAIN_MODES["tensorflow"] if f"tensorflow {mode}" in ms]
     return ms[ours] / min(found) if found else None
-
-
-def timed(step: Step) -> Callable[[int], list[float]]:
-    """Something that runs a step so many times and gives the milliseconds of each."""
-
-    def run(calls: int) -> list[float]:
-        return [milliseconds(step) for _ in range(calls)]
-
-    return run
-
-
-def alternate(kinds: dict[str, Callable[[int], list[float]]], lengths: Lengths) -> dict[str, list[float]]:
-    """The median milliseconds of every block of each kind, in turns, after a block each to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    for block in range(lengths.blocks + 1):
-        for name, run in kinds.items():
-            median = statistics.median(run(lengths.calls))
-            if block:
-                times[name].append(median)
-    return times
-
-
-def milliseconds(step: Step) -> float:
-    """How long one call takes."""
-    start = time.perf_counter()
-    step()
-    return 1000 * (time.perf_counter() - start)
-
-
-def cpu_name() -> str:
-    """The processor, as Linux names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def say(text: str) -> None:

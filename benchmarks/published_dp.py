@@ -17,16 +17,12 @@ throughout: half an hour or more a repetition.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
-import math
 import os
 import statistics
-import struct
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -36,11 +32,11 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.command import parser
-from benchmarks.dpsgd_step import cpu_name
+from benchmarks.fashion_mnist import DATA, read_fashion_mnist
 from benchmarks.oriented_features import NUM_FEATURES, cached_features, features_model, head_model, stage_graph
+from benchmarks.timing import cpu_name
 from device_client.adapters.tflite_graph import TfliteGraph
 from device_client.ports import Float32
 from device_client.training import Records, evaluate
@@ -65,7 +61,6 @@ PUBLISHED_REPORT = {
 }
 HEADLINE = ("accuracy", "epsilon", "delta", "difference_to_published")
 """Keys of the first model that was trained; the features, unless only the other is."""
-DATA = Path("/usr/share/datasets/fashion-mnist")
 FULL_BATCH, HEAD_BATCH = 32, 128
 """Static batch sizes of the graphs; the fastest an example of those tried (a batch of 128 features is 3.6 MB)."""
 CHECKED_IMAGES = 32
@@ -322,43 +317,6 @@ def _gradient_of_one(graph: TfliteGraph, params: Float32, x: Float32, y: Any, cl
 
 
 # The images.
-
-
-def read_fashion_mnist(folder: Path) -> tuple[Records, Records]:
-    """60,000 training and 10,000 test images, float32 [n, 28, 28, 1] from 0 to 255, with their classes.
-
-    Raises:
-        LocalMisuseError: a file is missing or not what it should be.
-    """
-    parts = []
-    for prefix, count in (("train", 60_000), ("t10k", 10_000)):
-        images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", (count, 28, 28))
-        labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", (count,))
-        if labels.max() > 9:
-            raise LocalMisuseError(f"{folder}: a label of {prefix} is {labels.max()}, expected 0 to 9.")
-        parts.append(Records(images[..., None].astype(np.float32), labels.astype(np.int32)))
-    return parts[0], parts[1]
-
-
-def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The bytes of a gzipped idx file (two zeros, type 8, the number of axes, their lengths, the data).
-
-    Raises:
-        LocalMisuseError: it is missing, damaged, or of another shape.
-    """
-    try:
-        data = gzip.decompress(path.read_bytes())
-    except FileNotFoundError:
-        raise LocalMisuseError(
-            f"{path} is missing: install the images with apt-get install dataset-fashion-mnist, or name their folder "
-            "with --data."
-        ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise LocalMisuseError(f"{path} cannot be read ({error}).") from error
-    header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)
-    if not data.startswith(header) or len(data) != len(header) + math.prod(shape):
-        raise LocalMisuseError(f"{path} is not an idx file of {' x '.join(map(str, shape))} bytes.")
-    return np.frombuffer(data, np.uint8, offset=len(header)).reshape(shape)
 
 
 def _part(records: Records, rows: slice) -> Records:

@@ -16,13 +16,13 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.command import parser
+from benchmarks.timing import Lengths, alternate, timed
 from device_client.adapters.tflite_graph import Runtime, TfliteGraph
 from device_client.training import keep_masks
 from fl_protocol.bundle import ModelBundle, open_bundle
@@ -92,19 +92,8 @@ def one_step(bundle: ModelBundle, runtime: Runtime) -> functools.partial[Any]:
 def step_times(blocks: int) -> dict[tuple[str, Runtime], float]:
     """Milliseconds of a step by model and runtime, all taking turns."""
     steps = {(name, runtime): one_step(opened(name), runtime) for name in catalog.MODELS for runtime in RUNTIMES}
-    medians: dict[tuple[str, Runtime], list[float]] = {key: [] for key in steps}
-    for block in range(blocks + 1):
-        for key, step in steps.items():
-            times = [milliseconds(step) for _ in range(15)]
-            if block:
-                medians[key].append(statistics.median(times))
-    return {key: statistics.median(each) for key, each in medians.items()}
-
-
-def milliseconds(step: functools.partial[Any]) -> float:
-    start = time.perf_counter()
-    step()
-    return 1000 * (time.perf_counter() - start)
+    times = alternate({key: timed(step) for key, step in steps.items()}, Lengths(blocks, 15))
+    return {key: statistics.median(each) for key, each in times.items()}
 
 
 def resident_bytes() -> int:

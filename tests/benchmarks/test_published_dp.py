@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 pytestmark = pytest.mark.tensorflow
 pytest.importorskip("tensorflow")
 
+from benchmarks.fashion_mnist import read_fashion_mnist, read_idx  # noqa: E402
 from benchmarks.oriented_features import (  # noqa: E402
     NUM_FEATURES,
     OrientedFeatures,
@@ -32,8 +33,6 @@ from benchmarks.published_dp import (  # noqa: E402
     as_text,
     make_parser,
     measure,
-    read_fashion_mnist,
-    read_idx,
     settings_for,
     shortcut_error,
 )
