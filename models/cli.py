@@ -191,7 +191,7 @@ def _build_one(
     version: int,
 ) -> Path:
     """Build the model of one source, and say what came out."""
-    with _out.status(f"{source}: importing TensorFlow and converting (seconds to a minute)"), quiet_tensorflow():
+    with _out.status(f"building {Path(source).name} (up to a minute)"), quiet_tensorflow():
         from models.build import build_bundle  # noqa: PLC0415 - slow: only once the arguments are known to be good
 
         spec = load_spec(source, said)
