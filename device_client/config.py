@@ -1,4 +1,9 @@
-"""The device's configuration file (TOML), decoded strictly; every key is documented here."""
+"""The device's configuration file (TOML), decoded strictly; every key is documented here.
+
+A path is relative to the file. A key (`store_key`, a TLS key) may be named ``credential:NAME``: it is then read from
+the folder that systemd passes in ``CREDENTIALS_DIRECTORY`` (systemd.exec(5), section Credentials), which can keep it
+sealed to a TPM.
+"""
 
 from __future__ import annotations
 
@@ -11,62 +16,165 @@ from fl_protocol.adapters.config_files import BrokerConfig
 from fl_protocol.topics import NAME_PATTERN
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+Percent = Annotated[float, Meta(ge=0, le=100)]
+AtLeastZero = Annotated[float, Meta(ge=0)]
+Epsilon = Annotated[float, Meta(gt=0)]
+Delta = Annotated[float, Meta(gt=0, lt=1)]
 
 
-class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The study this device belongs to, and what it is pinned to.
+class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """One study that this device may belong to (``[[study]]``), and what it is pinned to. The wearer grants each.
 
     Args:
         tenant, task: names on the wire.
+        broker: where it is met.
         bundle: path of the model bundle (``*.covey``).
         publisher_key: Ed25519 key of the bundle's publisher, 64 hex digits.
         aggregator_key: Ed25519 key that signs manifests and receipts, 64 hex digits.
         minimum_bundle_version: refuse an older bundle.
+        id: a fixed name on the wire, for trying things out; without it the device uses pseudonyms that change.
+        pseudonyms: folder of the pseudonyms' certificates (``covey-device pseudonyms``).
+        role: ``train``, or ``evaluate`` to only measure each global model on the device's own records.
+        stream: the stream of records that it trains on.
+        epsilon: share of the wearer's budget that this study may spend in a period; all of it by default.
     """
 
     tenant: Name
     task: Name
+    broker: BrokerConfig
     bundle: str
     publisher_key: str
     aggregator_key: str
     minimum_bundle_version: int = 0
+    id: Name | None = None
+    pseudonyms: str = "pseudonyms"
+    role: Literal["train", "evaluate"] = "train"
+    stream: Name = "default"
+    epsilon: Epsilon | None = None
+
+    @property
+    def study(self) -> str:
+        """What the wearer grants and the ledger charges: ``tenant/task``."""
+        return f"{self.tenant}/{self.task}"
 
 
 class DeviceSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """This device.
+    """What this device keeps, and where.
 
     Args:
-        id: pseudonym on the wire; also the certificate's common name.
         store: folder of the encrypted store.
-        store_key: file with the store's 32-byte key, readable by its owner only.
-        role: ``train``, or ``evaluate`` to only measure each global model on the device's own records.
+        store_key: file with the store's 32-byte key, readable by its owner only, or ``credential:NAME``.
+        counter: file that counts the ledger's lines, kept apart from the store, best on another medium: putting back
+            an old copy of the store is noticed by it. By default beside the store: its folder's name and ``.counter``.
+        control_socket: Unix socket for ``covey-device status`` and its like; by default beside the store:
+            its folder's name and ``.sock``.
+        maximum_outbox_bytes: sealed updates that may wait for their receipts.
     """
 
-    id: Name
     store: str
     store_key: str
-    role: Literal["train", "evaluate"] = "train"
+    counter: str | None = None
+    control_socket: str | None = None
+    maximum_outbox_bytes: Annotated[int, Meta(ge=4096)] = 64 * 1024 * 1024
 
 
 class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the wearer allows.
 
     Args:
-        epsilon, delta: budget for everything this device ever releases, at record level.
+        epsilon, delta: budget of a period, over all studies, at record level.
+        period_days: length of a period; without it there is one for ever.
         minimum_noise_multiplier: least noise per step that is accepted.
         minimum_cohort: fewest devices an update may be combined with.
+        maximum_l2_norm_clip: largest clip that is accepted.
     """
 
-    epsilon: Annotated[float, Meta(gt=0)]
-    delta: Annotated[float, Meta(gt=0, lt=1)]
-    minimum_noise_multiplier: Annotated[float, Meta(ge=0)] = 0.0
+    epsilon: Epsilon
+    delta: Delta
+    period_days: Annotated[float, Meta(ge=1)] | None = None
+    minimum_noise_multiplier: AtLeastZero = 0.0
     minimum_cohort: Annotated[int, Meta(ge=1)] = 1
+    maximum_l2_norm_clip: Annotated[float, Meta(gt=0)] | None = None
+
+
+class EligibilityConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """When this device may train; the defaults follow Android's conditions for federated work. A rule whose reading
+    the machine does not have (no battery, say) does not hold anything up.
+
+    Args:
+        minimum_battery_percent: less charge than this stops training, unless the charger is connected and
+            `charging_lifts_battery_floor`.
+        charging_lifts_battery_floor: see above.
+        require_charging: only while the charger is connected.
+        require_idle: only while nobody uses the device.
+        require_unmetered: only on a network that is not paid by volume.
+        maximum_temperature_celsius: hotter than this stops training.
+        windows: times of day, local, such as ``22:00-06:00``, in which it may train; empty for always.
+        minimum_new_records: how many records there must be since the device last took part. Whether it takes part then
+            depends on them, so the number is compared with noise added, and each comparison is charged.
+        new_records_noise: standard deviation of that noise, in records.
+        minimum_separation_hours: the least time between participations, whatever a study asks for.
+    """
+
+    minimum_battery_percent: Percent = 30.0
+    charging_lifts_battery_floor: bool = False
+    require_charging: bool = False
+    require_idle: bool = True
+    require_unmetered: bool = True
+    maximum_temperature_celsius: float = 45.0
+    windows: tuple[str, ...] = ()
+    minimum_new_records: Annotated[int, Meta(ge=0)] = 0
+    new_records_noise: Annotated[float, Meta(ge=1)] = 50.0
+    minimum_separation_hours: AtLeastZero = 0.0
+
+
+class BoardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where the readings come from.
+
+    Args:
+        battery: name of a supply in ``/sys/class/power_supply``, ``auto`` for the first battery, ``none``.
+        thermal_zone: name of a zone in ``/sys/class/thermal``, ``auto`` for the hottest, ``none``.
+        network: ``auto`` asks NetworkManager whether the connection is metered; or a fixed answer.
+        idle: ``auto`` compares the load with `idle_load`; or a fixed answer.
+        idle_load: one-minute load average per core below which the machine is idle.
+    """
+
+    battery: str = "auto"
+    thermal_zone: str = "auto"
+    network: Literal["auto", "metered", "unmetered"] = "auto"
+    idle: Literal["auto", "idle", "busy"] = "auto"
+    idle_load: AtLeastZero = 0.5
+
+
+class RecordsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The wearer's recordings.
+
+    Args:
+        maximum_count: records kept per stream; the oldest go first.
+        maximum_age_days: how long a record is kept.
+        held_out_fraction: records that are never trained on, to measure models with.
+        ingest_socket: Unix socket that takes recordings, relative to this file; none by default.
+        ingest_group: group whose members may write to it; otherwise the device's own user only.
+    """
+
+    maximum_count: Annotated[int, Meta(ge=1)] = 20_000
+    maximum_age_days: Annotated[float, Meta(gt=0)] = 365.0
+    held_out_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.2
+    ingest_socket: str | None = None
+    ingest_group: str | None = None
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A whole ``device.toml``."""
 
-    study: StudyConfig
     device: DeviceSection
-    broker: BrokerConfig
     privacy: PrivacyConfig
+    studies: Annotated[tuple[StudyConfig, ...], Meta(min_length=1)] = msgspec.field(name="study")
+    eligibility: EligibilityConfig = EligibilityConfig()
+    board: BoardConfig = BoardConfig()
+    records: RecordsConfig = RecordsConfig()
+
+    def __post_init__(self) -> None:
+        names = [study.study for study in self.studies]
+        if len(set(names)) < len(names):
+            raise ValueError(f"study: expected each tenant and task once, got {', '.join(names)}")
