@@ -63,6 +63,11 @@ class TrainingPlanMsg(_Msg, frozen=True):
         noise_multiplier: noise standard deviation over C, per step; 0 only where no privacy is claimed.
         expected_batch_size: public constant the clipped sum is divided by. Never the device's own number of records:
             under add-or-remove-one neighbours that number is itself private.
+        momentum: of the local steps (heavy ball, B. T. Polyak 1964), [0, 1); 0 is plain SGD.
+        proximal_mu: FedProx's mu (T. Li et al., arXiv 1812.06127), at least 0: mu (y - x) is added to each local
+            gradient, where x are the round's parameters and y the device's.
+        control_variates: SCAFFOLD with option II (S. P. Karimireddy et al., arXiv 1910.06378): c - c_i is added to each
+            local gradient. Only with plain steps: the update of c_i is derived for them.
     """
 
     sampling_rate: Annotated[float, Meta(gt=0, le=1)]
@@ -71,6 +76,9 @@ class TrainingPlanMsg(_Msg, frozen=True):
     l2_norm_clip: Positive
     noise_multiplier: Annotated[float, Meta(ge=0)]
     expected_batch_size: Positive
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    proximal_mu: Annotated[float, Meta(ge=0)] = 0.0
+    control_variates: bool = False
 
     def __post_init__(self) -> None:
         _require_finite(
@@ -78,7 +86,12 @@ class TrainingPlanMsg(_Msg, frozen=True):
             l2_norm_clip=self.l2_norm_clip,
             noise_multiplier=self.noise_multiplier,
             expected_batch_size=self.expected_batch_size,
+            proximal_mu=self.proximal_mu,
         )
+        if self.control_variates and (self.momentum > 0 or self.proximal_mu > 0):
+            raise ValueError(
+                f"control_variates need plain steps, got momentum {self.momentum} and proximal_mu {self.proximal_mu}"
+            )
 
 
 class RecipientKeyMsg(_Msg, frozen=True):
@@ -102,6 +115,8 @@ class RoundManifestMsg(_Msg, frozen=True):
         minimum_cohort: fewest updates that are ever combined.
         participation_probability: with which each device tosses its own coin.
         minimum_separation_s: seconds a device stays out after taking part.
+        control_digest: SHA-256 of the server's control variate c (little-endian float32 [num_parameters]), fetched like
+            a model; given exactly in open rounds whose plan has `control_variates`.
     """
 
     tenant: Name
@@ -120,6 +135,7 @@ class RoundManifestMsg(_Msg, frozen=True):
     minimum_cohort: Count
     participation_probability: Annotated[float, Meta(ge=0, le=1)]
     minimum_separation_s: Seconds
+    control_digest: Digest | None = None
 
     def __post_init__(self) -> None:
         if (self.recipient is None) != (self.status == "finished"):
@@ -128,16 +144,19 @@ class RoundManifestMsg(_Msg, frozen=True):
             raise ValueError(f"goal {self.goal} is below minimum_cohort {self.minimum_cohort}")
         if self.deadline_s < self.opened_s:
             raise ValueError(f"deadline_s {self.deadline_s} is before opened_s {self.opened_s}")
+        if (self.control_digest is not None) != (self.plan.control_variates and self.status == "open"):
+            raise ValueError("a control_digest belongs to open rounds with control_variates, and only to those")
 
 
 class ChunkMsg(_Msg, frozen=True):
     """One piece of a transfer; idempotent on (transfer_id, index).
 
     All chunks of one cut hold `cut_bytes` of data, except the last, which holds the rest; so one chunk alone says how
-    the whole was cut, and what a transfer can hold is known from its first chunk.
+    the whole was cut, and what a transfer can hold is known from its first chunk. Chunks of models and control variates
+    travel as `SignedMsg`; those of updates as they are.
 
     Args:
-        transfer_id: the update id, or the first 16 bytes of a model's digest.
+        transfer_id: the update id, or the first 16 bytes of a model's (or control variate's) digest.
         count: number of chunks; ``index`` runs from 0 to count - 1.
         total_bytes: length of the whole.
         digest: SHA-256 of the whole.

@@ -1,6 +1,7 @@
 """Ed25519 signatures over messages, each bound to what it is for (a signature for one purpose fits no other).
 
-Devices sign update headers; the aggregator signs round manifests, receipts and NACKs.
+Devices sign update headers; the aggregator signs round manifests, receipts, NACKs and the chunks of models, so that a
+device drops each forged chunk by itself. Chunks of updates are not signed: their envelope's header is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.messages import (
+    ChunkMsg,
     NackMsg,
     ReceiptMsg,
     RoundManifestMsg,
@@ -21,17 +23,18 @@ from fl_protocol.messages import (
     encode,
 )
 
-S = TypeVar("S", RoundManifestMsg, ReceiptMsg, NackMsg)
+S = TypeVar("S", RoundManifestMsg, ReceiptMsg, NackMsg, ChunkMsg)
 
 _CONTEXTS: dict[type, bytes] = {
     RoundManifestMsg: b"covey v1 round manifest\0",
     ReceiptMsg: b"covey v1 receipt\0",
     NackMsg: b"covey v1 nack\0",
+    ChunkMsg: b"covey v1 model chunk\0",
     UpdateHeaderMsg: b"covey v1 update header\0",
 }
 
 
-def sign(message: RoundManifestMsg | ReceiptMsg | NackMsg, key: Ed25519PrivateKey) -> bytes:
+def sign(message: RoundManifestMsg | ReceiptMsg | NackMsg | ChunkMsg, key: Ed25519PrivateKey) -> bytes:
     """Encoded `SignedMsg` around `message`; runs at the aggregator."""
     payload = encode(message)
     return encode(SignedMsg(payload=payload, signature=key.sign(_CONTEXTS[type(message)] + payload)))

@@ -32,6 +32,7 @@ AGGREGATOR_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 DEVICE_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32, 64)))
 UPDATE_ID = bytes(range(16))
 MODEL_DIGEST = hashlib.sha256(b"model").digest()
+CONTROL_DIGEST = hashlib.sha256(b"control variate").digest()
 GRAPH_DIGEST = hashlib.sha256(b"graph").digest()
 SEALED_DIGEST = hashlib.sha256(b"sealed").digest()
 KEMS: tuple[KemName, ...] = ("x25519", "mlkem768-x25519")
@@ -45,7 +46,10 @@ PLAN = TrainingPlanMsg(
     l2_norm_clip=1.0,
     noise_multiplier=1.5,
     expected_batch_size=16.0,
+    momentum=0.9,
+    proximal_mu=0.01,
 )
+SCAFFOLD_PLAN = msgspec.structs.replace(PLAN, momentum=0.0, proximal_mu=0.0, control_variates=True)
 
 
 def round_key(kem: KemName, seed: int = 7) -> RoundKey:
@@ -110,6 +114,8 @@ EXAMPLES: tuple[messages._Msg, ...] = (
     RecipientKeyMsg(kem="x25519", public_key=round_key("x25519").recipient().public_key),
     manifest(),
     manifest(status="finished", recipient=None),
+    manifest(plan=SCAFFOLD_PLAN, control_digest=CONTROL_DIGEST),
+    manifest(plan=SCAFFOLD_PLAN, status="finished", recipient=None),
     CHUNK,
     HEADER,
     UpdateEnvelopeMsg(header=messages.encode(HEADER), signature=bytes(range(64)), sealed=b"sealed"),

@@ -16,6 +16,8 @@ from fl_protocol.chunking import Reassembler, missing_bitmap, missing_indices, s
 from fl_protocol.errors import LocalMisuseError, RefusalReason, RefusedError
 from fl_protocol.limits import CHUNK_HEADER_BYTES, MAX_TRANSFER_BYTES, MIN_CHUNK_DATA_BYTES
 from fl_protocol.messages import ChunkMsg, decode, encode
+from fl_protocol.signing import sign
+from tests.fl_protocol.examples import AGGREGATOR_KEY
 
 ID = bytes(range(16))
 
@@ -53,9 +55,10 @@ def test_chunks_in_any_order_and_repeated_give_the_whole_once(
     assert len(reassembler) == 0
 
 
-def test_an_encoded_chunk_adds_no_more_than_its_header_allows() -> None:
-    for chunk in chunks_of(bytes(MAX_TRANSFER_BYTES), 96 * 1024)[-2:]:
-        assert len(encode(chunk)) - len(chunk.data) <= CHUNK_HEADER_BYTES
+def test_a_chunk_adds_no_more_than_its_header_allows_signed_or_not() -> None:
+    largest_fields = [*chunks_of(bytes(MAX_TRANSFER_BYTES), 96 * 1024)[-2:], chunks_of(bytes(MAX_TRANSFER_BYTES))[-1]]
+    for chunk in largest_fields:
+        assert len(encode(chunk)) < len(sign(chunk, AGGREGATOR_KEY)) <= len(chunk.data) + CHUNK_HEADER_BYTES
 
 
 def test_several_transfers_may_be_interleaved() -> None:

@@ -17,17 +17,19 @@ from fl_protocol.limits import (
 )
 from fl_protocol.messages import UpdateBodyMsg, UpdateEnvelopeMsg, decode, encode
 from fl_protocol.sealing import seal_update
+from fl_protocol.signing import sign
 from fl_protocol.topics import upload_topic
-from tests.fl_protocol.examples import DEVICE_KEY, UPDATE_ID, manifest
+from tests.fl_protocol.examples import AGGREGATOR_KEY, DEVICE_KEY, UPDATE_ID, manifest
 
 SMALLEST = MIN_CHUNK_DATA_BYTES + CHUNK_HEADER_BYTES + PACKET_RESERVE_BYTES
 
 
 @pytest.mark.parametrize("server", [None, 128 * 1024, 2**32, SMALLEST, SMALLEST + 1, 10_000, 98_304])
-def test_an_encoded_chunk_and_its_topic_fit_the_servers_packet(server: int | None) -> None:
+def test_an_encoded_chunk_signed_or_not_and_its_topic_fit_the_servers_packet(server: int | None) -> None:
     data_bytes = chunk_data_bytes(server)
     (chunk, *_) = split(UPDATE_ID, bytes(3 * data_bytes), data_bytes=data_bytes)
-    payload = encode(chunk)
+    payload = sign(chunk, AGGREGATOR_KEY)
+    assert len(payload) > len(encode(chunk))
     assert len(payload) <= MAX_PACKET_BYTES
     topic = upload_topic("x" * 64, "x" * 64, UPDATE_ID, 65_535)
     assert server is None or len(payload) + len(topic) + 64 <= server  # 64: the rest of the PUBLISH header

@@ -24,7 +24,19 @@ from fl_protocol.messages import (
     decode,
     encode,
 )
-from tests.fl_protocol.examples import CHUNK, EXAMPLES, NACK, PLAN, UPDATE_ID, as_map, manifest, packed
+from tests.fl_protocol.examples import (
+    CHUNK,
+    CONTROL_DIGEST,
+    EXAMPLES,
+    HEADER,
+    NACK,
+    PLAN,
+    SCAFFOLD_PLAN,
+    UPDATE_ID,
+    as_map,
+    manifest,
+    packed,
+)
 
 KINDS = sorted({type(message) for message in EXAMPLES}, key=lambda kind: kind.__name__)
 any_example = pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
@@ -87,9 +99,10 @@ def test_another_version_is_refused(message: _Msg, version: object) -> None:
 def test_a_field_of_another_type_is_refused(message: _Msg) -> None:
     fields = as_map(message)
     for name, value in fields.items():
-        wrong: list[object] = [[], {}, True, b"x" if not isinstance(value, bytes) else "x" * len(value)]
+        wrong: list[object] = [[], {}, b"x" if not isinstance(value, bytes) else "x" * len(value)]
+        wrong += [True] if not isinstance(value, bool) else [0, 1]
         wrong += [2**64 - 1, -1, "x"] if not isinstance(value, str) else [1]
-        wrong += [None] if name != "recipient" else []
+        wrong += [None] if name not in {"recipient", "control_digest"} else []
         for other in wrong:
             refused(packed({**fields, name: other}), type(message))
 
@@ -142,7 +155,7 @@ def test_an_integer_in_a_longer_form_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in as_map(PLAN) if name not in {"v", "local_steps"} for value in (math.nan, math.inf)),
+        *((name, value) for name, now in as_map(PLAN).items() if type(now) is float for value in (math.nan, math.inf)),
         ("sampling_rate", 0.0),
         ("sampling_rate", 1.5),
         ("local_steps", 0),
@@ -151,6 +164,10 @@ def test_an_integer_in_a_longer_form_is_refused() -> None:
         ("l2_norm_clip", -1.0),
         ("noise_multiplier", -0.5),
         ("expected_batch_size", 0.0),
+        ("momentum", -0.1),
+        ("momentum", 1.0),
+        ("proximal_mu", -0.01),
+        ("control_variates", True),  # with momentum and proximal_mu
         ("learning_rate", 1),  # an integer where a float belongs has two encodings
     ],
 )
@@ -159,6 +176,40 @@ def test_a_plan_out_of_range_is_refused(name: str, value: float) -> None:
     # Nested in a manifest too.
     nested = {**as_map(manifest()), "plan": {**as_map(PLAN), name: value}}
     refused(packed(nested), RoundManifestMsg)
+
+
+@pytest.mark.parametrize("name", ["momentum", "proximal_mu"])
+def test_control_variates_go_with_plain_steps_only(name: str) -> None:
+    text = refused(packed({**as_map(SCAFFOLD_PLAN), name: 0.5}), TrainingPlanMsg)
+    assert "control_variates need plain steps" in text
+    with pytest.raises(ValueError, match="plain steps"):
+        msgspec.structs.replace(SCAFFOLD_PLAN, **{name: 0.5}).__post_init__()
+
+
+def test_a_plan_written_before_these_options_is_plain_sgd() -> None:
+    options = ("momentum", "proximal_mu", "control_variates")
+    fields = {name: getattr(PLAN, name) for name in PLAN.__struct_fields__ if name not in options}
+    plain = TrainingPlanMsg(**fields)
+    assert [getattr(plain, name) for name in options] == [0.0, 0.0, False]
+    assert set(options) < set(as_map(plain))  # every field is always encoded
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"control_digest": CONTROL_DIGEST},
+        {"plan": SCAFFOLD_PLAN},
+        {"plan": SCAFFOLD_PLAN, "control_digest": CONTROL_DIGEST, "status": "finished", "recipient": None},
+        {"status": "finished", "recipient": None, "control_digest": CONTROL_DIGEST},
+    ],
+    ids=["superfluous", "missing", "finished", "finished and superfluous"],
+)
+def test_a_control_digest_stands_exactly_where_control_variates_are_used(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="control_digest belongs to open rounds"):
+        manifest(**changes)
+    fields = as_map(manifest())
+    fields |= {name: as_map(value) if name == "plan" else value for name, value in changes.items()}
+    assert "control_digest" in refused(packed(fields), RoundManifestMsg)
 
 
 @pytest.mark.parametrize(
@@ -298,4 +349,4 @@ def test_the_codec_names_what_was_expected() -> None:
 
 def test_ids_are_bytes_of_fixed_length() -> None:
     assert len(UPDATE_ID) == 16
-    refused(packed({**as_map(EXAMPLES[5]), "update_id": bytes(17)}), UpdateHeaderMsg)
+    refused(packed({**as_map(HEADER), "update_id": bytes(17)}), UpdateHeaderMsg)

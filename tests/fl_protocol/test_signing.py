@@ -6,7 +6,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fl_protocol.errors import LocalMisuseError, ProtocolError
-from fl_protocol.messages import NackMsg, ReceiptMsg, RoundManifestMsg, SignedMsg, decode, encode
+from fl_protocol.messages import ChunkMsg, NackMsg, ReceiptMsg, RoundManifestMsg, SignedMsg, decode, encode
 from fl_protocol.signing import (
     header_signature_is_valid,
     public_key_from_hex,
@@ -15,13 +15,14 @@ from fl_protocol.signing import (
     sign_header,
     verify,
 )
-from tests.fl_protocol.examples import AGGREGATOR_KEY, DEVICE_KEY, HEADER, NACK, RECEIPT, manifest
+from tests.fl_protocol.examples import AGGREGATOR_KEY, CHUNK, DEVICE_KEY, HEADER, NACK, RECEIPT, manifest
 
 PUBLIC = AGGREGATOR_KEY.public_key()
-SIGNED: dict[type, RoundManifestMsg | ReceiptMsg | NackMsg] = {
+SIGNED: dict[type, RoundManifestMsg | ReceiptMsg | NackMsg | ChunkMsg] = {
     RoundManifestMsg: manifest(),
     ReceiptMsg: RECEIPT,
     NackMsg: NACK,
+    ChunkMsg: CHUNK,
 }
 ED25519_ORDER = 2**252 + 27742317777372353535851937790883648493
 """L of RFC 8032, section 5.1."""

@@ -54,6 +54,8 @@ from fl_protocol.topics import (
 from tests.fl_protocol.examples import (
     AGGREGATOR_KEY,
     BODY,
+    CHUNK,
+    CONTROL_DIGEST,
     DEVICE,
     DEVICE_KEY,
     EXAMPLES,
@@ -62,6 +64,7 @@ from tests.fl_protocol.examples import (
     NACK,
     PLAN,
     RECEIPT,
+    SCAFFOLD_PLAN,
     TASK,
     TENANT,
     UPDATE_ID,
@@ -120,6 +123,21 @@ def messages() -> Vectors:
         ("a clip that is not a number", TrainingPlanMsg, packed({**as_map(PLAN), "l2_norm_clip": math.nan})),
         ("an infinite noise multiplier", TrainingPlanMsg, packed({**as_map(PLAN), "noise_multiplier": math.inf})),
         ("a sampling rate above 1", TrainingPlanMsg, packed({**as_map(PLAN), "sampling_rate": 1.5})),
+        ("momentum 1", TrainingPlanMsg, packed({**as_map(PLAN), "momentum": 1.0})),
+        ("a proximal_mu that is not a number", TrainingPlanMsg, packed({**as_map(PLAN), "proximal_mu": math.nan})),
+        ("an infinite proximal_mu", TrainingPlanMsg, packed({**as_map(PLAN), "proximal_mu": math.inf})),
+        ("control variates as an integer", TrainingPlanMsg, packed({**as_map(SCAFFOLD_PLAN), "control_variates": 1})),
+        ("control variates with momentum", TrainingPlanMsg, packed({**as_map(SCAFFOLD_PLAN), "momentum": 0.5})),
+        ("control variates with proximal_mu", TrainingPlanMsg, packed({**as_map(SCAFFOLD_PLAN), "proximal_mu": 0.5})),
+        ("control variates without a control_digest", RoundManifestMsg,
+         packed({**as_map(manifest()), "plan": as_map(SCAFFOLD_PLAN)})),
+        ("a control_digest without control variates", RoundManifestMsg,
+         packed({**as_map(manifest()), "control_digest": CONTROL_DIGEST})),
+        ("a control_digest of a finished task", RoundManifestMsg,
+         packed({**as_map(manifest(plan=SCAFFOLD_PLAN, status="finished", recipient=None)),
+                 "control_digest": CONTROL_DIGEST})),
+        ("a control_digest too short", RoundManifestMsg,
+         packed({**as_map(manifest(plan=SCAFFOLD_PLAN, control_digest=CONTROL_DIGEST)), "control_digest": bytes(31)})),
         ("open without a recipient", RoundManifestMsg, packed({**as_map(manifest()), "recipient": None})),
         ("a goal below the minimum cohort", RoundManifestMsg, packed({**as_map(manifest()), "goal": 4})),
         ("a deadline before the opening", RoundManifestMsg, packed({**as_map(manifest()), "deadline_s": 1.0})),
@@ -127,7 +145,7 @@ def messages() -> Vectors:
         ("chunks needlessly small", ChunkMsg, packed({**as_map(chunk), "index": 2, "count": 3})),
         ("a length that no cut gives", ChunkMsg, packed({**as_map(chunk), "index": 0})),
         ("too few values", UpdateBodyMsg, body.replace(b"\xaenum_parameters\x03", b"\xaenum_parameters\x04")),
-    ]
+    ]  # fmt: skip
     refused = [
         {"why": why, "kind": kind.__name__, "encoded": data.hex(), "error": "ProtocolError"}
         for why, kind, data in cases
@@ -136,12 +154,13 @@ def messages() -> Vectors:
 
 
 def signed_vectors() -> Vectors:
-    """Signed manifest, receipt and NACK; header signatures; and signatures that fit no more."""
+    """Signed manifest, receipt, NACK and model chunk; header signatures; and signatures that fit no more."""
     public = AGGREGATOR_KEY.public_key().public_bytes_raw()
-    by_kind: dict[str, RoundManifestMsg | ReceiptMsg | NackMsg] = {
+    by_kind: dict[str, RoundManifestMsg | ReceiptMsg | NackMsg | ChunkMsg] = {
         "RoundManifestMsg": manifest(),
         "ReceiptMsg": RECEIPT,
         "NackMsg": NACK,
+        "ChunkMsg": CHUNK,
     }
     valid = [
         {
@@ -165,6 +184,18 @@ def signed_vectors() -> Vectors:
         ("signed by another key", "ReceiptMsg", signing.sign(RECEIPT, DEVICE_KEY)),
         ("a receipt offered as a NACK", "NackMsg", signing.sign(RECEIPT, AGGREGATOR_KEY)),
         ("a receipt offered as a manifest", "RoundManifestMsg", signing.sign(RECEIPT, AGGREGATOR_KEY)),
+        ("a model chunk signed by another key", "ChunkMsg", signing.sign(CHUNK, DEVICE_KEY)),
+        ("a model chunk offered as a receipt", "ReceiptMsg", signing.sign(CHUNK, AGGREGATOR_KEY)),
+        ("a model chunk offered as a manifest", "RoundManifestMsg", signing.sign(CHUNK, AGGREGATOR_KEY)),
+        ("a receipt offered as a model chunk", "ChunkMsg", signing.sign(RECEIPT, AGGREGATOR_KEY)),
+        ("a model chunk under a header's signature", "ChunkMsg",
+         signed(encode(CHUNK), signing.sign_header(encode(CHUNK), AGGREGATOR_KEY))),
+        ("a model chunk that is not signed", "ChunkMsg", encode(CHUNK)),
+        ("one bit of a model chunk's data flipped", "ChunkMsg",
+         signing.sign(CHUNK, AGGREGATOR_KEY).replace(CHUNK.data, bytes([CHUNK.data[0] ^ 1]) + CHUNK.data[1:])),
+        ("another model chunk's index", "ChunkMsg",
+         signed(encode(CHUNK).replace(b"\xa5index\x01", b"\xa5index\x00"),
+                decode(signing.sign(CHUNK, AGGREGATOR_KEY), SignedMsg).signature)),
         ("a header signature offered as a receipt's", "ReceiptMsg",
          signed(good.payload, signing.sign_header(good.payload, AGGREGATOR_KEY))),
         ("signed without a context", "ReceiptMsg", signed(good.payload, AGGREGATOR_KEY.sign(good.payload))),
