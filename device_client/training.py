@@ -1,7 +1,29 @@
 """Local training: DP-SGD steps over the wearer's records, through the trainable graph. Pure given its ports.
 
 M. Abadi et al., "Deep Learning with Differential Privacy", arXiv 1607.00133, algorithm 1, with true Poisson batches
-and a public divisor. Clipping happens per record inside the graph; noise and the weight update happen here.
+and a public divisor. Clipping happens per record inside the graph; noise is added here, on every coordinate, whatever
+the records; what follows from the noisy sums is in `device_client.local_optimiser`.
+
+**Pre-emption.** `LocalTraining` takes one noisy step at a time. Between two steps its progress can be stored, encrypted
+on the device, and gone on from later, in another process, perhaps with other records. The steps that are left draw
+fresh randomness, so a step whose result was not stored is done again with another batch and other noise.
+
+The round was charged for K noisy sums (`local_steps`) before the first of them, and that holds however often steps were
+redone: only what is computed from the one chain of K sums that led to the end is ever released or kept. The attempts
+that were lost went nowhere, and a charger that is pulled, a reboot or a power cut does not know what they drew. So
+given all that is released, each sum of the chain has the distribution of one draw of the mechanism, as if there had
+been no other, and K of them compose, over the records that each step found.
+
+It would be unsound
+
+- to release two results of one step (a final change from each of two resumptions, a debug copy, a metric): that is
+  K + 1 sums or more for K charged. An update in the outbox is the round's; its progress is removed before or with it;
+- to choose among attempts: by loss, by norm, or by whether they failed. After a `TrainingError` this object is spent,
+  and the round must be given up, not resumed from an earlier checkpoint: a record that makes the graph fail would
+  otherwise be left out of every batch that counts;
+- to interrupt by what an attempt drew: a time limit near the length of a step would prefer small batches. Limits on a
+  step have to be far above the largest batch, and a round that does not get on has to be given up;
+- to rewind a generator's state with the progress: if records came between, two sums would share their noise.
 """
 
 from __future__ import annotations
@@ -13,11 +35,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_client.errors import TrainingError
+from device_client.local_optimiser import Control, LocalOptimiser, LocalProgress
 from device_client.noise import Entropy, NoisyGrid
 from device_client.ports import Float32, Graph, Labels
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.messages import TrainingPlanMsg
 from fl_protocol.model_manifest import DropoutMask
+
+__all__ = [
+    "Control",
+    "Evaluation",
+    "LocalProgress",
+    "LocalTraining",
+    "Records",
+    "clipped_gradient_sum",
+    "evaluate",
+    "keep_masks",
+    "poisson_sample",
+    "train_locally",
+]
 
 
 @dataclass(frozen=True)
@@ -44,10 +80,121 @@ class Evaluation:
     count: int
 
 
+class LocalTraining:
+    """One round's local steps, one at a time.
+
+    Args:
+        graph: the loaded trainable graph.
+        start: x, float32 [d]: the global parameters, then the personal layers of a model that has such.
+        records: this wearer's records; there may be none, and then every step is noise.
+        plan: what to compute; it was charged.
+        entropy: cryptographic source for batches and noise; a resumed training gets a fresh one.
+        control: SCAFFOLD's server variate c and own variate c_i, float32 [shared parameters] each, exactly if the plan
+            has `control_variates`; c_i is zeros at first.
+        progress: where to go on from, of a training with the same start, plan and control.
+
+    Raises:
+        TrainingError: progress or control variates do not fit or are not finite; the round has to be given up.
+        LocalMisuseError: control variates are given and the plan has none, or the other way round.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        start: Float32,
+        records: Records,
+        *,
+        plan: TrainingPlanMsg,
+        entropy: Entropy,
+        control: Control | None = None,
+        progress: LocalProgress | None = None,
+    ) -> None:
+        self._graph, self._records, self._plan, self._entropy = graph, records, plan, entropy
+        self._grid = NoisyGrid(plan.l2_norm_clip, plan.noise_multiplier, len(start))
+        self._optimiser = LocalOptimiser(start, plan, control=control, progress=progress)
+        self._failed = False
+
+    @property
+    def step(self) -> int:
+        """Steps done, those before an interruption included."""
+        return self._optimiser.steps
+
+    @property
+    def steps(self) -> int:
+        """Steps that the plan has, and that were charged."""
+        return self._plan.local_steps
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.steps
+
+    def advance(self) -> None:
+        """Do one noisy step; afterwards is the moment to store `progress` and to look whether to go on.
+
+        Raises:
+            TrainingError: the gradient is not finite or the model diverged. The round has to be given up, and must not
+                be tried again from earlier progress.
+            LocalMisuseError: all steps are done.
+        """
+        self._refuse_after_failure()
+        if self.done:
+            raise LocalMisuseError(f"advance: all {self.steps} steps are done, and no more than these were charged")
+        self._failed = True  # unless the step comes to its end
+        self._optimiser.step(self._noisy_sum())
+        self._failed = False
+
+    def progress(self) -> LocalProgress:
+        """What another `LocalTraining` can go on from. Raises TrainingError after a step that failed."""
+        self._refuse_after_failure()
+        return self._optimiser.progress
+
+    def change(self) -> Float32:
+        """The change of the parameters, y − x, float32 [d].
+
+        Raises:
+            TrainingError: it holds numbers that are not finite.
+            LocalMisuseError: steps are missing.
+        """
+        self._refuse_after_failure()
+        if not self.done:
+            raise LocalMisuseError(f"change: only {self.step} of {self.steps} steps are done; call advance first")
+        return self._optimiser.change
+
+    def next_control(self) -> Float32:
+        """SCAFFOLD's next c_i, float32 [shared parameters], to be kept together with the update.
+
+        Raises:
+            TrainingError: it holds numbers that are not finite.
+            LocalMisuseError: steps are missing, or the plan has no control variates.
+        """
+        self._refuse_after_failure()
+        return self._optimiser.next_control
+
+    def _noisy_sum(self) -> NDArray[np.float64]:
+        """The step's release: a Poisson batch's clipped gradients with noise on all coordinates, float64 [d]."""
+        plan, records, entropy = self._plan, self._records, self._entropy
+        batch = np.flatnonzero(poisson_sample(len(records), plan.sampling_rate, entropy))
+        clipped = clipped_gradient_sum(
+            self._graph, self._optimiser.params, records, batch, clip=plan.l2_norm_clip, entropy=entropy
+        )
+        return self._grid.release(clipped, entropy)
+
+    def _refuse_after_failure(self) -> None:
+        if self._failed:
+            raise TrainingError("this training failed in an earlier step; the round has to be given up")
+
+
 def train_locally(
-    graph: Graph, params: Float32, records: Records, *, plan: TrainingPlanMsg, entropy: Entropy
+    graph: Graph,
+    params: Float32,
+    records: Records,
+    *,
+    plan: TrainingPlanMsg,
+    entropy: Entropy,
+    control: Control | None = None,
 ) -> Float32:
-    """Run a round's local steps and return the change of the parameters, float32 [d].
+    """Run a round's local steps without a pause and return the change of the parameters, float32 [d].
 
     Every step's noisy sum is released (the change is computed from nothing else), so each is charged.
 
@@ -57,24 +204,15 @@ def train_locally(
         records: this wearer's records.
         plan: what to compute.
         entropy: cryptographic source for batches and noise.
+        control: control variates, as `LocalTraining` takes them.
 
     Raises:
         TrainingError: the model diverged to numbers that are not finite.
     """
-    grid = NoisyGrid(plan.l2_norm_clip, plan.noise_multiplier, len(params))
-    current = params.astype(np.float64)
-    for _ in range(plan.local_steps):
-        batch = np.flatnonzero(poisson_sample(len(records), plan.sampling_rate, entropy))
-        clipped = clipped_gradient_sum(
-            graph, current.astype(np.float32), records, batch, clip=plan.l2_norm_clip, entropy=entropy
-        )
-        current -= plan.learning_rate / plan.expected_batch_size * grid.release(clipped, entropy)
-    change = (current - params).astype(np.float32)
-    if not np.isfinite(change).all():
-        raise TrainingError(
-            "the local model diverged: the update holds numbers that are not finite; lower learning_rate"
-        )
-    return change
+    training = LocalTraining(graph, params, records, plan=plan, entropy=entropy, control=control)
+    while not training.done:
+        training.advance()
+    return training.change()
 
 
 def poisson_sample(count: int, sampling_rate: float, entropy: Entropy) -> NDArray[np.bool_]:
