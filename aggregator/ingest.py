@@ -37,11 +37,28 @@ class OpenRoundKeys:
     key: RoundKey
 
 
+@dataclass(frozen=True)
+class AcceptedUpdate:
+    """An update that is committed: all that a receipt says.
+
+    Args:
+        round: the round it was committed to.
+        sealed_digest: SHA-256 of its sealed bytes.
+        accepted_s: when, Unix seconds.
+    """
+
+    update_id: bytes
+    device: str
+    round: int
+    sealed_digest: bytes
+    accepted_s: float
+
+
 class AcceptedUpdates(Protocol):
     """What was accepted before."""
 
-    def accepted_digest(self, update_id: bytes) -> bytes | None:
-        """Sealed digest of an accepted update, None if there is none of this id."""
+    def accepted(self, update_id: bytes) -> AcceptedUpdate | None:
+        """The accepted update of this id, None if there is none."""
 
     def has_update_from(self, device: str, round_number: int) -> bool:
         """Whether this device already has an accepted update in the round."""
@@ -59,7 +76,7 @@ class AdmittedUpdate:
 class AlreadyAccepted:
     """The very bytes of an accepted update, resent because its receipt was lost: it gets another receipt."""
 
-    header: UpdateHeaderMsg
+    update: AcceptedUpdate
 
 
 def verify_header(
@@ -105,10 +122,11 @@ def admit(
     Raises:
         RefusedError: with the reason.
     """
-    known = accepted.accepted_digest(header.update_id)
+    known = accepted.accepted(header.update_id)
     if known is not None:
-        if known == header.sealed_digest:
-            return AlreadyAccepted(header)
+        # Security: of this device too, or a copy of another's sealed bytes would get a receipt that is not true.
+        if (known.device, known.sealed_digest) == (header.device, header.sealed_digest):
+            return AlreadyAccepted(known)
         raise RefusedError(RefusalReason.REPLAYED, "this update id was accepted with other content")
     if current is None or header.round < current.number:
         raise RefusedError(RefusalReason.ROUND_CLOSED, f"round {header.round} is closed")

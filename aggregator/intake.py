@@ -1,4 +1,10 @@
-"""Uploads: chunks come in, updates are admitted and committed, and only then receipts go out."""
+"""Uploads: chunks come in, updates are admitted and committed, and only then receipts go out.
+
+A device that lost its connection asks where it stands with a single chunk. If its update is committed, the receipt
+comes at once; else, when the transfer stays quiet, a NACK with the missing chunks, whether or not that chunk was
+news. The
+chunk proves nothing, and need not: the receipt is true whoever asked, and goes to the update's own device.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +14,22 @@ from dataclasses import dataclass, field
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from aggregator.errors import DatabaseError
-from aggregator.ingest import AdmittedUpdate, OpenRoundKeys, admit, verify_header
+from aggregator.ingest import AcceptedUpdate, AdmittedUpdate, OpenRoundKeys, admit, verify_header
 from aggregator.store import AggregatorStore
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.chunking import Reassembler
 from fl_protocol.errors import ProtocolError, RefusalReason, RefusedError
-from fl_protocol.messages import ChunkMsg, NackMsg, ReceiptMsg, UpdateHeaderMsg, decode
+from fl_protocol.messages import ChunkMsg, NackMsg, ReceiptMsg, decode
 from fl_protocol.signing import sign
 from fl_protocol.topics import UploadTopic, down_topic, parse_upload_topic
 from fl_protocol.transport import Received, Transport
 
 STALLED_AFTER_S = 10.0
-"""A transfer this old and incomplete gets a NACK that names its missing chunks."""
+"""A transfer this long without a chunk, and incomplete, gets a NACK that names its missing chunks."""
 FORGET_AFTER_S = 120.0
-"""A transfer this old is dropped; its sender starts over with its own back-off."""
+"""A transfer this long without a chunk is dropped; its sender starts over with its own back-off."""
+RECEIPT_EVERY_S = 1.0
+"""Chunks of an update that is committed get its receipt at most this often."""
 
 
 @dataclass
@@ -36,7 +44,9 @@ class Intake:
     journal: Journal
     now_s: Callable[[], float]
     _transfers: dict[str, Reassembler] = field(default_factory=dict)
-    _nacked_s: dict[bytes, float] = field(default_factory=dict)
+    # By device too: nobody's transfers may keep another device from its answers.
+    _nacked_s: dict[tuple[str, bytes], float] = field(default_factory=dict)
+    _receipted_s: dict[tuple[str, bytes], float] = field(default_factory=dict)
 
     def take(self, message: Received, current: OpenRoundKeys | None) -> bool:
         """Take one chunk; refuse with a typed reason, or drop what nobody known sent.
@@ -69,14 +79,20 @@ class Intake:
     def _on_chunk(
         self, topic: UploadTopic, payload: bytes, device_key: Ed25519PublicKey, current: OpenRoundKeys | None
     ) -> bool:
-        """Reassemble; verify and commit when whole; then the receipt."""
+        """Reassemble; verify and commit when whole; then the receipt. At once if it is committed already."""
         try:
             chunk = decode(payload, ChunkMsg)
         except ProtocolError as error:
             raise RefusedError(RefusalReason.MALFORMED, str(error)[:200]) from error
         if chunk.transfer_id != topic.update_id or chunk.index != topic.chunk_index:
             raise RefusedError(RefusalReason.MALFORMED, "the chunk does not belong to its topic")
-        whole = self._transfers.setdefault(topic.device, Reassembler()).accept(chunk, self.now_s())
+        transfers = self._transfers.setdefault(topic.device, Reassembler())
+        if topic.update_id not in transfers:  # only ever open for what is not committed
+            known = self.store.accepted(topic.update_id)
+            if known is not None and known.device == topic.device:
+                self._repeat_receipt(known)
+                return False
+        whole = transfers.accept(chunk, self.now_s())
         if whole is None:
             return False
         header, sealed = verify_header(
@@ -85,30 +101,33 @@ class Intake:
         if header.update_id != topic.update_id:
             raise RefusedError(RefusalReason.MALFORMED, "the header names another update than the topic")
         decision = admit(header, sealed, current=current, accepted=self.store)
+        if not isinstance(decision, AdmittedUpdate):
+            self._repeat_receipt(decision.update)
+            return False
         now_s = self.now_s()
-        if isinstance(decision, AdmittedUpdate):
-            self.store.add_update(header, decision.values, bytes_up=len(whole), now_s=now_s)
-            self._note(
-                "update_accepted",
-                round=header.round,
-                device=header.device,
-                bytes=len(whole),
-            )
-        self._receipt(header, now_s)
-        return isinstance(decision, AdmittedUpdate)
+        self.store.add_update(header, decision.values, bytes_up=len(whole), now_s=now_s)
+        self._note("update_accepted", round=header.round, device=header.device, bytes=len(whole))
+        self._receipt(AcceptedUpdate(header.update_id, header.device, header.round, header.sealed_digest, now_s))
+        return True
 
-    def _receipt(self, header: UpdateHeaderMsg, now_s: float) -> None:
+    def _repeat_receipt(self, update: AcceptedUpdate) -> None:
+        """Answer a chunk of a committed update, unless that was done a moment ago: it has a thousand chunks perhaps."""
+        if not _within(RECEIPT_EVERY_S, self._receipted_s.get((update.device, update.update_id)), self.now_s()):
+            self._receipt(update)
+
+    def _receipt(self, update: AcceptedUpdate) -> None:
         """Tell a device that its update is committed; only ever called when it is."""
         receipt = ReceiptMsg(
             tenant=self.tenant,
             task=self.task,
-            round=header.round,
-            device=header.device,
-            update_id=header.update_id,
-            sealed_digest=header.sealed_digest,
-            accepted_s=now_s,
+            round=update.round,
+            device=update.device,
+            update_id=update.update_id,
+            sealed_digest=update.sealed_digest,
+            accepted_s=update.accepted_s,
         )
-        self.transport.publish(down_topic(self.tenant, header.device, "receipt"), sign(receipt, self.signing_key))
+        self._receipted_s[update.device, update.update_id] = self.now_s()
+        self.transport.publish(down_topic(self.tenant, update.device, "receipt"), sign(receipt, self.signing_key))
 
     def _nack(
         self, device: str, update_id: bytes, reason: RefusalReason, *, missing: bytes = b"", detail: str = ""
@@ -128,17 +147,26 @@ class Intake:
             self._note("store_failed", reason=str(error))
 
     def ask_for_missing_chunks(self) -> None:
-        """NACK transfers that stall, once per `STALLED_AFTER_S`; drop them when they are hopeless."""
+        """NACK transfers that went quiet, once per `STALLED_AFTER_S`; drop them when they are hopeless."""
         now_s = self.now_s()
         for device, reassembler in self._transfers.items():
             reassembler.forget_before(now_s - FORGET_AFTER_S)
-            for update_id, missing in reassembler.stalled(now_s - STALLED_AFTER_S):
-                if now_s - self._nacked_s.get(update_id, 0.0) >= STALLED_AFTER_S:
-                    self._nacked_s[update_id] = now_s
+            for update_id in reassembler.quiet_since(now_s - STALLED_AFTER_S):
+                if not _within(STALLED_AFTER_S, self._nacked_s.get((device, update_id)), now_s):
+                    self._nacked_s[device, update_id] = now_s
+                    missing = reassembler.missing(update_id)
                     self._nack(device, update_id, RefusalReason.TRUNCATED, missing=missing)
         self._transfers = {device: open_ for device, open_ in self._transfers.items() if len(open_)}
-        self._nacked_s = {key: at_s for key, at_s in self._nacked_s.items() if now_s - at_s < FORGET_AFTER_S}
+        self._nacked_s = {key: at_s for key, at_s in self._nacked_s.items() if _within(FORGET_AFTER_S, at_s, now_s)}
+        self._receipted_s = {
+            key: at_s for key, at_s in self._receipted_s.items() if _within(RECEIPT_EVERY_S, at_s, now_s)
+        }
 
     def _note(self, event: str, **fields: object) -> None:
         """Write to the journal."""
         self.journal.write(event, at_s=self.now_s(), **fields)
+
+
+def _within(duration_s: float, since_s: float | None, now_s: float) -> bool:
+    """Whether it happened, and less than a duration ago; a clock that was set back has nobody wait for its return."""
+    return since_s is not None and 0 <= now_s - since_s < duration_s

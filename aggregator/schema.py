@@ -30,6 +30,15 @@ models = Table(
     Column("params", LargeBinary, nullable=False),
     Column("velocity", LargeBinary, nullable=False),
 )
+# A table of its own, so that a database from before it needs no change; no row means that c is zero.
+controls = Table(
+    "controls",
+    metadata,
+    Column("task", String(64), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("control", LargeBinary, nullable=False),
+    Column("population", Integer, nullable=False),
+)
 rounds = Table(
     "rounds",
     metadata,

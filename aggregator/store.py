@@ -22,7 +22,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from aggregator import schema
 from aggregator.combine import GlobalModel
 from aggregator.errors import DatabaseError
+from aggregator.ingest import AcceptedUpdate
 from aggregator.rounds import Phase, RoundState
+from aggregator.scaffold import ServerControl
 from fl_protocol.errors import RefusalReason
 from fl_protocol.messages import KemName, UpdateHeaderMsg
 from fl_protocol.sealing import RoundKey
@@ -204,6 +206,33 @@ class AggregatorStore:
             ).one()
         return StoredModel(version, row.digest, GlobalModel(_float32(row.params), _float32(row.velocity)))
 
+    def add_control(self, connection: Connection, version: int, control: ServerControl) -> None:
+        """Add the control variate that goes with a model version, as part of that version's transaction."""
+        connection.execute(
+            insert(schema.controls).values(
+                task=self._task,
+                version=version,
+                control=little_endian(control.values),
+                population=control.population,
+            )
+        )
+
+    def control(self, version: int, num_parameters: int) -> ServerControl:
+        """The control variate that goes with a model version; zeros float32 [num_parameters] if none was stored."""
+        with self.transaction() as connection:
+            row = connection.execute(
+                select(schema.controls).where(
+                    schema.controls.c.task == self._task, schema.controls.c.version == version
+                )
+            ).one_or_none()
+        if row is None:
+            return ServerControl(np.zeros(num_parameters, np.float32))
+        return ServerControl(_float32(row.control), row.population)
+
+    def num_devices(self, connection: Connection) -> int:
+        """Registered devices; part of a transaction."""
+        return int(connection.execute(select(func.count()).select_from(schema.devices)).scalar_one())
+
     def models(self, connection: Connection, first: int, last: int) -> Iterator[GlobalModel]:
         """Model versions first to last, one at a time; part of a transaction."""
         query = (
@@ -247,14 +276,16 @@ class AggregatorStore:
         )
         return int(connection.execute(query).scalar_one())
 
-    def accepted_digest(self, update_id: bytes) -> bytes | None:
+    def accepted(self, update_id: bytes) -> AcceptedUpdate | None:
         """See `aggregator.ingest.AcceptedUpdates`."""
-        digest: bytes | None = self._scalar(
-            select(schema.updates.c.sealed_digest).where(
-                schema.updates.c.task == self._task, schema.updates.c.update_id == update_id
-            )
-        )
-        return digest
+        query = select(
+            schema.updates.c.device, schema.updates.c.round, schema.updates.c.sealed_digest, schema.updates.c.accepted_s
+        ).where(schema.updates.c.task == self._task, schema.updates.c.update_id == update_id)
+        with self.transaction() as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            return None
+        return AcceptedUpdate(update_id, row.device, row.round, row.sealed_digest, row.accepted_s)
 
     def has_update_from(self, device: str, round_number: int) -> bool:
         """See `aggregator.ingest.AcceptedUpdates`."""

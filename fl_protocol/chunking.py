@@ -32,13 +32,19 @@ def split(transfer_id: bytes, whole: bytes, *, data_bytes: int) -> Iterator[Chun
 
 @dataclass
 class _Transfer:
-    """What has arrived of one transfer; no more than `total_bytes`, since each chunk's length follows from the cut."""
+    """What has arrived of one transfer; no more than `total_bytes`, since each chunk's length follows from the cut.
+
+    Args:
+        progress_s: when its last new chunk came.
+        heard_s: when its last chunk came, new or not.
+    """
 
     count: int
     cut_bytes: int
     total_bytes: int
     digest: bytes
     progress_s: float
+    heard_s: float
     parts: dict[int, bytes] = field(default_factory=dict)
 
 
@@ -68,6 +74,7 @@ class Reassembler:
         if known is None:
             transfer.parts[chunk.index] = chunk.data
             transfer.progress_s = now_s
+        transfer.heard_s = now_s
         if len(transfer.parts) < transfer.count:
             return None
         self.forget(chunk.transfer_id)
@@ -94,7 +101,7 @@ class Reassembler:
         # a peer that never finishes anything only starves itself.
         while len(self._open) >= self._max_transfers or self._announced_bytes() + chunk.total_bytes > self._max_bytes:
             del self._open[min(self._open, key=lambda key: self._open[key].progress_s)]
-        transfer = _Transfer(chunk.count, chunk.cut_bytes, chunk.total_bytes, chunk.digest, now_s)
+        transfer = _Transfer(chunk.count, chunk.cut_bytes, chunk.total_bytes, chunk.digest, now_s, now_s)
         self._open[chunk.transfer_id] = transfer
         return transfer
 
@@ -106,18 +113,25 @@ class Reassembler:
         """Drop what has arrived of a transfer."""
         self._open.pop(transfer_id, None)
 
-    def forget_before(self, progress_s: float) -> None:
-        """Drop transfers that had their last new chunk before this time."""
-        for key in [key for key, transfer in self._open.items() if transfer.progress_s < progress_s]:
+    def forget_before(self, heard_s: float) -> None:
+        """Drop transfers that had their last chunk before this time."""
+        for key in self.quiet_since(heard_s):
             del self._open[key]
 
-    def stalled(self, progress_s: float) -> list[tuple[bytes, bytes]]:
-        """(transfer id, bitmap of missing chunks) of the transfers that had their last new chunk before this time."""
-        return [
-            (key, missing_bitmap(transfer.count, transfer.parts.keys()))
-            for key, transfer in self._open.items()
-            if transfer.progress_s < progress_s
-        ]
+    def quiet_since(self, heard_s: float) -> list[bytes]:
+        """Ids of the transfers that had their last chunk, new or repeated, before this time.
+
+        A repeated chunk counts: its sender asks where it stands, or sends the whole again and will get to what is new.
+        """
+        return [key for key, transfer in self._open.items() if transfer.heard_s < heard_s]
+
+    def missing(self, transfer_id: bytes) -> bytes:
+        """Bitmap of the chunks that an open transfer still lacks."""
+        transfer = self._open[transfer_id]
+        return missing_bitmap(transfer.count, transfer.parts.keys())
+
+    def __contains__(self, transfer_id: bytes) -> bool:
+        return transfer_id in self._open
 
     def __len__(self) -> int:
         return len(self._open)

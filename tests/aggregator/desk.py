@@ -1,4 +1,7 @@
-"""An aggregator's intake on its own: a database, registered devices, and updates made by hand, good and bad."""
+"""An aggregator's intake on its own: a database, registered devices, and updates made by hand, good and bad.
+
+Nothing here imports the device: what an aggregator takes from the wire is made from the protocol alone.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,14 +33,41 @@ from fl_protocol.sealing import RoundKey, seal_update
 from fl_protocol.signing import sign_header, verify
 from fl_protocol.topics import down_filter, upload_topic
 from fl_protocol.transport import Received
-from tests.device_client.ports import ROUND_KEY, TASK, TENANT, make_manifest
-from tests.virtual_fleet import AGGREGATOR_KEY, MemoryJournal, VirtualClock
+from tests.fl_protocol.examples import AGGREGATOR_KEY, TASK, TENANT, manifest, round_key
 
+ROUND_KEY = round_key("x25519")
 D = 300
 PARAMS = np.zeros(D, np.float32)
 DIGEST = hashlib.sha256(PARAMS.tobytes()).digest()
 GRAPH_DIGEST = b"\x07" * 32
 DEVICES = [f"watch-{index}" for index in range(5)]
+
+
+class PowerCutError(BaseException):
+    """The process ends here: nothing of ours may catch it."""
+
+
+@dataclass
+class VirtualClock:
+    """Time that moves only when it is told to."""
+
+    time_s: float = 1_000_000.0
+
+    def now_s(self) -> float:
+        return self.time_s
+
+
+@dataclass
+class MemoryJournal:
+    """A journal that keeps what it is told."""
+
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def write(self, event: str, /, *, at_s: float, **fields: Any) -> None:
+        self.events.append((event, {"at_s": at_s, **fields}))
+
+    def named(self, event: str) -> list[dict[str, Any]]:
+        return [fields for name, fields in self.events if name == event]
 
 
 def device_key(name: str) -> Ed25519PrivateKey:
@@ -54,13 +85,13 @@ def make_update(
     body: bytes | None = None,
     num_parameters: int = D,
     key: Ed25519PrivateKey | None = None,
-    **manifest: object,
+    **changes: object,
 ) -> bytes:
     """An encoded envelope; keyword arguments change the manifest that the device believes in."""
-    given = {"model_digest": DIGEST, "num_parameters": D, "graph_digest": GRAPH_DIGEST, **manifest}
+    given = {"model_digest": DIGEST, "num_parameters": D, "graph_digest": GRAPH_DIGEST, **changes}
     return seal_update(
         UpdateBodyMsg(num_parameters=num_parameters, values=body if body is not None else values(1.0)),
-        manifest=make_manifest(**given),  # type: ignore[arg-type]
+        manifest=manifest(**given),
         device=device,
         update_id=update_id,
         signing_key=key if key is not None else device_key(device),

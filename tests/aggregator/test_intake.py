@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from aggregator import intake as intake_module
 from aggregator.errors import DatabaseError
-from aggregator.ingest import AdmittedUpdate, OpenRoundKeys, admit, verify_header
-from aggregator.intake import FORGET_AFTER_S, STALLED_AFTER_S, Intake
+from aggregator.ingest import AcceptedUpdate, AdmittedUpdate, OpenRoundKeys, admit, verify_header
+from aggregator.intake import FORGET_AFTER_S, RECEIPT_EVERY_S, STALLED_AFTER_S, Intake
 from aggregator.store import AggregatorStore
 from fl_protocol.chunking import missing_indices, split
 from fl_protocol.errors import RefusalReason
@@ -20,7 +20,7 @@ from fl_protocol.messages import ChunkMsg, NackMsg, ReceiptMsg, UpdateEnvelopeMs
 from fl_protocol.topics import upload_topic
 from fl_protocol.transport import Received
 from tests.aggregator.desk import DIGEST, D, Desk, device_key, make_update, messages, values, with_header
-from tests.device_client.ports import TENANT
+from tests.fl_protocol.examples import TENANT
 
 ID = b"\x10" * 16
 GOOD = make_update(round=3)
@@ -145,15 +145,26 @@ def test_a_second_update_in_a_round_is_refused(tmp_path: Path) -> None:
     assert len(desk.stored()) == 1
 
 
-def test_an_accepted_id_with_other_content_is_a_replay(tmp_path: Path) -> None:
+def test_an_accepted_id_with_other_content_gets_the_receipt_of_what_was_accepted(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.take(messages(GOOD))
+    desk.clock.time_s += RECEIPT_EVERY_S
+    assert desk.take(messages(make_update(round=3, body=values(9.0)))) == 0
+    first, second = desk.said()
+    assert first == second
+    np.testing.assert_array_equal(desk.stored()[0], np.full(D, 1.0))
+
+
+@pytest.mark.parametrize("copies", [True, False], ids=["the same sealed bytes", "bytes of its own"])
+def test_an_id_that_was_accepted_from_another_device_is_a_replay(tmp_path: Path, *, copies: bool) -> None:
     desk = Desk(tmp_path)
     desk.take(messages(GOOD))
     desk.said()
-    assert desk.take(messages(make_update(round=3, body=values(9.0)))) == 0
+    envelope = with_header(GOOD, device_key("watch-1"), device="watch-1") if copies else make_update("watch-1", round=3)
+    assert desk.take(messages(envelope, "watch-1")) == 0
     (answer,) = desk.said()
     assert isinstance(answer, NackMsg)
-    assert answer.reason is RefusalReason.REPLAYED
-    np.testing.assert_array_equal(desk.stored()[0], np.full(D, 1.0))
+    assert (answer.reason, answer.device) == (RefusalReason.REPLAYED, "watch-1")
 
 
 def test_with_no_round_open_updates_are_refused(tmp_path: Path) -> None:
@@ -237,13 +248,13 @@ def test_a_failing_database_sends_no_receipt_and_raises_nothing(tmp_path: Path) 
 def check_duplicates_get_a_receipt_and_count_once(make: Callable[..., Intake], folder: Path) -> None:
     desk = Desk(folder, make)
     assert desk.take(messages(GOOD)) == 1
-    assert desk.take(messages(GOOD)) == 0
-    assert desk.take(messages(GOOD, data_bytes=500)) == 0  # cut anew after a reconnection
-    desk.current = None  # and also after the round is closed
-    assert desk.take(messages(GOOD)) == 0
-    receipts = [message for message in desk.said() if isinstance(message, ReceiptMsg)]
+    for again in (messages(GOOD), messages(GOOD, data_bytes=500), messages(GOOD)):  # cut anew after a reconnection
+        desk.clock.time_s += RECEIPT_EVERY_S
+        assert desk.take(again) == 0
+        desk.current = None  # and also after the round is closed
+    receipts = desk.said()
     assert len(receipts) == 4
-    assert len({receipt.sealed_digest for receipt in receipts}) == 1
+    assert len({encode(receipt) for receipt in receipts}) == 1
     assert len(desk.stored()) == 1
 
 
@@ -276,20 +287,9 @@ class ForgetfulIntake(Intake):
     """Broken: never recognises what it accepted before."""
 
     def take(self, message: Received, current: OpenRoundKeys | None) -> bool:
-        class Nothing:
-            def accepted_digest(self, update_id: bytes) -> None: ...
-
-            def has_update_from(self, device: str, round_number: int) -> bool:
-                return False
-
-        true_admit = admit
-        intake_module.admit = lambda header, sealed, *, current, accepted: true_admit(  # type: ignore[attr-defined]
-            header, sealed, current=current, accepted=Nothing()
-        )
-        try:
-            return super().take(message, current)
-        finally:
-            intake_module.admit = true_admit  # type: ignore[attr-defined]
+        self.store.accepted = lambda update_id: None  # type: ignore[method-assign]
+        self.store.has_update_from = lambda device, round_number: False  # type: ignore[method-assign]
+        return super().take(message, current)
 
 
 class TrustingIntake(Intake):
@@ -318,7 +318,8 @@ class HastyIntake(Intake):
         def thank_first(header: UpdateHeaderMsg, sealed: bytes, **rest: object) -> object:
             decision = true_admit(header, sealed, **rest)  # type: ignore[arg-type]
             if isinstance(decision, AdmittedUpdate):
-                self._receipt(header, self.now_s())
+                sealed_digest, now_s = header.sealed_digest, self.now_s()
+                self._receipt(AcceptedUpdate(header.update_id, header.device, header.round, sealed_digest, now_s))
             return decision
 
         intake_module.admit = thank_first  # type: ignore[attr-defined, assignment]

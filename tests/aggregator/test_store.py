@@ -17,8 +17,8 @@ from aggregator.store import AggregatorStore, little_endian
 from fl_protocol.errors import RefusalReason
 from fl_protocol.messages import UpdateHeaderMsg
 from fl_protocol.sealing import RoundKey
-from tests.aggregator.desk import DIGEST, GRAPH_DIGEST, PARAMS, D, Desk
-from tests.device_client.ports import ROUND_KEY, TASK, TENANT, PowerCutError
+from tests.aggregator.desk import DIGEST, GRAPH_DIGEST, PARAMS, ROUND_KEY, D, Desk, PowerCutError
+from tests.fl_protocol.examples import TASK, TENANT
 
 
 @contextmanager

@@ -154,18 +154,30 @@ def test_what_is_held_never_exceeds_the_caps(sends: list[tuple[int, int, int, in
         assert sum(len(part) for open_ in reassembler._open.values() for part in open_.parts.values()) <= 2000
 
 
-def test_a_slow_transfer_is_not_stalled_as_long_as_chunks_arrive() -> None:
+def test_a_slow_transfer_is_not_quiet_as_long_as_chunks_arrive_new_or_not() -> None:
     chunks = chunks_of(some_bytes(1000))
     reassembler = Reassembler()
     reassembler.accept(chunks[0], 0.0)
     reassembler.accept(chunks[2], 100.0)
-    reassembler.accept(chunks[2], 150.0)  # a repetition is no progress
-    assert reassembler.stalled(100.0) == []
-    assert reassembler.stalled(100.1) == [(ID, b"\x0a")]
-    reassembler.forget_before(100.0)
-    assert len(reassembler) == 1
-    reassembler.forget_before(100.1)
-    assert len(reassembler) == 0
+    assert reassembler.quiet_since(100.0) == []
+    assert reassembler.quiet_since(100.1) == [ID]
+    reassembler.accept(chunks[2], 150.0)
+    assert reassembler.quiet_since(150.0) == []
+    assert reassembler.quiet_since(150.1) == [ID]
+    assert reassembler.missing(ID) == b"\x0a"
+    reassembler.forget_before(150.0)
+    assert ID in reassembler
+    reassembler.forget_before(150.1)
+    assert ID not in reassembler
+
+
+def test_a_repetition_is_no_progress_where_room_is_needed() -> None:
+    reassembler = Reassembler(max_transfers=2)
+    for number in (1, 2):
+        reassembler.accept(chunks_of(some_bytes(600), identity=transfer_id(number))[0], float(number))
+    reassembler.accept(chunks_of(some_bytes(600), identity=transfer_id(1))[0], 3.0)
+    reassembler.accept(chunks_of(some_bytes(600), identity=transfer_id(3))[0], 4.0)
+    assert [transfer_id(number) in reassembler for number in (1, 2, 3)] == [False, True, True]
 
 
 @given(count=st.integers(1, 300), present=st.sets(st.integers(0, 299)))

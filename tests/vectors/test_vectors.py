@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from aggregator.ingest import AdmittedUpdate, OpenRoundKeys, admit, verify_header
+from aggregator.ingest import AcceptedUpdate, AdmittedUpdate, OpenRoundKeys, admit, verify_header
 from fl_protocol import messages, signing, topics
 from fl_protocol.chunking import Reassembler, missing_bitmap, missing_indices
 from fl_protocol.errors import LocalMisuseError, ProtocolError, RefusedError
@@ -175,9 +175,11 @@ class Accepted:
     def __init__(self) -> None:
         self.headers: dict[bytes, UpdateHeaderMsg] = {}
 
-    def accepted_digest(self, update_id: bytes) -> bytes | None:
+    def accepted(self, update_id: bytes) -> AcceptedUpdate | None:
         header = self.headers.get(update_id)
-        return None if header is None else header.sealed_digest
+        if header is None:
+            return None
+        return AcceptedUpdate(update_id, header.device, header.round, header.sealed_digest, 0.0)
 
     def has_update_from(self, device: str, round_number: int) -> bool:
         return any((header.device, header.round) == (device, round_number) for header in self.headers.values())
