@@ -2,11 +2,11 @@
 
 Everything here is post-processing, so it costs no privacy (C. Dwork, A. Roth, *The Algorithmic Foundations of
 Differential Privacy*, 2014, proposition 2.1). Of the records nothing enters but the noisy sums of the steps, each of
-which is charged; `step` takes one as its only argument. The rest is known to everyone who can see an update:
+which is charged; `step` takes one as its only argument. What else goes into the parameters is
 
-- public constants: learning rate η, divisor L, momentum m, μ, the number of steps K (the signed plan);
+- public constants: learning rate η, divisor L, momentum m, μ, the number of steps T (the signed plan);
 - x, the parameters that training starts from, and SCAFFOLD's server variate c: they come from the aggregator, which may
-  choose them as it likes, since each step's noise covers whatever gradients it asks for;
+  choose them as it likes, after all it has seen, since each step's noise covers whatever gradients it asks for;
 - what this device computed before: y, the velocity, the personal layers, its own variate c_i. Each is a function of
   earlier noisy sums, of this round or of rounds that were charged before it.
 
@@ -113,9 +113,9 @@ class LocalOptimiser:
 
     @property
     def next_control(self) -> Float32:
-        """SCAFFOLD's option II, c_i − c + (x − y) / (K·η), float32 [shared parameters], after K steps.
+        """SCAFFOLD's option II, c_i − c + (x − y) / (T·η), float32 [shared parameters], after T steps.
 
-        It is computed from `change` as it is released. So c_i's own change, −c − change / (K·η), follows from the
+        It is computed from `change` as it is released. So c_i's own change, −c − change / (T·η), follows from the
         update and public numbers: the server computes it itself, and nothing of c_i has to be sent.
 
         Raises:
@@ -133,7 +133,7 @@ class LocalOptimiser:
         return following
 
     def step(self, noisy_sum: NDArray[np.float64]) -> None:
-        """Take one step: y ← y − v, v ← m·v + η·(noisy sum / L + μ·(y − x) − c_i + c).
+        """Take one step: v ← m·v + η·(noisy sum / L + μ·(y − x) − c_i + c), then y ← y − v.
 
         Args:
             noisy_sum: clipped gradients of a batch with noise on every coordinate, float64 [d].

@@ -8,22 +8,27 @@ the records; what follows from the noisy sums is in `device_client.local_optimis
 on the device, and gone on from later, in another process, perhaps with other records. The steps that are left draw
 fresh randomness, so a step whose result was not stored is done again with another batch and other noise.
 
-The round was charged for K noisy sums (`local_steps`) before the first of them, and that holds however often steps were
-redone: only what is computed from the one chain of K sums that led to the end is ever released or kept. The attempts
-that were lost went nowhere, and a charger that is pulled, a reboot or a power cut does not know what they drew. So
-given all that is released, each sum of the chain has the distribution of one draw of the mechanism, as if there had
-been no other, and K of them compose, over the records that each step found.
+The round was charged for T noisy sums (`local_steps`) before the first of them, and that holds however often steps were
+redone: only what is computed from the one chain of T sums that led to the end is ever released or kept. The attempts
+that were lost went nowhere, and whether a step was done again did not depend on what its first attempt drew: a charger
+is pulled, a system rebooted for reasons of their own. So given all that is released, each sum of the chain has the
+distribution of one draw of the mechanism, as if there had been no other, and T of them compose, over the records that
+each step found.
 
 It would be unsound
 
-- to release two results of one step (a final change from each of two resumptions, a debug copy, a metric): that is
-  K + 1 sums or more for K charged. An update in the outbox is the round's; its progress is removed before or with it;
-- to choose among attempts: by loss, by norm, or by whether they failed. After a `TrainingError` this object is spent,
-  and the round must be given up, not resumed from an earlier checkpoint: a record that makes the graph fail would
+- to keep or release anything of two results of one step (two resumptions that both end in an update, personal layers
+  of one and the update of the other, a metric): that is T + 1 sums or more for T charged. So the progress at step T
+  is stored before anything is computed from it; whatever is repeated after that repeats the same numbers;
+- to choose among attempts: by loss, by norm, or by whether they failed. After a `TrainingError` the object is spent
+  and the round must be given up, not gone on with from earlier progress: a record that makes the graph fail would
   otherwise be left out of every batch that counts;
-- to interrupt by what an attempt drew: a time limit near the length of a step would prefer small batches. Limits on a
-  step have to be far above the largest batch, and a round that does not get on has to be given up;
-- to rewind a generator's state with the progress: if records came between, two sums would share their noise.
+- to interrupt by what an attempt drew: a time limit near the length of a step would prefer small batches. A limit on a
+  step has to be far above the largest batch's time, and a round that keeps being cut has to be given up;
+- to rewind a random generator with the progress: the same noise on a sum of other records is no second secret.
+
+Not covered is whether there is an update at all: a graph that fails on a record shows in the device's silence. What
+collects the records has to refuse windows that are not finite.
 """
 
 from __future__ import annotations
@@ -85,7 +90,8 @@ class LocalTraining:
 
     Args:
         graph: the loaded trainable graph.
-        start: x, float32 [d]: the global parameters, then the personal layers of a model that has such.
+        start: what to start from, float32 [d]: the global parameters, then the personal layers of a model that has
+            such.
         records: this wearer's records; there may be none, and then every step is noise.
         plan: what to compute; it was charged.
         entropy: cryptographic source for batches and noise; a resumed training gets a fresh one.
@@ -150,7 +156,7 @@ class LocalTraining:
         return self._optimiser.progress
 
     def change(self) -> Float32:
-        """The change of the parameters, y − x, float32 [d].
+        """The change of the parameters since `start`, float32 [d].
 
         Raises:
             TrainingError: it holds numbers that are not finite.
