@@ -24,37 +24,47 @@ ORDERS: tuple[float, ...] = tuple(sorted({float(order) for order in (*_FRACTIONA
 
 Vector = NDArray[np.float64]
 
+_ORDER_ARRAY = np.array(ORDERS)
+_IS_INTEGER = np.array([order == math.floor(order) for order in ORDERS])
+
 _LEAST_NOISE_FOR_QUADRATURE = 0.05
 _LEAST_NOISE = 1e-100
 """Below this noise multiplier the moments overflow; it is taken for no noise at all."""
+_MOST_NOISE = 1e100
+"""More than this is charged as this: its square would leave float64."""
+_ROUNDING_UP = 1 + 1e-10
+"""More than float64 can lose here, in the sums that follow too, so that a cost is never below the true one."""
 
 
-@functools.lru_cache(maxsize=256)
-def _step_rdp(sampling_rate: float, noise_multiplier: float) -> tuple[float, ...]:
-    """RDP of one step at each of `ORDERS`; cached, since a task repeats the same step thousands of times."""
+@functools.lru_cache(maxsize=1024)
+def _step_rdp(sampling_rate: float, noise_multiplier: float) -> Vector:
+    """RDP of one step at each of `ORDERS`, rounded up; kept, since a task repeats the same step thousands of times."""
     if noise_multiplier < _LEAST_NOISE:
-        return (math.inf,) * len(ORDERS)
-    if sampling_rate == 1:
-        return tuple(order / (2 * noise_multiplier**2) for order in ORDERS)
-    return tuple(_log_moment(order, sampling_rate, noise_multiplier) / (order - 1) for order in ORDERS)
+        rdp = np.full(len(ORDERS), math.inf)
+    elif sampling_rate == 1:
+        rdp = _ORDER_ARRAY / (2 * noise_multiplier**2)
+    else:
+        rdp = _log_moments(sampling_rate, noise_multiplier) / (_ORDER_ARRAY - 1)
+    rdp *= _ROUNDING_UP
+    rdp.setflags(write=False)
+    return rdp
 
 
-def _log_moment(order: float, sampling_rate: float, noise_multiplier: float) -> float:
-    """(order - 1) times the RDP at `order`: exact at integers, between them by quadrature, or a chord above it.
+def _log_moments(sampling_rate: float, noise_multiplier: float) -> Vector:
+    """(order - 1) times the RDP at each order: exact at integers, between them by quadrature, or a chord above it.
 
     The log moment is convex in the order and 0 at order 1, so a chord between integers is an upper bound.
     """
-    below = math.floor(order)
-    if order == below:
-        return _integer_log_moment(below, sampling_rate, noise_multiplier)
+    moments = np.empty(len(ORDERS))
+    moments[_IS_INTEGER] = at_integers = _integer_log_moments(sampling_rate, noise_multiplier)
     if noise_multiplier >= _LEAST_NOISE_FOR_QUADRATURE:
-        return _fractional_log_moment(order, sampling_rate, noise_multiplier)
-    low = _integer_log_moment(below, sampling_rate, noise_multiplier) if below > 1 else 0.0
-    high = _integer_log_moment(below + 1, sampling_rate, noise_multiplier)
-    return low + (order - below) * (high - low)
+        moments[~_IS_INTEGER] = _fractional_log_moments(sampling_rate, noise_multiplier)
+    else:
+        moments[~_IS_INTEGER] = np.interp(_FRACTIONAL, (1, *_INTEGER), (0.0, *at_integers))
+    return moments
 
 
-def _fractional_log_moment(order: float, sampling_rate: float, noise_multiplier: float) -> float:
+def _fractional_log_moments(sampling_rate: float, noise_multiplier: float) -> Vector:
     """Log of E[((1 - q) + q exp((2x - 1) / 2z²))^order] over x ~ N(0, z²) (Mironov et al., section 3.3), rounded up.
 
     By the trapezoid rule, whose error falls exponentially for an analytic integrand (Trefethen & Weideman, SIAM Review
@@ -62,24 +72,42 @@ def _fractional_log_moment(order: float, sampling_rate: float, noise_multiplier:
     """
     variance = noise_multiplier**2
     step = min(noise_multiplier, variance) / 4
-    first, last = -12 * noise_multiplier, order + 12 * noise_multiplier
+    first, last = -12 * noise_multiplier, _FRACTIONAL[-1] + 12 * noise_multiplier
     x = first + step * np.arange(math.ceil((last - first) / step) + 1)
     ratio = np.logaddexp(math.log1p(-sampling_rate), math.log(sampling_rate) + (2 * x - 1) / (2 * variance))
-    terms = order * ratio - x * x / (2 * variance)
-    top = float(terms.max())
-    log_moment = top + math.log(float(np.exp(terms - top).sum()) * step / math.sqrt(2 * math.pi * variance))
-    return max(0.0, log_moment) * (1 + 1e-9) + 1e-14
+    terms = np.outer(_FRACTIONAL, ratio) - x * x / (2 * variance)
+    top = terms.max(axis=1)
+    sums = np.exp(terms - top[:, None]).sum(axis=1)
+    log_moments: Vector = top + np.log(sums * step / math.sqrt(2 * math.pi * variance))
+    return np.maximum(0.0, log_moments) * (1 + 1e-9) + 1e-14
 
 
-@functools.lru_cache(maxsize=4096)
-def _integer_log_moment(order: int, sampling_rate: float, noise_multiplier: float) -> float:
-    """Log of the binomial sum in Mironov et al., section 3.3."""
-    k = np.arange(order + 1, dtype=np.float64)
-    log_binomial = np.array([math.lgamma(order + 1) - math.lgamma(i + 1) - math.lgamma(order - i + 1) for i in k])
-    terms = log_binomial + (order - k) * math.log1p(-sampling_rate) + k * math.log(sampling_rate)
-    terms += (k * k - k) / (2 * noise_multiplier**2)
-    top = float(terms.max())
-    return top + math.log(float(np.exp(terms - top).sum()))
+@functools.lru_cache(maxsize=1)
+def _binomials() -> tuple[Vector, Vector, Vector, NDArray[np.intp]]:
+    """For all integer orders in a row: k from 2 to the order, order - k, the log binomials, and where each begins."""
+    k = np.concatenate([np.arange(2, order + 1, dtype=np.float64) for order in _INTEGER])
+    rest = np.concatenate([np.arange(order - 2, -1, -1, dtype=np.float64) for order in _INTEGER])
+    log_factorial = np.array([math.lgamma(n + 1) for n in range(_INTEGER[-1] + 1)])
+    i, j = k.astype(np.intp), rest.astype(np.intp)
+    lengths = [order - 1 for order in _INTEGER]
+    starts = np.cumsum([0, *lengths[:-1]])
+    return k, rest, log_factorial[i + j] - log_factorial[i] - log_factorial[j], starts
+
+
+def _integer_log_moments(sampling_rate: float, noise_multiplier: float) -> Vector:
+    """Log of the binomial sum in Mironov et al., section 3.3, at each of `_INTEGER`.
+
+    The sum of the binomial probabilities, which is 1, is taken out: 1 + Σ C(α, k) (1 - q)^(α - k) q^k (exp((k² - k) /
+    2z²) - 1) over k from 2. All its terms are positive, so that next to no cost is exact too.
+    """
+    k, rest, log_binomial, starts = _binomials()
+    exponent = (k * k - k) / (2 * noise_multiplier**2)
+    terms = log_binomial + rest * math.log1p(-sampling_rate) + k * math.log(sampling_rate)
+    terms += exponent + np.log(-np.expm1(-exponent))
+    top = np.maximum.reduceat(terms, starts)
+    lengths = np.diff([*starts, len(terms)])
+    total: Vector = top + np.log(np.add.reduceat(np.exp(terms - np.repeat(top, lengths)), starts))
+    return np.logaddexp(0.0, total)
 
 
 def poisson_gaussian_rdp(*, sampling_rate: float, noise_multiplier: float, steps: int) -> Vector:
@@ -101,7 +129,7 @@ def poisson_gaussian_rdp(*, sampling_rate: float, noise_multiplier: float, steps
         raise LocalMisuseError(f"steps: expected at least 0, got {steps}")
     if steps == 0:
         return np.zeros(len(ORDERS))
-    total: Vector = steps * np.array(_step_rdp(sampling_rate, noise_multiplier), dtype=np.float64)
+    total: Vector = steps * _step_rdp(sampling_rate, min(noise_multiplier, _MOST_NOISE))
     return total
 
 
@@ -109,8 +137,7 @@ def _conversion_terms(delta: float) -> Vector:
     """What the conversion to (epsilon, delta) adds to the RDP at each order."""
     if not 0 < delta < 1:
         raise LocalMisuseError(f"delta: expected 0 < delta < 1, got {delta}")
-    orders = np.array(ORDERS)
-    terms: Vector = np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
+    terms: Vector = np.log1p(-1 / _ORDER_ARRAY) - (math.log(delta) + np.log(_ORDER_ARRAY)) / (_ORDER_ARRAY - 1)
     return terms
 
 
