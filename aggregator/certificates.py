@@ -1,12 +1,14 @@
 """X.509 certificates for TLS between broker and clients: P-256, one CA per study (`cryptography`).
 
-Ed25519 would be refused: `cryptography`'s verifier rejects Ed25519 chains, and so do many brokers.
+Ed25519 would be refused: `cryptography`'s verifier rejects Ed25519 chains, and so do many brokers. A certificate says
+what this module writes into it; of a certificate request only the key and the proof that it is held are taken.
 """
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -21,9 +23,13 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from aggregator.errors import AggregatorError
+from fl_protocol.errors import LocalMisuseError
 from fl_protocol.topics import checked_name
 
 _CA_DAYS, _LEAF_DAYS = 3650, 365
+_HOST = re.compile(
+    r"(?=.{1,253}\Z)[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?)*"
+)
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,10 @@ def make_ca(name: str, *, now_s: float) -> KeyPair:
         now_s: Unix seconds; validity starts an hour before, since devices' clocks differ.
     """
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = _name(name)
+    subject, now = _name(name), _moment(now_s)
+    validity = now - datetime.timedelta(hours=1), now + datetime.timedelta(days=_CA_DAYS)
     certificate = (
-        _builder(subject, subject, key.public_key(), now_s=now_s, days=_CA_DAYS)
+        _builder(subject, subject, key.public_key(), validity=validity)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(sign_certificates=True), critical=True)
         .sign(key, hashes.SHA256())
@@ -64,39 +71,112 @@ def issue(ca: KeyPair, name: str, *, now_s: float, server_hosts: tuple[str, ...]
         now_s: Unix seconds.
         server_hosts: DNS names and IP addresses.
     """
-    ca_key = load_pem_private_key(ca.key, None)
-    if not isinstance(ca_key, ec.EllipticCurvePrivateKey) or not isinstance(ca_key.curve, ec.SECP256R1):
-        raise AggregatorError("the CA key: expected a P-256 key, got another kind; run the CA set-up again")
-    issuer = x509.load_pem_x509_certificate(ca.certificate).subject
+    now = _moment(now_s)
+    validity = now - datetime.timedelta(hours=1), now + datetime.timedelta(days=_LEAF_DAYS)
     key = ec.generate_private_key(ec.SECP256R1())
+    return _pair(_leaf(ca, name, key.public_key(), validity=validity, server_hosts=server_hosts), key)
+
+
+def certify(
+    ca: KeyPair, name: str, public_key: ec.EllipticCurvePublicKey, *, not_before_s: float, not_after_s: float
+) -> bytes:
+    """A client certificate (PEM) for a key that somebody else holds; that they hold it must have been shown before.
+
+    Args:
+        ca: from `make_ca`.
+        name: common name; the broker takes it as the client's identity and MQTT client id.
+        public_key: P-256.
+        not_before_s: Unix seconds.
+        not_after_s: Unix seconds.
+
+    Raises:
+        AggregatorError: the CA's own certificate ends before this one would.
+    """
+    if not isinstance(public_key.curve, ec.SECP256R1):
+        raise LocalMisuseError(f"public_key: expected P-256, got {public_key.curve.name}")
+    ends = x509.load_pem_x509_certificate(ca.certificate).not_valid_after_utc
+    if _moment(not_after_s) > ends:
+        raise AggregatorError(
+            f"the CA's certificate ends on {ends:%Y-%m-%d}, before this one would on {_moment(not_after_s):%Y-%m-%d}; "
+            "ask for less, or make a new CA"
+        )
+    leaf = _leaf(ca, name, public_key, validity=(_moment(not_before_s), _moment(not_after_s)))
+    return leaf.public_bytes(Encoding.PEM)
+
+
+def check_ca(ca: KeyPair) -> None:
+    """Whether a CA that was read from files can issue certificates.
+
+    Raises:
+        AggregatorError: certificate or key cannot be read, or they do not belong together.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(ca.certificate)
+        fits = certificate.public_key() == _ca_key(ca).public_key()
+    except (ValueError, TypeError) as error:  # TypeError: the key is encrypted
+        raise AggregatorError(
+            f"the CA: expected a certificate and a key without password, both PEM; {error}"
+        ) from error
+    if not fits:
+        raise AggregatorError("the CA: its key is not the one in its certificate; put both files back as they were")
+
+
+def _leaf(
+    ca: KeyPair,
+    name: str,
+    public_key: ec.EllipticCurvePublicKey,
+    *,
+    validity: tuple[datetime.datetime, datetime.datetime],
+    server_hosts: tuple[str, ...] = (),
+) -> x509.Certificate:
+    """A leaf certificate for a server or, without hosts, for a client."""
+    ca_key = _ca_key(ca)
+    issuer = x509.load_pem_x509_certificate(ca.certificate).subject
     usage = ExtendedKeyUsageOID.SERVER_AUTH if server_hosts else ExtendedKeyUsageOID.CLIENT_AUTH
-    builder = (
-        _builder(_name(checked_name(name, "name")), issuer, key.public_key(), now_s=now_s, days=_LEAF_DAYS)
+    subject = _name(checked_name(name, "name"))
+    names = [_general_name(host) for host in server_hosts] or [x509.UniformResourceIdentifier(f"urn:covey:{name}")]
+    return (
+        _builder(subject, issuer, public_key, validity=validity)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(sign_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .sign(ca_key, hashes.SHA256())
     )
-    names = [_general_name(host) for host in server_hosts] or [x509.UniformResourceIdentifier(f"urn:covey:{name}")]
-    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    return _pair(builder.sign(ca_key, hashes.SHA256()), key)
+
+
+def _ca_key(ca: KeyPair) -> ec.EllipticCurvePrivateKey:
+    """The CA's key. Raises AggregatorError if it is of another kind."""
+    key = load_pem_private_key(ca.key, None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise AggregatorError("the CA key: expected a P-256 key, got another kind; run the CA set-up again")
+    return key
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey, *, now_s: float, days: int
+    subject: x509.Name,
+    issuer: x509.Name,
+    public_key: ec.EllipticCurvePublicKey,
+    *,
+    validity: tuple[datetime.datetime, datetime.datetime],
 ) -> x509.CertificateBuilder:
     """What every certificate has."""
-    now = datetime.datetime.fromtimestamp(now_s, datetime.timezone.utc)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_before(validity[0])
+        .not_valid_after(validity[1])
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
     )
+
+
+def _moment(at_s: float) -> datetime.datetime:
+    """Unix seconds as a date."""
+    return datetime.datetime.fromtimestamp(at_s, datetime.timezone.utc)
 
 
 def _key_usage(*, sign_certificates: bool) -> x509.KeyUsage:
@@ -124,6 +204,8 @@ def _general_name(host: str) -> x509.IPAddress | x509.DNSName | x509.UniformReso
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        if not _HOST.fullmatch(host):
+            raise LocalMisuseError(f"host: expected a DNS name or an IP address, got {host[:80]!r}") from None
         return x509.DNSName(host)
 
 

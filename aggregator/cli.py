@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from aggregator.admission import Admitter
 from aggregator.assembly import AggregatorFiles, assemble
+from aggregator.ca_folder import create_ca, issue_client, issue_server, load_ca, write_new
 from aggregator.command_line import make_app, run_app
 from aggregator.errors import DatabaseError
 from aggregator.export import export_model
+from fl_protocol.adapters.config_files import read_file
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.journal import JsonLines
 from fl_protocol.errors import BundleError, ConfigError, CoveyError
@@ -36,6 +40,14 @@ Examples:
 
   covey-aggregator device add --config aggregator.toml watch-7 PUBLIC_KEY_HEX
 
+  covey-aggregator ca init --ca ca                          make the CA that certifies broker and devices
+
+  covey-aggregator ca server --ca ca --host broker.example --out mosquitto
+
+  covey-aggregator ca client --ca ca --name aggregator --out keys
+
+  covey-aggregator device admit request.json --config aggregator.toml --ca ca --out answer.json
+
   covey-aggregator run --config aggregator.toml             serve until stopped; one JSON line per event
 
   covey-aggregator status --config aggregator.toml          where the task stands
@@ -48,7 +60,11 @@ Exit codes: 0 done, 1 other error, 2 usage or configuration, 3 database, 4 model
 app = make_app("covey-aggregator", _HELP)
 device_app = typer.Typer(help="Devices that may send updates.", no_args_is_help=True)
 app.add_typer(device_app, name="device")
+ca_app = typer.Typer(help="The CA that certifies the broker, the aggregator and devices.", no_args_is_help=True)
+app.add_typer(ca_app, name="ca")
 Config = Annotated[Path, typer.Option(help="Path of aggregator.toml.")]
+Ca = Annotated[Path, typer.Option(help="Folder of the CA's certificate and key.")]
+Out = Annotated[Path, typer.Option(help="Folder for the files.")]
 
 
 def main() -> None:
@@ -95,7 +111,7 @@ def status(config: Config) -> None:
 
 
 @app.command()
-def export(config: Config, out: Annotated[Path, typer.Option(help="Folder for the files.")]) -> None:
+def export(config: Config, out: Out) -> None:
     """Write the current model as a signed bundle and as an inference-only .tflite."""
     files = AggregatorFiles.load(config)
     store = files.open_store()
@@ -124,6 +140,71 @@ def device_list(config: Config) -> None:
     """List the registered devices."""
     for device, key in AggregatorFiles.load(config).open_store().devices():
         typer.echo(f"{device}  {key.hex()}")
+
+
+@device_app.command("admit")
+def device_admit(
+    request: Annotated[Path, typer.Argument(help="File made by `covey-device pseudonyms request`.")],
+    config: Config,
+    ca: Ca,
+    out: Annotated[Path, typer.Option(help="File to write the answer to, for the device.")],
+    period_days: Annotated[int, typer.Option(min=2, max=366, help="How long each pseudonym is used.")] = 30,
+) -> None:
+    """Check a device's request for pseudonyms, register and certify all of them, or none."""
+    files = AggregatorFiles.load(config)
+    data = read_file(request, "REQUEST")
+    if out.exists():
+        raise ConfigError(f"--out: {out} exists and is not replaced; name another file")
+    signing_key, authority, written = files.signing_key(), load_ca(ca), []
+
+    def deliver(answer: bytes) -> None:
+        write_new(out.parent, {out.name: answer}, option="--out")
+        written.append(out)
+
+    admitter = Admitter(
+        store=files.open_store(),
+        tenant=files.config.aggregator.tenant,
+        task=files.config.task.name,
+        ca=authority,
+        signing_key=signing_key,
+        period_days=period_days,
+    )
+    try:
+        done = admitter.admit(data, now_s=time.time(), deliver=deliver)
+    except CoveyError:
+        for path in written:  # and then the database did not take it
+            path.unlink(missing_ok=True)
+        raise
+    first, last = (datetime.fromtimestamp(at_s, timezone.utc) for at_s in (done.period.begins_s, done.period.ends_s))
+    typer.echo(f"{len(done.ids)} pseudonyms may send updates, one after the other, {first:%Y-%m-%d} to {last:%Y-%m-%d}")
+    typer.echo(f"give {out} to the device, then delete it and {request}: they tell which pseudonyms are one device's")
+
+
+@ca_app.command("init")
+def ca_init(
+    ca: Ca, name: Annotated[str, typer.Option(help="Its name; the broker and every device see it.")] = "covey"
+) -> None:
+    """Make a CA: a certificate, and a key that must never leave the operator. Nothing is overwritten."""
+    create_ca(ca, name=name, now_s=time.time())
+    typer.echo(f"{ca}: ca.pem for everybody, ca.key for nobody else; keep a copy of both where no network reaches")
+
+
+@ca_app.command("server")
+def ca_server(
+    ca: Ca, host: Annotated[list[str], typer.Option(help="DNS name or IP address of the broker; repeatable.")], out: Out
+) -> None:
+    """Make the broker's certificate and key, valid for a year."""
+    issue_server(load_ca(ca), out, hosts=tuple(host), now_s=time.time())
+    typer.echo(f"{out}: broker.pem, broker.key and ca.pem, for mosquitto's certfile, keyfile and cafile")
+
+
+@ca_app.command("client")
+def ca_client(
+    ca: Ca, name: Annotated[str, typer.Option(help="The client's name: the aggregator's client_id.")], out: Out
+) -> None:
+    """Make the aggregator's certificate and key, valid for a year; devices make their keys themselves."""
+    issue_client(load_ca(ca), out, name=checked_name(name, "--name"), now_s=time.time())
+    typer.echo(f"{out}: {name}.pem, {name}.key and ca.pem, for the broker section of aggregator.toml")
 
 
 if __name__ == "__main__":

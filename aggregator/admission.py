@@ -1,0 +1,186 @@
+"""Admitting a device's pseudonyms: every claim in its request is checked, then all are registered and certified, or
+none.
+
+The device is unknown and may be hostile. Of its certificate request only the key is used, and only after the request
+turned out to be exactly a name and a key: a wish for an extension (to be a CA, say), a second name or an attribute is
+refused, not ignored, so that no device can believe that it was granted and nothing else about it comes along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import NameOID
+from sqlalchemy import Connection, insert, or_, select
+
+from aggregator import schema
+from aggregator.certificates import KeyPair, certify
+from aggregator.errors import AggregatorError
+from aggregator.store import AggregatorStore
+from fl_protocol.enrolment import (
+    IssuedCertificate,
+    Period,
+    PseudonymEntry,
+    PseudonymRequest,
+    decode_file,
+    encode_file,
+    entry_signature_is_valid,
+    periods_from,
+    pseudonym_id,
+    signed_answer,
+)
+from fl_protocol.errors import ProtocolError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pseudonym whose keys were shown to be held by whoever asks for it."""
+
+    id: str
+    signing_key: bytes
+    tls_key: ec.EllipticCurvePublicKey
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What was admitted: the pseudonyms' ids, and the whole time they are for."""
+
+    ids: tuple[str, ...]
+    period: Period
+
+
+@dataclass(frozen=True)
+class Admitter:
+    """A study's admission office.
+
+    Args:
+        store: where devices are registered.
+        tenant: the study's.
+        task: the study's.
+        ca: issues the certificates.
+        signing_key: the aggregator's, which devices pin.
+        period_days: how long each pseudonym is used, 2 to 366.
+    """
+
+    store: AggregatorStore
+    tenant: str
+    task: str
+    ca: KeyPair
+    signing_key: Ed25519PrivateKey
+    period_days: int = 30
+
+    def admit(self, request: bytes, *, now_s: float, deliver: Callable[[bytes], None]) -> Admission:
+        """Check a request, register and certify all its pseudonyms, and deliver the answer.
+
+        Args:
+            request: the request file.
+            now_s: Unix seconds; the first pseudonym is for the period that holds it.
+            deliver: takes the answer file and keeps it; if it raises, nothing was registered.
+
+        Raises:
+            ProtocolError: the request is malformed or claims something that is not so.
+            AggregatorError: it was admitted before, or the CA ends too early.
+            DatabaseError: the database does not take it.
+        """
+        candidates = self.examine(request)
+        periods = periods_from(now_s, period_days=self.period_days, count=len(candidates))
+        answer = self._answer(candidates, periods)
+        with self.store.transaction() as connection:
+            _refuse_known(connection, candidates)
+            rows = [{"device": one.id, "public_key": one.signing_key, "added_s": now_s} for one in candidates]
+            connection.execute(insert(schema.devices), rows)
+            # Before the commit: a registered pseudonym whose certificate was lost could never be used.
+            deliver(answer)
+        whole = Period(periods[0].begins_s, periods[-1].ends_s)
+        return Admission(tuple(one.id for one in candidates), whole)
+
+    def examine(self, request: bytes) -> tuple[Candidate, ...]:
+        """The pseudonyms of a request, every proof checked. Raises ProtocolError."""
+        decoded = decode_file(request, PseudonymRequest)
+        here, there = f"{self.tenant}/{self.task}", f"{decoded.tenant}/{decoded.task}"
+        if here != there:
+            raise ProtocolError(f"the request: expected one for the study {here}, got one for {there}")
+        found = tuple(self._candidate(entry) for entry in decoded.pseudonyms)
+        # Security: two pseudonyms with a key in common are no pseudonyms.
+        for what, keys in (
+            ("signing key", {one.signing_key for one in found}),
+            ("TLS key", {_der(one.tls_key) for one in found}),
+        ):
+            if len(keys) < len(found):
+                raise ProtocolError(f"the request: expected a {what} of its own for each pseudonym, got one twice")
+        return found
+
+    def _candidate(self, entry: PseudonymEntry) -> Candidate:
+        """One entry, its proofs checked."""
+        if not entry_signature_is_valid(entry, tenant=self.tenant, task=self.task):
+            raise ProtocolError(f"pseudonym {entry.id}: the entry is not signed by its own signing key")
+        signing_key, tls_key = bytes.fromhex(entry.signing_key), _requested_key(entry)
+        expected = pseudonym_id(tenant=self.tenant, task=self.task, signing_key=signing_key, tls_key=_der(tls_key))
+        if entry.id != expected:
+            raise ProtocolError(f"pseudonym {entry.id}: expected the name that follows from its keys, {expected}")
+        return Candidate(entry.id, signing_key, tls_key)
+
+    def _answer(self, candidates: tuple[Candidate, ...], periods: list[Period]) -> bytes:
+        """The answer file: one certificate each, for one period after the other."""
+        issued = []
+        for one, period in zip(candidates, periods, strict=True):
+            validity = {"not_before_s": period.not_before_s, "not_after_s": period.not_after_s}
+            certificate = certify(self.ca, one.id, one.tls_key, **validity)
+            issued.append(IssuedCertificate(id=one.id, certificate=certificate.decode()))
+        return encode_file(
+            signed_answer(
+                tenant=self.tenant,
+                task=self.task,
+                ca=self.ca.certificate.decode(),
+                certificates=issued,
+                key=self.signing_key,
+            )
+        )
+
+
+def _requested_key(entry: PseudonymEntry) -> ec.EllipticCurvePublicKey:
+    """The P-256 key of a certificate request that is exactly the entry's name and this key, signed by it."""
+    where = f"pseudonym {entry.id}: its certificate request"
+    try:
+        csr = x509.load_pem_x509_csr(entry.csr.encode())
+        key, attributes, subject = csr.public_key(), list(csr.attributes), list(csr.subject)
+        is_proven = csr.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
+        raise ProtocolError(f"{where}: expected PKCS #10 in PEM; {error}") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ProtocolError(f"{where}: expected a P-256 key, got another kind")
+    if not is_proven:
+        raise ProtocolError(f"{where} is not signed by the key in it")
+    if len(subject) != 1 or subject[0].oid != NameOID.COMMON_NAME or subject[0].value != entry.id:
+        raise ProtocolError(f"{where}: expected the pseudonym as its only name, got {csr.subject.rfc4514_string()!r}")
+    # A wish for extensions is an attribute too (PKCS #9, extensionRequest).
+    if attributes:
+        raise ProtocolError(f"{where}: expected a name and a key, got {len(attributes)} attribute(s) besides")
+    if csr.public_bytes(Encoding.PEM).decode() != entry.csr:
+        raise ProtocolError(f"{where}: expected PEM and nothing around it")
+    return key
+
+
+def _refuse_known(connection: Connection, candidates: tuple[Candidate, ...]) -> None:
+    """Refuse ids and signing keys that are registered already."""
+    table = schema.devices.c
+    known = or_(
+        table.device.in_([one.id for one in candidates]), table.public_key.in_([one.signing_key for one in candidates])
+    )
+    first = connection.execute(select(table.device).where(known).order_by(table.device)).scalars().first()
+    if first is not None:
+        raise AggregatorError(
+            f"this request was admitted before ({first} is registered): use the answer that was written then, or let "
+            "the device make another request with covey-device pseudonyms request --anew"
+        )
+
+
+def _der(key: ec.EllipticCurvePublicKey) -> bytes:
+    """SubjectPublicKeyInfo, whatever encoding the key came in."""
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
