@@ -8,11 +8,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from device_client.eligibility import Conditions
 from device_client.noise import Entropy
 from fl_protocol.model_manifest import DropoutMask
 from fl_protocol.transport import Transport
 
-__all__ = ["Clock", "Entropy", "Graph", "Store", "Transport"]
+__all__ = ["Bell", "Board", "Clock", "Entropy", "Graph", "Store", "Transport", "Watchdog"]
 
 Float32 = NDArray[np.float32]
 Labels = NDArray[np.int32] | NDArray[np.float32]
@@ -24,6 +25,37 @@ class Clock(Protocol):
 
     def now_s(self) -> float:
         """Unix seconds."""
+
+    def local_time_s(self) -> float:
+        """Seconds since local midnight, as a clock on the wall shows them."""
+
+
+class Bell(Protocol):
+    """What the daemon waits on when there is nothing to do, so that it need not look again and again."""
+
+    def ring(self) -> None:
+        """End the wait, from any thread or signal handler; a ring before the wait counts."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for a ring, at most so long."""
+
+
+class Watchdog(Protocol):
+    """Who wants to know that the daemon lives."""
+
+    def alive(self, status: str) -> None:
+        """Called in every turn of the loop; `status` is for people."""
+
+    @property
+    def longest_wait_s(self) -> float:
+        """How long the daemon may be silent."""
+
+
+class Board(Protocol):
+    """The sensors that decide whether this device may train now."""
+
+    def read(self) -> Conditions:
+        """The readings of this moment; a sensor that fails is named in them, never raised."""
 
 
 class Graph(Protocol):
