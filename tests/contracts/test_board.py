@@ -1,0 +1,235 @@
+"""What `device_client.ports.Board` promises, run over Linux's files and the virtual board alike: one evening of a
+wearer gives the same readings, and the same rules block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from device_client.adapters.linux_board import NETWORK_CACHE_S, LinuxBoard
+from device_client.config import BoardConfig
+from device_client.eligibility import BrokenReading, Conditions, Eligibility, EligibilityPolicy, TimeWindow
+from device_client.ports import Board
+from firmware_sim.virtual_board import VirtualBoard, WearerHabits, scripted_days
+from fl_protocol.errors import LocalMisuseError
+
+START_S = 1.8e9
+STEP_S = 2 * NETWORK_CACHE_S
+POLICY = EligibilityPolicy(require_charging=True, windows=(TimeWindow(12 * 3600, 13 * 3600),))
+GOOD = Conditions(battery_percent=80, charging=True, idle=True, unmetered=True, temperature_celsius=31.5)
+EVENING: tuple[tuple[str, Conditions, tuple[str, ...]], ...] = (
+    ("all is well", GOOD, ()),
+    ("in use", dataclasses.replace(GOOD, idle=False), ("idle",)),
+    ("put down", GOOD, ("idle",)),
+    ("left alone", GOOD, ()),
+    ("unplugged", dataclasses.replace(GOOD, charging=False, battery_percent=50), ("charging",)),
+    ("drained", dataclasses.replace(GOOD, charging=False, battery_percent=29), ("battery", "charging")),
+    ("plugged in", dataclasses.replace(GOOD, battery_percent=31), ("battery", "charging")),
+    ("charging", dataclasses.replace(GOOD, battery_percent=34), ("battery",)),
+    ("charged enough", dataclasses.replace(GOOD, battery_percent=35), ()),
+    ("hot", dataclasses.replace(GOOD, temperature_celsius=45.1), ("temperature",)),
+    ("cooling", dataclasses.replace(GOOD, temperature_celsius=43.0), ("temperature",)),
+    ("cooled", dataclasses.replace(GOOD, temperature_celsius=41.9), ()),
+    ("away", dataclasses.replace(GOOD, unmetered=False), ("network",)),
+    ("home again", GOOD, ("network",)),
+    ("at home", GOOD, ()),
+    ("impossible charge", dataclasses.replace(GOOD, battery_percent=300), ("battery",)),
+    ("gauge recovers", GOOD, ("battery",)),
+    ("gauge is right", GOOD, ()),
+    (
+        "gauge fails",
+        dataclasses.replace(GOOD, battery_percent=None, broken=(BrokenReading("battery_percent", ""),)),
+        ("battery",),
+    ),
+)
+
+
+class Scene:
+    """A board whose sensors read what they are told, and its clock."""
+
+    def __init__(self) -> None:
+        self.time_s = START_S
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def local_time_s(self) -> float:
+        return 12.5 * 3600
+
+
+class LinuxScene(Scene):
+    """The kernel's files, rewritten for every reading."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self._supplies = folder / "sys/class/power_supply"
+        self._zone = folder / "sys/class/thermal/thermal_zone0"
+        for path in (self._supplies / "usb", self._supplies / "battery", self._zone, folder / "proc", folder / "bin"):
+            path.mkdir(parents=True)
+        (self._supplies / "usb/type").write_text("USB\n")
+        (self._supplies / "battery/type").write_text("Battery\n")
+        (self._zone / "type").write_text("cpu-thermal\n")
+        busctl = folder / "bin/busctl"
+        busctl.write_text(f"#!/bin/sh\nread answer < {folder}/metered && echo v u $answer\n")
+        busctl.chmod(0o755)
+
+    def board(self) -> Board:
+        return LinuxBoard(
+            BoardConfig(),
+            sysfs=self._folder / "sys",
+            proc=self._folder / "proc",
+            monotonic_s=self.now_s,
+            own_cpu_s=lambda: 0.0,
+            cores=4,
+            search_path=str(self._folder / "bin"),
+        )
+
+    def becomes(self, conditions: Conditions) -> None:
+        (self._supplies / "usb/online").write_text(f"{int(bool(conditions.charging))}\n")
+        (self._supplies / "battery/status").write_text("Not charging\n" if conditions.charging else "Discharging\n")
+        percent, celsius = conditions.battery_percent, conditions.temperature_celsius
+        # A gauge that fails gives text that is no number.
+        (self._supplies / "battery/capacity").write_text("error\n" if percent is None else f"{percent:.0f}\n")
+        assert celsius is not None
+        (self._zone / "temp").write_text(f"{round(celsius * 1000)}\n")
+        load = "0.30" if conditions.idle else "3.10"
+        (self._folder / "proc/loadavg").write_text(f"{load} 0.50 0.50 1/95 27601\n")
+        (self._folder / "metered").write_text("4\n" if conditions.unmetered else "3\n")
+
+
+class VirtualScene(Scene):
+    """A script that is written as the evening goes by."""
+
+    def __init__(self, _: Path) -> None:
+        super().__init__()
+        self._conditions = GOOD
+
+    def board(self) -> Board:
+        return VirtualBoard(lambda _: self._conditions, self)
+
+    def becomes(self, conditions: Conditions) -> None:
+        self._conditions = conditions
+
+
+class ScriptedScene(VirtualScene):
+    """The same evening as a list of times and readings."""
+
+    def board(self) -> Board:
+        script = [(START_S + step * STEP_S, conditions) for step, (_, conditions, _) in enumerate(EVENING)]
+        return VirtualBoard(script, self)
+
+
+SCENES = pytest.mark.parametrize("scene_of", [LinuxScene, VirtualScene, ScriptedScene])
+
+
+def _without_causes(conditions: Conditions) -> Conditions:
+    """What is broken, without the words that each board finds for it."""
+    broken = tuple(dataclasses.replace(reading, cause="") for reading in conditions.broken)
+    return dataclasses.replace(conditions, broken=broken)
+
+
+@SCENES
+def test_one_evening_reads_the_same_on_every_board(
+    scene_of: Callable[[Path], LinuxScene | VirtualScene], tmp_path: Path
+) -> None:
+    scene = scene_of(tmp_path)
+    scene.becomes(GOOD)
+    board = scene.board()
+    for step, (what, conditions, _) in enumerate(EVENING):
+        scene.time_s = START_S + step * STEP_S
+        scene.becomes(conditions)
+        assert _without_causes(board.read()) == conditions, what
+
+
+@SCENES
+def test_one_evening_blocks_the_same_rules_on_every_board(
+    scene_of: Callable[[Path], LinuxScene | VirtualScene], tmp_path: Path
+) -> None:
+    scene = scene_of(tmp_path)
+    scene.becomes(GOOD)
+    board, eligibility = scene.board(), Eligibility(POLICY)
+    for step, (what, conditions, rules) in enumerate(EVENING):
+        scene.time_s = START_S + step * STEP_S
+        scene.becomes(conditions)
+        found = eligibility.update(board.read(), now_s=scene.time_s, local_time_s=scene.local_time_s())
+        assert tuple(blocked.rule for blocked in found) == rules, what
+        assert all(blocked.reason for blocked in found)
+
+
+def test_every_rule_but_the_timetable_blocks_in_the_course_of_the_evening() -> None:
+    assert {rule for _, _, rules in EVENING for rule in rules} == {
+        "battery",
+        "charging",
+        "idle",
+        "network",
+        "temperature",
+    }
+
+
+class TestTheVirtualBoard:
+    def test_holds_each_reading_until_the_next(self) -> None:
+        scene = Scene()
+        low, high = Conditions(battery_percent=20), Conditions(battery_percent=80)
+        board = VirtualBoard([(START_S + 10, low), (START_S + 20, high)], scene)
+        found = []
+        for scene.time_s in (START_S, START_S + 10, START_S + 19.9, START_S + 20, START_S + 1e9):
+            found.append(board.read())
+        assert found == [low, low, low, high, high]
+
+    @pytest.mark.parametrize("script", [[], [(2.0, GOOD), (1.0, GOOD)]])
+    def test_refuses_a_script_that_is_empty_or_out_of_order(self, script: list[tuple[float, Conditions]]) -> None:
+        with pytest.raises(LocalMisuseError, match="script"):
+            VirtualBoard(script, Scene())
+
+
+class TestAWeekOfAWearer:
+    WEEK = scripted_days("wrist-7", midnight_s=START_S)
+
+    def test_is_the_same_for_the_same_seed_and_another_for_another(self) -> None:
+        assert scripted_days("wrist-7", midnight_s=START_S) == self.WEEK
+        assert scripted_days("wrist-8", midnight_s=START_S) != self.WEEK
+
+    def test_covers_every_five_minutes_of_seven_days(self) -> None:
+        assert len(self.WEEK) == 7 * 288
+        assert {round(later[0] - earlier[0]) for earlier, later in pairwise(self.WEEK)} == {300}
+
+    def test_holds_only_readings_that_can_be_believed(self) -> None:
+        for _, conditions in self.WEEK:
+            assert conditions.battery_percent is not None
+            assert conditions.temperature_celsius is not None
+            assert 0 <= conditions.battery_percent <= 100
+            assert 30 < conditions.temperature_celsius < 42
+
+    def test_the_battery_rises_on_the_charger_only_and_falls_off_it_only(self) -> None:
+        for (_, earlier), (_, later) in pairwise(self.WEEK):
+            assert earlier.battery_percent is not None
+            assert later.battery_percent is not None
+            change = later.battery_percent - earlier.battery_percent
+            assert change >= 0 if later.charging else change <= 0
+
+    def test_the_charger_warms_it(self) -> None:
+        by_charger: dict[bool | None, list[float]] = {True: [], False: []}
+        for _, conditions in self.WEEK:
+            by_charger[conditions.charging].append(conditions.temperature_celsius or math.nan)
+        assert max(by_charger[True]) > 37.0
+        assert sum(by_charger[False]) / len(by_charger[False]) < 34.0
+
+    def test_lets_the_device_train_at_some_times_and_not_at_others(self) -> None:
+        eligibility = Eligibility(EligibilityPolicy(require_charging=True))
+        blocked = [
+            bool(eligibility.update(conditions, now_s=at_s, local_time_s=at_s - START_S))
+            for at_s, conditions in self.WEEK
+        ]
+        assert 0.05 < blocked.count(False) / len(blocked) < 0.6
+
+    def test_a_wearer_who_always_forgets_the_charger_ends_with_an_empty_battery(self) -> None:
+        habits = WearerHabits(forgets_charger=1.0)
+        _, last = scripted_days(1, midnight_s=START_S, habits=habits)[-1]
+        assert (last.battery_percent, last.charging) == (0, False)
