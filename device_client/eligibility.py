@@ -266,8 +266,8 @@ class _Watch:
             self._stop, self._held_s = self._stop or _Stop.BROKEN, None
             return Blocked(
                 self._rule.name,
-                f"the reading of {self._rule.subject} cannot be trusted ({fault}); training starts again when it has"
-                f" been right for {SETTLING_S:.0f} s, or choose another source in [board]",
+                f"{self._rule.subject} is not known: {fault}; training starts again when it has been read well for"
+                f" {SETTLING_S:.0f} s, or choose another source in [board]",
             )
         if not self._seen:
             return None
@@ -282,7 +282,7 @@ class _Watch:
         """What is wrong with the reading, its absence after it was there included."""
         fault = self._rule.fault(moment)
         if fault is None and self._rule.value(moment) is None:
-            return "it was there before and is missing now" if self._seen else None
+            return "there was a reading before and now there is none" if self._seen else None
         self._seen = True
         return fault
 
@@ -303,8 +303,8 @@ class _Watch:
         """Why it blocks, though its reading can be believed."""
         if self._stop is _Stop.BROKEN:
             return (
-                f"the reading of {self._rule.subject} has been right again for"
-                f" {self._held_s or 0:.0f} of the {SETTLING_S:.0f} s that training waits for"
+                f"{self._rule.subject} was not known; it has been read well for {self._held_s or 0:.0f}"
+                f" of the {SETTLING_S:.0f} s that training waits for"
             )
         return self._rule.explain(moment, self._held_s)
 
