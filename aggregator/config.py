@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import msgspec
@@ -15,19 +16,45 @@ LONGEST_S = 1e9
 """Thirty years; a deadline without end could not be sent."""
 
 
-class PlanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What devices compute in a round; see `fl_protocol.messages.TrainingPlanMsg` for each meaning."""
+class PlanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What devices compute in a round; see `fl_protocol.messages.TrainingPlanMsg` for each meaning.
+
+    Args:
+        local_steps: steps per round; exactly one of this and `local_epochs`.
+        local_epochs: passes over a device's records, in expectation: ``local_epochs / sampling_rate`` steps, rounded
+            up, since each Poisson step takes a record with probability `sampling_rate`.
+    """
 
     sampling_rate: float
-    local_steps: int
+    local_steps: int | None = None
+    local_epochs: Annotated[float, Meta(gt=0, le=100_000)] | None = None
     learning_rate: float
     l2_norm_clip: float
     noise_multiplier: float
     expected_batch_size: float
+    momentum: float = 0.0
+    proximal_mu: float = 0.0
+    control_variates: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("expected exactly one of local_steps and local_epochs")
+
+    @property
+    def steps(self) -> int:
+        """Steps per round, whichever way they were given."""
+        if self.local_epochs is None:
+            return self.local_steps or 0
+        if not 0 < self.sampling_rate <= 1:
+            return 1  # the range is refused in `message`
+        # The tolerance keeps a quotient such as 1.1 / 0.1 = 11.000000000000002 from taking one step more.
+        return max(1, math.ceil(self.local_epochs / self.sampling_rate - 1e-9))
 
     def message(self) -> TrainingPlanMsg:
         """As it travels in the manifest, ranges checked. Raises msgspec.ValidationError."""
-        return msgspec.convert({"v": 1, **msgspec.to_builtins(self)}, TrainingPlanMsg)
+        fields = msgspec.to_builtins(self)
+        fields.pop("local_epochs", None)
+        return msgspec.convert({**fields, "v": 1, "local_steps": self.steps}, TrainingPlanMsg)
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -59,6 +86,8 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         participation_probability: with which each device tosses its own coin.
         minimum_separation_s: seconds a device stays out after taking part.
         kem: how updates are sealed; ``x25519`` is smaller and not post-quantum.
+        population: devices that may take part, for the plan's `control_variates` (N in `aggregator.scaffold`); without
+            it the devices registered when a round is committed. Name it where other devices are registered too.
     """
 
     name: Name
@@ -73,6 +102,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     participation_probability: Fraction = 1.0
     minimum_separation_s: Annotated[float, Meta(ge=0, le=LONGEST_S)] = 0.0
     kem: KemName = "mlkem768-x25519"
+    population: Annotated[int, Meta(ge=1)] | None = None
 
 
 class AggregatorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

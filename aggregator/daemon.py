@@ -6,11 +6,13 @@ follows the transaction that opened its round. After a crash the next start publ
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
 from sqlalchemy import Connection
 
 from aggregator.combine import ServerOptimiser, apply, average_models, mean_update
@@ -18,7 +20,7 @@ from aggregator.config import TaskConfig
 from aggregator.errors import CombineError, DatabaseError
 from aggregator.ingest import OpenRoundKeys
 from aggregator.intake import Intake
-from aggregator.publisher import RetainedMessage, forget_model_messages, manifest_message, model_messages
+from aggregator.publisher import RetainedMessage, SignedChunks, forget_messages, manifest_message
 from aggregator.rounds import (
     AbortRound,
     CombineFailed,
@@ -36,7 +38,8 @@ from aggregator.rounds import (
     UpdateAccepted,
     transition,
 )
-from aggregator.store import AggregatorStore
+from aggregator.scaffold import PlainSteps, next_control
+from aggregator.store import AggregatorStore, StoredModel, little_endian
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.limits import chunk_data_bytes
@@ -56,7 +59,7 @@ class AggregatorDaemon:
         tenant: name on the wire.
         task: its configuration.
         graph_digest: SHA-256 of the bundle's trainable graph.
-        signing_key: signs manifests, receipts and NACKs.
+        signing_key: signs manifests, model chunks, receipts and NACKs.
         store: the task's database.
         transport: the broker connection.
         journal: where events are told.
@@ -87,6 +90,7 @@ class AggregatorDaemon:
             journal=self.journal,
             now_s=self.now_s,
         )
+        self._chunks = SignedChunks(self.tenant, self.signing_key)
         self._state = RoundState()
         self._keys: OpenRoundKeys | None = None
         self._maximum_packet_bytes: int | None = None
@@ -240,6 +244,8 @@ class AggregatorDaemon:
         model = apply(before.model, mean, self._optimiser)
         version = before.version + 1
         digest = self.store.add_model(connection, version, model)
+        if self.task.plan.control_variates:
+            self._commit_control(connection, before, mean, count)
         bytes_up = self.store.bytes_up(connection, number)
         self.store.close_round(connection, number=number, outcome="committed", reason="", now_s=now_s)
         return {
@@ -251,6 +257,20 @@ class AggregatorDaemon:
             "seconds": round(now_s - self._state.opened_s, 3),
             "mean_update_norm": float(np.linalg.norm(mean)),
         }
+
+    def _commit_control(
+        self, connection: Connection, before: StoredModel, mean: NDArray[np.float64], count: int
+    ) -> None:
+        """The control variate that goes with the next version, in the transaction that adds that version."""
+        plan, population = self.task.plan, self.task.population
+        control = next_control(
+            self.store.control(before.version, len(before.model.params)),
+            mean,
+            count=count,
+            population=population if population is not None else self.store.num_devices(connection),
+            steps=PlainSteps(plan.steps, plan.learning_rate),
+        )
+        self.store.add_control(connection, before.version + 1, control)
 
     def _finish(self, connection: Connection, last: int) -> dict[str, object]:
         """Add the finished model: the mean of the versions up to the last."""
@@ -269,25 +289,55 @@ class AggregatorDaemon:
         self._keys = OpenRoundKeys(self._state.number, model.digest, len(model.model.params), key)
 
     def _publish_current(self) -> None:
-        """Publish the current model and manifest, retained, and forget the model before the last."""
+        """Publish the current model, control variate and manifest, retained, and forget what is too old."""
         model = self.store.model(self._state.model_version)
-        self._publish(model_messages(self.tenant, model, maximum_packet_bytes=self._maximum_packet_bytes))
+        wholes = [little_endian(model.model.params)]
+        if self.task.plan.control_variates and self._state.phase is Phase.OPEN:
+            wholes.append(little_endian(self.store.control(model.version, len(model.model.params)).values))
+        digests = [hashlib.sha256(whole).digest() for whole in wholes]
+        self._chunks.keep_only(digests)
+        for whole in wholes:
+            self._publish(self._chunks.of(whole, maximum_packet_bytes=self._maximum_packet_bytes))
         manifest = manifest_message(
             self.tenant,
             self.task,
             state=self._state,
             model=model,
+            control_digest=digests[1] if len(digests) > 1 else None,
             graph_digest=self.graph_digest,
             recipient=self._keys.key.recipient() if self._keys is not None else None,
             signing_key=self.signing_key,
         )
         self._publish([manifest])
-        if model.version >= 2:
-            # The last model stays a while: a device may be in the middle of downloading it.
-            old = self.store.model(model.version - 2)
-            if old.digest == model.digest:
-                return  # rounds without any change: the same retained chunks serve both versions
-            self._publish(forget_model_messages(self.tenant, old, maximum_packet_bytes=self._maximum_packet_bytes))
+        self._forget_all_but(digests, model.version, num_parameters=len(model.model.params))
+
+    def _forget_all_but(self, current: list[bytes], version: int, *, num_parameters: int) -> None:
+        """Have the broker drop what no device can still want."""
+        kept, stale = [*current, *self._digests_of(version - 1)], self._digests_of(version - 2)
+        if self._state.phase is Phase.FINISHED:
+            # The version before the finished model was never published, and nobody can take part any more.
+            kept, stale = current, self._digests_of(version - 3) + stale
+        # While a round is open, the last version stays: a device may be in the middle of downloading it. Versions and
+        # control variates may be equal (a first c and a first model of zeros), and then share their chunks.
+        for digest in dict.fromkeys(digest for digest in stale if digest not in kept):
+            self._publish(
+                forget_messages(
+                    self.tenant,
+                    digest,
+                    num_parameters=num_parameters,
+                    maximum_packet_bytes=self._maximum_packet_bytes,
+                )
+            )
+
+    def _digests_of(self, version: int) -> list[bytes]:
+        """What was published with a version: its model's digest, then its control variate's; none before version 0."""
+        if version < 0:
+            return []
+        model = self.store.model(version)
+        if not self.task.plan.control_variates:
+            return [model.digest]
+        control = self.store.control(version, len(model.model.params))
+        return [model.digest, hashlib.sha256(little_endian(control.values)).digest()]
 
     def _publish(self, messages: Iterable[RetainedMessage]) -> None:
         """Publish retained messages."""
