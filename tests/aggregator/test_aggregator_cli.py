@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -10,14 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import OperationalError
 
 from aggregator.assembly import AggregatorFiles, assemble
 from aggregator.cli import main
 from aggregator.combine import GlobalModel
 from aggregator.rounds import Phase, RoundState
+from device_client.pseudonyms import Pseudonyms
 from fl_protocol.bundle import open_bundle
+from fl_protocol.enrolment import PseudonymAnswer, decode_file
 from fl_protocol.errors import RefusalReason
 from fl_protocol.signing import public_key_from_hex
+from tests.device_client.ports import MemoryStore
 from tests.virtual_fleet import MemoryJournal, bundle_folder, load_bundle
 
 Result = tuple[int, str, str]
@@ -136,12 +142,26 @@ def test_help_shows_examples_and_exit_codes(operator: Operator) -> None:
     assert "Exit codes: 0 done, 1 other error, 2 usage or configuration, 3 database, 4 model bundle." in " ".join(
         out.split()
     )
-    for command in (["init"], ["run"], ["status"], ["export"], ["device"], ["device", "add"]):
-        assert operator.run(*command, "--help")[0] == 0
+    for command in ("init", "run", "status", "export", "device", "device add", "device admit", "device list"):
+        assert operator.run(*command.split(), "--help")[0] == 0
+    for command in ("ca", "ca init", "ca server", "ca client"):
+        assert operator.run(*command.split(), "--help")[0] == 0
     assert operator.run("--version")[1].startswith("covey-aggregator ")
 
 
-@pytest.mark.parametrize("arguments", [["dance"], ["init"], ["export", "CONFIG"], ["device", "add", "CONFIG"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dance"],
+        ["init"],
+        ["export", "CONFIG"],
+        ["device", "add", "CONFIG"],
+        ["device", "admit", "request.json", "CONFIG"],
+        ["device", "admit", "r", "CONFIG", "--ca", "c", "--out", "o", "--period-days", "1"],
+        ["ca", "init"],
+        ["ca", "server", "--ca", "ca", "--out", "mosquitto"],
+    ],
+)
 def test_wrong_usage_is_exit_code_2(operator: Operator, arguments: list[str]) -> None:
     code, _, err = operator.run(*arguments)
     assert code == 2
@@ -230,3 +250,109 @@ def test_a_configured_aggregator_assembles(operator: Operator) -> None:
     assert daemon.store.model(0).digest == daemon.store.model(0).digest
     operator.edit('name = "watch"', 'name = "other"')
     assert operator.run("init", "CONFIG")[0] == 0
+
+
+def make_request(count: int = 3) -> bytes:
+    return Pseudonyms(MemoryStore(), tenant="clinic", task="watch").prepare(count=count, entropy=os.urandom)
+
+
+def admit(operator: Operator, request: str = "request.json", *, out: str = "answer.json") -> Result:
+    folder = operator.folder
+    places = ["--ca", str(folder / "ca"), "--out", str(folder / out)]
+    return operator.run("device", "admit", str(folder / request), "CONFIG", *places)
+
+
+def test_a_ca_admits_devices_and_certifies_broker_and_aggregator(operator: Operator) -> None:
+    folder = operator.folder
+    _, key, _ = operator.run("init", "CONFIG")
+    code, out, err = operator.run("ca", "init", "--ca", str(folder / "ca"))
+    assert (code, err) == (0, "")
+    assert "ca.key for nobody else" in out
+    assert {path.name: path.stat().st_mode & 0o777 for path in (folder / "ca").iterdir()} == {
+        "ca.pem": 0o644,
+        "ca.key": 0o600,
+    }
+    (folder / "request.json").write_bytes(make_request())
+    code, out, err = admit(operator)
+    assert (code, err) == (0, "")
+    assert out.startswith("3 pseudonyms may send updates, one after the other, ")
+    assert "then delete it" in out
+    answer = decode_file((folder / "answer.json").read_bytes(), PseudonymAnswer)
+    assert answer.aggregator_key == key.strip()
+    assert (folder / "answer.json").stat().st_mode & 0o077 == 0
+    listed = operator.run("device", "list", "CONFIG")[1]
+    assert sorted(line.split()[0] for line in listed.splitlines()) == sorted(one.id for one in answer.certificates)
+    for command, names in (
+        (["server", "--host", "127.0.0.1", "--host", "localhost"], {"broker.pem", "broker.key", "ca.pem"}),
+        (["client", "--name", "aggregator"], {"aggregator.pem", "aggregator.key", "ca.pem"}),
+    ):
+        place = folder / command[0]
+        code, out, err = operator.run("ca", *command, "--ca", str(folder / "ca"), "--out", str(place))
+        assert (code, err) == (0, "")
+        assert {path.name for path in place.iterdir()} == names
+        assert all(path.stat().st_mode & 0o077 == 0 for path in place.glob("*.key"))
+
+
+def test_nothing_is_overwritten(operator: Operator) -> None:
+    operator.run("init", "CONFIG")
+    ca, server = str(operator.folder / "ca"), str(operator.folder / "mosquitto")
+    operator.run("ca", "init", "--ca", ca)
+    operator.run("ca", "server", "--ca", ca, "--host", "localhost", "--out", server)
+    (operator.folder / "request.json").write_bytes(make_request())
+    before = {path: path.read_bytes() for path in operator.folder.rglob("*") if path.is_file()}
+    one_sentence(operator.run("ca", "init", "--ca", ca), 2, "--ca", "exists and is not replaced")
+    again = operator.run("ca", "server", "--ca", ca, "--host", "localhost", "--out", server)
+    one_sentence(again, 2, "--out", "exists and is not replaced")
+    one_sentence(admit(operator, out="request.json"), 2, "--out", "exists and is not replaced")
+    assert {path: path.read_bytes() for path in operator.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_request_admitted_twice_is_one_sentence_and_no_file(operator: Operator) -> None:
+    operator.run("init", "CONFIG")
+    operator.run("ca", "init", "--ca", str(operator.folder / "ca"))
+    (operator.folder / "request.json").write_bytes(make_request())
+    assert admit(operator)[0] == 0
+    one_sentence(admit(operator, out="second.json"), 1, "was admitted before", "--anew")
+    assert not (operator.folder / "second.json").exists()
+
+
+def test_an_admission_that_cannot_be_is_one_sentence(operator: Operator) -> None:
+    folder = operator.folder
+    (folder / "request.json").write_bytes(make_request())
+    one_sentence(admit(operator), 2, "aggregator.signing_key")
+    operator.run("init", "CONFIG")
+    one_sentence(admit(operator), 2, "--ca")
+    operator.run("ca", "init", "--ca", str(folder / "ca"))
+    one_sentence(admit(operator, "nothing.json"), 2, "REQUEST")
+    one_sentence(admit(operator, "aggregator.toml"), 1, "not a pseudonym request")
+    one_sentence(admit(operator, out="request.json/answer.json"), 2, "--out")
+    (folder / "ca" / "ca.key").chmod(0o644)
+    one_sentence(admit(operator), 2, "chmod 600")
+    (folder / "ca" / "ca.key").chmod(0o600)
+    (folder / "ca" / "ca.pem").write_bytes((folder / "ca" / "ca.key").read_bytes())
+    one_sentence(admit(operator), 1, "the CA")
+    assert operator.run("device", "list", "CONFIG")[1] == ""
+    one_sentence(operator.run("ca", "init", "--ca", str(folder / "b"), "--name", ""), 2, "--name")
+
+
+def test_an_answer_whose_pseudonyms_the_database_refused_is_not_left_behind(operator: Operator) -> None:
+    operator.run("init", "CONFIG")
+    operator.run("ca", "init", "--ca", str(operator.folder / "ca"))
+    (operator.folder / "request.json").write_bytes(make_request())
+    seen = []
+
+    def full(connection: Connection) -> None:
+        del connection
+        if (operator.folder / "answer.json").exists():
+            seen.append("the answer is written before the commit")
+            raise OperationalError("COMMIT", {}, Exception("database or disk is full"))
+
+    event.listen(Engine, "commit", full)
+    try:
+        one_sentence(admit(operator), 3, "database", "disk is full")
+    finally:
+        event.remove(Engine, "commit", full)
+    assert seen
+    assert not (operator.folder / "answer.json").exists()
+    assert operator.run("device", "list", "CONFIG")[1] == ""
+    assert admit(operator)[0] == 0

@@ -20,7 +20,7 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.certificates import KeyPair, issue, make_ca
+from aggregator.certificates import KeyPair, certify, check_ca, issue, make_ca
 from aggregator.errors import AggregatorError
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.topics import NAME_PATTERN
@@ -202,6 +202,74 @@ def test_a_ca_key_on_another_curve_is_refused() -> None:
     pem = ec.generate_private_key(ec.SECP384R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     with pytest.raises(AggregatorError, match="expected a P-256 key"):
         issue(KeyPair(CA.certificate, pem), "watch-7", now_s=NOW_S)
+
+
+def certified(name: str, *, not_before_s: float = NOW_S, not_after_s: float = NOW_S + DAY_S) -> KeyPair:
+    """A client's certificate for a key that was made elsewhere."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = certify(CA, name, key.public_key(), not_before_s=not_before_s, not_after_s=not_after_s)
+    return KeyPair(certificate, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+
+
+def test_a_key_made_elsewhere_is_certified_like_a_clients_own() -> None:
+    leaf = certified("watch-7")
+    verify_client(leaf)
+    with pytest.raises(VerificationError):
+        verify_server(leaf, "watch-7")
+    key = load_pem_private_key(leaf.key, None)
+    assert load(leaf).public_key() == key.public_key()
+    ours, theirs = load(CLIENT), load(leaf)
+    assert theirs.subject == ours.subject
+    assert {one.oid for one in theirs.extensions} == {one.oid for one in ours.extensions}
+
+
+def test_a_key_made_elsewhere_is_certified_for_exactly_the_time_asked_for() -> None:
+    leaf = certified("watch-7", not_before_s=NOW_S + DAY_S, not_after_s=NOW_S + 3 * DAY_S)
+    for offset_s, valid in ((DAY_S - 1, False), (DAY_S, True), (3 * DAY_S, True), (3 * DAY_S + 1, False)):
+        if valid:
+            verify_client(leaf, at_s=NOW_S + offset_s)
+        else:
+            with pytest.raises(VerificationError):
+                verify_client(leaf, at_s=NOW_S + offset_s)
+
+
+def test_nothing_is_certified_beyond_the_cas_own_end() -> None:
+    certified("watch-7", not_after_s=NOW_S + 3650 * DAY_S)
+    with pytest.raises(AggregatorError, match="the CA's certificate ends on 2037-01-12"):
+        certified("watch-7", not_after_s=NOW_S + 3650 * DAY_S + 1)
+
+
+def test_only_p256_keys_and_wire_names_are_certified() -> None:
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    with pytest.raises(LocalMisuseError, match="expected P-256, got secp384r1"):
+        certify(CA, "watch-7", key, not_before_s=NOW_S, not_after_s=NOW_S + DAY_S)
+    with pytest.raises(LocalMisuseError, match="name: expected"):
+        certified("Anna's watch")
+
+
+@pytest.mark.parametrize(
+    "host", ["", "a b", "-a", "a-", "a..b", "é.example", "a/b", "a" * 64, ".".join(["a" * 60] * 5)]
+)
+def test_a_host_that_is_none_is_refused(host: str) -> None:
+    with pytest.raises(LocalMisuseError, match="host: expected a DNS name or an IP address"):
+        issue(CA, "broker", now_s=NOW_S, server_hosts=(host,))
+
+
+@pytest.mark.parametrize("host", ["localhost", "mqtt_broker", "b-1.clinic.example", "::1", "10.0.0.1"])
+def test_hosts_of_every_kind_are_certified(host: str) -> None:
+    issue(CA, "broker", now_s=NOW_S, server_hosts=(host,))
+
+
+def test_a_ca_whose_files_do_not_belong_together_is_noticed() -> None:
+    check_ca(CA)
+    for wrong in (
+        KeyPair(CA.certificate, OTHER_CA.key),
+        KeyPair(CA.certificate, b"none"),
+        KeyPair(b"none", CA.key),
+        KeyPair(CA.key, CA.certificate),
+    ):
+        with pytest.raises(AggregatorError, match="the CA: "):
+            check_ca(wrong)
 
 
 def test_openssl_agrees_in_a_mutual_tls_13_handshake(tmp_path: Path) -> None:

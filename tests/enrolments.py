@@ -1,0 +1,66 @@
+"""A study that admits pseudonyms, for tests of either side; and copies of modules that were broken on purpose."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from aggregator.admission import Admitter
+from aggregator.certificates import KeyPair, make_ca
+from aggregator.store import AggregatorStore
+from fl_protocol.enrolment import DAY_S, periods_from
+
+NOW_S = 1_800_000_000.0
+PERIOD_S = 30 * DAY_S
+BEGINS_S = periods_from(NOW_S, period_days=30, count=1)[0].begins_s
+TENANT, TASK = "clinic", "watch"
+CA = make_ca("covey test", now_s=NOW_S)
+AGGREGATOR = Ed25519PrivateKey.from_private_bytes(b"\x05" * 32)
+
+
+@dataclass
+class Office:
+    """A study's admission office with a database in memory; answers are kept."""
+
+    task: str = TASK
+    tenant: str = TENANT
+    ca: KeyPair = CA
+    key: Ed25519PrivateKey = AGGREGATOR
+    period_days: int = 30
+    kind: type[Admitter] = Admitter
+    answers: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.store = AggregatorStore("sqlite:///:memory:", self.task)
+        self.admitter = self.kind(self.store, self.tenant, self.task, self.ca, self.key, self.period_days)
+
+    def admit(self, request: bytes, *, now_s: float = NOW_S) -> bytes:
+        """The answer to a request."""
+        self.admitter.admit(request, now_s=now_s, deliver=self.answers.append)
+        return self.answers[-1]
+
+    def registered(self) -> dict[str, bytes]:
+        return dict(self.store.devices())
+
+
+_copies = count()
+
+
+def broken_copy(module: str, *changes: tuple[str, str]) -> ModuleType:
+    """A module whose source was changed on purpose; without changes it is as good as the original."""
+    original = importlib.import_module(module)
+    assert original.__file__ is not None
+    source = Path(original.__file__).read_text()
+    for right, wrong in changes:
+        assert right in source, f"{module} no longer has {right!r}"
+        source = source.replace(right, wrong)
+    copy = ModuleType(f"{module}_copy_{next(_copies)}")
+    sys.modules[copy.__name__] = copy  # dataclasses and msgspec look their module up
+    exec(compile(source, f"<{copy.__name__}>", "exec"), copy.__dict__)  # noqa: S102 - our own source
+    return copy
