@@ -1,7 +1,7 @@
 """Admitting one update: from the bytes that came to values that may be added up, or one typed refusal. Pure.
 
-Order of checks: form, sender, signature, task, content digest; then whether it was accepted before; then round and
-model; only then is it opened, and its content checked. Nothing is believed before the signature.
+Order of checks: form, sender, signature, update id, task, content digest; then whether it was accepted before; then
+round and model; only then is it opened, and its content checked. Nothing is believed before the signature.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class AlreadyAccepted:
 
 
 def verify_header(
-    whole: bytes, *, tenant: str, task: str, device: str, device_key: Ed25519PublicKey
+    whole: bytes, *, tenant: str, task: str, device: str, device_key: Ed25519PublicKey, update_id: bytes
 ) -> tuple[UpdateHeaderMsg, bytes]:
     """The signed header and the sealed bytes it vouches for.
 
@@ -90,6 +90,7 @@ def verify_header(
         task: what this aggregator serves.
         device: the sender by the topic it was allowed to publish to.
         device_key: that device's registered key.
+        update_id: the update by the topic, which an answer will name.
 
     Raises:
         RefusedError: MALFORMED, BAD_SIGNATURE, or WRONG_TASK.
@@ -101,6 +102,10 @@ def verify_header(
         raise RefusedError(RefusalReason.MALFORMED, str(error)[:200]) from error
     if header.device != device or not header_signature_is_valid(envelope.header, envelope.signature, device_key):
         raise RefusedError(RefusalReason.BAD_SIGNATURE, f"the header is not signed by {device}'s registered key")
+    # Security: before any refusal that is final, or an old envelope under a new topic would have the new update
+    # dropped.
+    if header.update_id != update_id:
+        raise RefusedError(RefusalReason.MALFORMED, "the header names another update than the topic")
     if (header.tenant, header.task) != (tenant, task):
         raise RefusedError(RefusalReason.WRONG_TASK, f"expected {tenant}/{task}, got {header.tenant}/{header.task}")
     if hashlib.sha256(envelope.sealed).digest() != header.sealed_digest:

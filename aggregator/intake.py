@@ -96,10 +96,13 @@ class Intake:
         if whole is None:
             return False
         header, sealed = verify_header(
-            whole, tenant=self.tenant, task=self.task, device=topic.device, device_key=device_key
+            whole,
+            tenant=self.tenant,
+            task=self.task,
+            device=topic.device,
+            device_key=device_key,
+            update_id=topic.update_id,
         )
-        if header.update_id != topic.update_id:
-            raise RefusedError(RefusalReason.MALFORMED, "the header names another update than the topic")
         decision = admit(header, sealed, current=current, accepted=self.store)
         if not isinstance(decision, AdmittedUpdate):
             self._repeat_receipt(decision.update)

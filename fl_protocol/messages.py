@@ -235,7 +235,7 @@ class NackMsg(_Msg, frozen=True):
     """An update was not accepted.
 
     Args:
-        reason: ``truncated`` asks for the chunks in `missing`; every other reason is final.
+        reason: ``truncated`` asks for the chunks in `missing`; docs/protocol.md, section 7, says which are final.
         missing: bitmap, chunk i is bit i % 8 (least significant first) of byte i // 8; empty otherwise.
         detail: what was expected and what came, for the device's log.
     """

@@ -78,6 +78,11 @@ def sealed_for_another_round() -> list[Received]:
     return messages(with_header(make_update(round=2), device_key("watch-0"), round=3))
 
 
+def an_older_update_of_another_task() -> list[Received]:
+    """What a broker kept from another study of the device; a final refusal would cost it its new update."""
+    return messages(make_update(round=3, task="other", update_id=b"\x13" * 16))
+
+
 def too_few_values() -> list[Received]:
     return messages(make_update(round=3, num_parameters=9, body=bytes(36)))
 
@@ -104,6 +109,7 @@ BAD: list[tuple[str, Make, RefusalReason]] = [
     ("signed by another device", signed_by_another, RefusalReason.BAD_SIGNATURE),
     ("another device's update", for_another_device, RefusalReason.BAD_SIGNATURE),
     ("an altered header", altered_header, RefusalReason.BAD_SIGNATURE),
+    ("another task's update under this one's topic", an_older_update_of_another_task, RefusalReason.MALFORMED),
     ("another task", lambda: messages(make_update(round=3, task="other")), RefusalReason.WRONG_TASK),
     ("another tenant", lambda: messages(make_update(round=3, tenant="other")), RefusalReason.WRONG_TASK),
     ("a round to come", lambda: messages(make_update(round=4)), RefusalReason.WRONG_ROUND),

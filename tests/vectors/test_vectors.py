@@ -185,6 +185,14 @@ class Accepted:
         return any((header.device, header.round) == (device, round_number) for header in self.headers.values())
 
 
+def topic_of(envelope: bytes) -> bytes:
+    """The update id whose topic an envelope comes on: its own, if it has one."""
+    try:
+        return decode(decode(envelope, UpdateEnvelopeMsg).header, UpdateHeaderMsg).update_id
+    except ProtocolError:
+        return bytes(16)
+
+
 def outcome_of(envelope: bytes, vectors: dict[str, Any], accepted: Accepted) -> str:
     """What the aggregator decides about an envelope."""
     current = OpenRoundKeys(
@@ -196,7 +204,12 @@ def outcome_of(envelope: bytes, vectors: dict[str, Any], accepted: Accepted) -> 
     key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(vectors["device_public_key"]))
     try:
         header, sealed = verify_header(
-            envelope, tenant=vectors["tenant"], task=vectors["task"], device=vectors["device"], device_key=key
+            envelope,
+            tenant=vectors["tenant"],
+            task=vectors["task"],
+            device=vectors["device"],
+            device_key=key,
+            update_id=topic_of(envelope),
         )
         decision = admit(header, sealed, current=current, accepted=accepted)
     except RefusedError as refused:
