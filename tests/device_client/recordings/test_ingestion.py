@@ -1,4 +1,4 @@
-"""Ingestion: what fits a model is cut into windows exactly; what does not is refused in a sentence; memory is bounded."""
+"""Ingestion: what fits a model is cut into windows exactly, what does not is refused, and memory is bounded."""
 
 from __future__ import annotations
 
