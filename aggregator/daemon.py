@@ -7,6 +7,7 @@ follows the transaction that opened its round. After a crash the next start publ
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -96,6 +97,7 @@ class AggregatorDaemon:
         self._maximum_packet_bytes: int | None = None
         self._connected = False
         self._stale = False  # memory may lag behind the database, which could not be read or written
+        self._asked_s = -math.inf  # when missing chunks were last looked for
         self._unerased = True  # SQLite's log may still hold what a closed round erased
 
     @property
@@ -138,9 +140,16 @@ class AggregatorDaemon:
                 self._refresh()
             else:
                 self._advance(Ticked())
-            self._intake.ask_for_missing_chunks()
+            self._ask_for_missing_chunks()
         if self._unerased:
             self._erase()
+
+    def _ask_for_missing_chunks(self) -> None:
+        """Look for transfers that went quiet; not at every message, since each look goes through all of them."""
+        now_s = self.now_s()
+        if not 0 <= now_s - self._asked_s < LONGEST_WAIT_S:
+            self._asked_s = now_s
+            self._intake.ask_for_missing_chunks()
 
     def _on_connected(self, event: Connected) -> None:
         """Subscribe, and publish again what should be retained (a broker may have lost it)."""

@@ -130,7 +130,12 @@ class SmallStudy:
         raise AssertionError(f"{digest.hex()} is not retained in full")
 
     def send(self, index: int) -> None:
-        """One device takes part: fetches x and c, takes its steps, keeps its next c_i, sends its update."""
+        """One device takes part and sends its update."""
+        for topic, payload in self.update_of(index):
+            self.broker.publish(topic, payload, retain=False)
+
+    def update_of(self, index: int) -> list[tuple[str, bytes]]:
+        """One device fetches x and c, takes its steps, keeps its next c_i: the chunks of its update by topic."""
         manifest = self.manifest()
         assert manifest.control_digest is not None
         x, c = self.fetch(manifest.model_digest), self.fetch(manifest.control_digest)
@@ -147,8 +152,10 @@ class SmallStudy:
             update_id=update_id,
             signing_key=device_key(name),
         )
-        for chunk in split(update_id, envelope, data_bytes=500):
-            self.broker.publish(upload_topic(TENANT, name, update_id, chunk.index), encode(chunk), retain=False)
+        return [
+            (upload_topic(TENANT, name, update_id, chunk.index), encode(chunk))
+            for chunk in split(update_id, envelope, data_bytes=500)
+        ]
 
     def round(self, sampled: list[int]) -> None:
         for index in sampled:

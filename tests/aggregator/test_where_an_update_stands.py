@@ -9,15 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from aggregator.intake import FORGET_AFTER_S, RECEIPT_EVERY_S, STALLED_AFTER_S, Intake
+from firmware_sim.virtual_broker import VirtualTransport
 from fl_protocol.chunking import missing_indices
 from fl_protocol.errors import RefusalReason
 from fl_protocol.messages import ChunkMsg, NackMsg, ReceiptMsg, decode, encode
+from fl_protocol.signing import verify
+from fl_protocol.topics import down_filter
 from fl_protocol.transport import Received
 from tests.aggregator.desk import Desk, make_update, messages
+from tests.aggregator.quadratics import quadratics
+from tests.aggregator.small_study import PUBLIC, SmallStudy
+from tests.fl_protocol.examples import TENANT
 
 CHUNKS = messages(make_update(round=3), data_bytes=300)
 COUNT = len(CHUNKS)
@@ -194,3 +201,44 @@ def test_a_chunk_of_another_device_brings_no_receipt_for_what_it_did_not_send(tm
     desk.said()
     desk.take(messages(make_update("watch-1", round=3), "watch-1", data_bytes=300)[:1])
     assert desk.said() == []
+
+
+def answers_within(study: SmallStudy, device: VirtualTransport, seconds: float) -> list[Received]:
+    """What the daemon tells a device while this much time passes."""
+    for _ in range(round(seconds / 0.5)):
+        study.settle()
+        study.clock.time_s += 0.5
+    found = []
+    while (event := device.poll(0.0)) is not None:
+        if isinstance(event, Received):
+            found.append(event)
+    return found
+
+
+def test_the_daemon_answers_also_after_it_was_killed(tmp_path: Path) -> None:
+    """From the first chunk to the receipt; the daemon dies half-way, and again after the commit."""
+    study = SmallStudy(tmp_path, quadratics(5, 700), np.zeros(700, np.float32))
+    device = VirtualTransport(study.broker)
+    device.open()
+    device.subscribe(down_filter(TENANT, "watch-0"))
+    update = study.update_of(0)
+    for topic, payload in update[:3]:
+        study.broker.publish(topic, payload, retain=False)
+    study.settle()
+    study.crash()
+    study.start()
+    study.broker.publish(*update[-1], retain=False)
+    (answer,) = answers_within(study, device, SECONDS_A_DEVICE_WAITS)
+    nack = verify(answer.payload, NackMsg, PUBLIC)
+    missing = missing_indices(nack.missing, len(update))
+    assert (nack.reason, missing) == (RefusalReason.TRUNCATED, list(range(len(update) - 1)))
+    for index in missing:
+        study.broker.publish(*update[index], retain=False)
+    (first,) = answers_within(study, device, 1.0)
+    study.crash()
+    study.start()
+    study.broker.publish(*update[-1], retain=False)
+    (second,) = answers_within(study, device, 1.0)
+    assert first == second
+    assert verify(first.payload, ReceiptMsg, PUBLIC).device == "watch-0"
+    assert study.daemon.state.arrived == 1

@@ -58,7 +58,7 @@ def must_fail(check: Callable[[Any], None], broken: Any) -> None:
 def check_context_separation(verify: Verify) -> None:
     """A receipt's signature must not vouch for another kind; that its bytes do not parse as one is no reason."""
     signed = signing.sign(RECEIPT, AGGREGATOR_KEY)
-    for kind in (NackMsg, RoundManifestMsg):
+    for kind in (NackMsg, RoundManifestMsg, ChunkMsg):
         with pytest.raises(ProtocolError, match="not signed"):
             verify(signed, kind, AGGREGATOR_KEY.public_key())
     assert verify(signed, ReceiptMsg, AGGREGATOR_KEY.public_key()) == RECEIPT
@@ -98,6 +98,37 @@ def _verify_parsing_first(data: bytes, kind: Any, key: Ed25519PublicKey) -> Any:
 def test_the_signature_is_checked_before_the_payload_is_parsed() -> None:
     check_signature_comes_first(signing.verify)
     must_fail(check_signature_comes_first, _verify_parsing_first)
+
+
+# A forged chunk of a model is dropped alone.
+
+
+def check_a_forged_model_chunk_costs_nothing(verify: Verify) -> None:
+    """Forged chunks that claim the model's digest come before and between the true ones, which still make the whole."""
+    whole = bytes(range(256)) * 3
+    chunks = list(split(hashlib.sha256(whole).digest()[:16], whole, data_bytes=256))
+    forged = [msgspec.structs.replace(chunk, data=bytes(256)) for chunk in chunks]
+    unsigned = [encode(SignedMsg(payload=encode(chunk), signature=bytes(64))) for chunk in forged]
+    arriving = [signing.sign(forged[2], DEVICE_KEY), *unsigned]
+    for chunk in chunks:
+        arriving += [signing.sign(chunk, AGGREGATOR_KEY), *unsigned]
+    reassembler, got = Reassembler(), []
+    for data in arriving:
+        try:
+            got.append(reassembler.accept(verify(data, ChunkMsg, AGGREGATOR_KEY.public_key()), 0.0))
+        except ProtocolError:
+            continue
+    assert got == [None, None, whole]
+
+
+def _verify_nothing(data: bytes, kind: Any, key: Ed25519PublicKey) -> Any:
+    del key
+    return decode(decode(data, SignedMsg).payload, kind)
+
+
+def test_a_forged_model_chunk_costs_nothing() -> None:
+    check_a_forged_model_chunk_costs_nothing(signing.verify)
+    must_fail(check_a_forged_model_chunk_costs_nothing, _verify_nothing)
 
 
 # The seal binds every field of the header.
