@@ -220,7 +220,7 @@ class Pseudonyms:
         )
         check_periods(Period(one.begins_s, one.ends_s) for one in new)
         self._keep(_Row(installed=(*self._row.installed, *new)))
-        return tuple(one.pseudonym() for one in new)
+        return tuple(self._installed[-len(new) :])
 
     def current(self, now_s: float) -> Pseudonym | NoPseudonym:
         """The pseudonym for new work at this time; never two for one period, however often it is asked.
