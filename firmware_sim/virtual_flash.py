@@ -279,6 +279,11 @@ class VirtualFlash:
         after._used_bytes = sum(len(file.content) for file in after._files.values())
         return after
 
+    def after_kill(self) -> VirtualFlash:
+        """What the next process finds if this one was killed while the power stayed: everything, synced or not."""
+        self._off, self.power_cut = False, None
+        return self
+
     def durable(self) -> dict[str, bytes]:
         """Every file's content as it is sure to be after a power cut now; for tests that search the medium."""
         return {name: bytes(file.synced()) for name, file in self._synced_names.items()}

@@ -89,12 +89,16 @@ def append_durably(disk: Disk, name: str, data: bytes) -> None:
     try:
         disk.append(name, data)
         disk.sync(name)
+        # An empty file may be left of an append that failed, its name not durable yet.
+        if not before:
+            disk.sync_folder(name.rpartition("/")[0])
     except OSError:
-        if disk.size(name) is not None:
-            disk.truncate(name, before or 0)
+        if before is None:
+            disk.remove(name)
+        else:
+            disk.truncate(name, before)
+            disk.sync(name)  # or a power cut could bring back what was refused
         raise
-    if before is None:
-        disk.sync_folder(name.rpartition("/")[0])
 
 
 def remove_durably(disk: Disk, name: str) -> None:

@@ -1,128 +1,372 @@
-"""The store on a file system: each blob one AES-256-GCM file (`cryptography`), replaced atomically and fsynced.
+"""The store on a disk: each blob one AES-256-GCM file (`cryptography`), replaced atomically and durably.
 
 The file's name is bound as associated data, so files cannot be swapped. Logs are appended in the clear: the ledger
 holds nothing about the wearer but what was spent, and a wearer should be able to read it.
+
+What comes of the wearer's data (`DATA_FOLDERS`) is encrypted under a data key of its own, which lies here encrypted
+under the store's key. `shred` destroys that key first, so that the files mean nothing to whoever has the store's key,
+even those that a power cut keeps from being removed. The key's file is overwritten in place before it is removed.
+Honestly: flash controllers and copy-on-write file systems (btrfs, F2FS, ZFS) put what overwrites elsewhere and keep the
+old page until they need it. Whoever reads the bare chips *and* has the store's key may then find the old data key;
+against that person only destroying the store's key helps (`shred_all`, and a key sealed to a TPM), or the medium's own
+secure erase.
+
+Nonces are random. NIST SP 800-38D (section 8.3) allows 2^32 messages under one key with random 96-bit nonces; a device
+that writes once a second takes 136 years for that.
+
+One process at a time. What the process before left in the system's memory is made durable at the opening, before
+anything is decided on what it says. Nothing here reads a clock.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from device_client.adapters.system_entropy import system_entropy
 from device_client.errors import StoreError
-from fl_protocol.adapters.files import append_durably, fsync_folder, write_atomic
+from device_client.noise import Entropy
+from device_client.recordings.frames import NONCE_BYTES, DamagedFramesError, open_frames, seal_frame
+from fl_protocol.adapters.files import SystemDisk, fsync_folder
+from fl_protocol.durable import Disk, append_durably, clear_leftovers, remove_durably, write_atomic
+from fl_protocol.errors import LocalMisuseError
 
 KEY_BYTES = 32
-_NONCE_BYTES = 12
+DATA_SCOPE = "data"
+DATA_FOLDERS = frozenset(
+    ("control", "damaged", "download", "evaluation", "outbox", "personal", "records", "recordings", "work")
+)
+"""First parts of the names that `shred` destroys: recordings, what was learnt from them, and what waits to be sent."""
+
+_DATA_KEY, _SHREDDED_KEY, _ERASING, _LOCK = ".data-key", ".data-key-shredded", ".erasing", ".lock"
+_KEY_BOUND = b"data key"  # no blob's name has a space
 _NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9]+)?(/[a-z0-9_-]+(\.[a-z0-9]+)?)?")
+_Files = TypeVar("_Files", bound="EncryptedFiles")
 
 
 class EncryptedFiles:
-    """`device_client.ports.Store` in one folder; one process at a time.
+    """`device_client.ports.Store` on a disk, and `device_client.recordings.frames.WindowFiles`.
 
     Args:
-        folder: created if missing, readable by its owner only.
+        disk: it is this store's alone.
         key: 32 bytes; whoever has it can read everything here.
+        entropy: where nonces and data keys come from; the operating system's CSPRNG outside of simulations.
+        where: what sentences call the place.
+        on_close: called by `close`.
+
+    Raises:
+        StoreError: the disk cannot be read, or what was interrupted cannot be finished.
     """
 
-    def __init__(self, folder: Path, key: bytes) -> None:
-        self._folder = folder
-        self._aead = AESGCM(key)
+    def __init__(
+        self,
+        disk: Disk,
+        key: bytes,
+        *,
+        entropy: Entropy = system_entropy,
+        where: str = "the store",
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._disk, self._aead, self.entropy, self._where, self._on_close = disk, AESGCM(key), entropy, where, on_close
+        self._data_aead: AESGCM | None = None
+        self._ends: dict[str, tuple[int, int]] = {}
+        self._folders: set[str] = set()
         try:
-            if not folder.exists():
-                folder.mkdir(mode=0o700, parents=True)
-                fsync_folder(folder.parent)
-            self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            clear_leftovers(disk)
+            self._settle()
+            self._finish_erasure()
         except OSError as error:
-            raise StoreError(f"the store at {folder} cannot be opened ({error.strerror})") from error
+            raise StoreError(f"the store at {where} cannot be opened ({error.strerror})") from error
+
+    @classmethod
+    def in_folder(cls: type[_Files], folder: Path, key: bytes, *, entropy: Entropy = system_entropy) -> _Files:
+        """The store in a folder, locked until `close`.
+
+        Args:
+            folder: created if missing, readable by its owner only.
+            key: 32 bytes.
+            entropy: see the class.
+
+        Raises:
+            StoreError: another process has it open, or it cannot be opened.
+        """
+        lock = _locked(folder)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for leftover in folder.rglob(".*.tmp"):  # a write that a power cut interrupted
-                leftover.unlink()
-        except BlockingIOError:
-            self.close()
-            raise StoreError(f"the store at {folder} is in use by another process; stop that one first") from None
-        except OSError as error:
-            self.close()
-            raise StoreError(f"the store at {folder} cannot be opened ({error.strerror})") from error
+            return cls(SystemDisk(folder), key, entropy=entropy, where=str(folder), on_close=lambda: os.close(lock))
+        except BaseException:
+            os.close(lock)
+            raise
 
     def close(self) -> None:
         """Let another process open the store."""
-        os.close(self._lock)
+        self._on_close()
 
     def read(self, name: str) -> bytes | None:
         """The decrypted blob, or None."""
+        with self._told(name, "read from"):
+            raw = self._disk.read(_checked(name))
+            if raw is None:
+                return None
+            key = self._key_of(name)
         try:
-            raw = self._path(name).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StoreError(f"{name} cannot be read from {self._folder} ({error.strerror})") from error
-        try:
-            return self._aead.decrypt(raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], name.encode())
+            return key.decrypt(raw[:NONCE_BYTES], raw[NONCE_BYTES:], name.encode())
         except (InvalidTag, ValueError):
-            raise StoreError(f"{name} in {self._folder} was changed, or the store key is another one") from None
+            raise StoreError(f"{name} in {self._where} was changed, or the store key is another one") from None
 
     def write(self, name: str, data: bytes) -> None:
         """Encrypt and durably replace."""
-        path = self._path(name)
-        nonce = os.urandom(_NONCE_BYTES)
-        try:
-            if not path.parent.exists():
-                path.parent.mkdir(mode=0o700)
-                fsync_folder(self._folder)
-            write_atomic(path, nonce + self._aead.encrypt(nonce, data, name.encode()))
-        except OSError as error:
-            raise StoreError(f"{name} cannot be written to {self._folder} ({error.strerror})") from error
+        _checked(name)
+        with self._told(name, "written to"):
+            sealed = self._sealed(self._key_of(name), data, name.encode())
+            self._make_folder(name)
+            write_atomic(self._disk, name, sealed)
 
     def delete(self, name: str) -> None:
-        """Durably unlink."""
-        path = self._path(name)
-        try:
-            path.unlink(missing_ok=True)
-            if path.parent.exists():
-                fsync_folder(path.parent)
-        except OSError as error:
-            raise StoreError(f"{name} cannot be deleted from {self._folder} ({error.strerror})") from error
+        """Durably remove."""
+        with self._told(name, "deleted from"):
+            remove_durably(self._disk, _checked(name))
+        self._ends.pop(name, None)
 
     def names(self, prefix: str) -> Iterable[str]:
         """Names that begin with `prefix`, sorted."""
-        found = (path.relative_to(self._folder).as_posix() for path in self._folder.rglob("*") if path.is_file())
-        return sorted(name for name in found if name.startswith(prefix) and _NAME.fullmatch(name))
+        with self._told(prefix, "listed in"):
+            return [name for name in self._disk.names(prefix) if _NAME.fullmatch(name)]
 
     def read_log(self, name: str) -> bytes:
         """The log's bytes."""
-        try:
-            return self._path(name).read_bytes()
-        except FileNotFoundError:
-            return b""
-        except OSError as error:
-            raise StoreError(f"{name} cannot be read from {self._folder} ({error.strerror})") from error
+        with self._told(name, "read from"):
+            return self._disk.read(_checked(name)) or b""
 
     def append_log(self, name: str, line: bytes) -> None:
-        """Append a line and fsync."""
-        try:
-            append_durably(self._path(name), line + b"\n")
-        except OSError as error:
-            raise StoreError(f"{name} cannot be appended to in {self._folder} ({error.strerror})") from error
+        """Append a line and sync."""
+        with self._told(name, "appended to in"):
+            append_durably(self._disk, _checked(name), line + b"\n")
 
     def truncate_log(self, name: str, length: int) -> None:
-        """Cut and fsync."""
-        try:
-            with self._path(name).open("r+b") as stream:
-                stream.truncate(length)
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise StoreError(f"{name} cannot be cut in {self._folder} ({error.strerror})") from error
+        """Cut and sync."""
+        with self._told(name, "cut in"):
+            self._disk.truncate(_checked(name), length)
+            self._disk.sync(name)
 
-    def _path(self, name: str) -> Path:
-        """Where a name lives; names that could leave the folder are refused."""
-        if not _NAME.fullmatch(name):
-            raise StoreError(f"expected a store name such as outbox/0a1b, got {name!r}")
-        return self._folder / name
+    def frames(self, name: str) -> list[bytes]:
+        """Every frame of a file, decrypted."""
+        raw = self._read_frames(_checked(name))
+        if raw is None:
+            return []
+        with self._told(name, "read from"):
+            key = self._key_of(name)
+        known = self._ends.get(name)
+        found, end = open_frames(key, name, raw if known is None else raw[: known[1]])
+        if known is not None and known != (len(found), end):
+            raise DamagedFramesError(f"{name} in {self._where} was changed or damaged at byte {end}")
+        self._ends[name] = len(found), end
+        return found
+
+    def append_frame(self, name: str, number: int, data: bytes) -> None:
+        """Append a frame and sync; what a torn append left behind the last frame is cut off."""
+        if number and name not in self._ends:
+            self.frames(name)
+        count, end = self._ends.get(name, (0, 0))
+        if number != count:
+            raise LocalMisuseError(f"{name}: expected frame {count} next, got {number}")
+        with self._told(_checked(name), "appended to in"):
+            frame = seal_frame(self._key_of(name), name, number, data, nonce=self.entropy(NONCE_BYTES))
+            self._make_folder(name)
+            size = self._disk.size(name) or 0
+            if size < end:
+                raise DamagedFramesError(f"{name} in {self._where} is shorter than what was written to it")
+            if size > end:
+                self._disk.truncate(name, end)
+            append_durably(self._disk, name, frame)
+        self._ends[name] = number + 1, end + len(frame)
+
+    def set_aside(self, name: str, new: str) -> None:
+        """Durably rename; frames do not open under another name."""
+        _checked(new)
+        with self._told(_checked(name), "set aside in"):
+            self._make_folder(new)
+            self._disk.rename(name, new)
+            for folder in sorted({_folder(name), _folder(new)}):
+                self._disk.sync_folder(folder)
+        self._ends.pop(name, None)
+
+    def shred(self, scope: str) -> None:
+        """Destroy the data key, then remove what it encrypted; the next write makes a new key.
+
+        A power cut at any moment leaves the data as it was, or nothing that can be read; the next opening finishes.
+
+        Args:
+            scope: `DATA_SCOPE`, the only one.
+
+        Raises:
+            LocalMisuseError: another scope.
+            StoreError: the disk refuses; try again.
+        """
+        if scope != DATA_SCOPE:
+            raise LocalMisuseError(f"scope: expected {DATA_SCOPE!r}, got {scope!r}")
+        with self._told("the wearer's data", "erased from"):
+            self._data_aead = None
+            self._ends.clear()
+            # The renamed key is the tombstone: a rename needs no room on a full disk, and an opening that finds it
+            # finishes.
+            if self._disk.size(_DATA_KEY) is not None:
+                self._disk.rename(_DATA_KEY, _SHREDDED_KEY)
+            elif self._disk.size(_SHREDDED_KEY) is None:
+                self._disk.write(_SHREDDED_KEY, b"")
+                self._disk.sync(_SHREDDED_KEY)
+            self._disk.sync_folder()
+            self._finish_erasure()
+
+    def shred_all(self) -> None:
+        """Remove everything, logs too; the caller destroys the store's key first, and closes.
+
+        Raises:
+            StoreError: the disk refuses; try again, or open the store again, which finishes it.
+        """
+        self.shred(DATA_SCOPE)
+        with self._told("everything", "erased from"):
+            self._disk.write(_ERASING, b"")
+            self._disk.sync(_ERASING)
+            self._disk.sync_folder()
+            self._finish_erasure()
+
+    def _settle(self) -> None:
+        """Make durable what a killed process left in the system's memory."""
+        names = self._disk.names()
+        for name in names:
+            self._disk.sync(name)
+        for folder in sorted({"", *map(_folder, names)}):
+            self._disk.sync_folder(folder)
+
+    def _finish_erasure(self) -> None:
+        """Do what is left of a shredding that has begun; nothing where none has."""
+        if self._disk.size(_SHREDDED_KEY) is not None:
+            self._overwrite(_SHREDDED_KEY)
+            self._remove(name for name in self._disk.names() if _in_data_scope(name))
+            remove_durably(self._disk, _SHREDDED_KEY)
+        if self._disk.size(_ERASING) is not None:
+            names = [name for name in self._disk.names() if name not in (_ERASING, _LOCK)]
+            for name in names:
+                self._overwrite(name)
+            self._remove(names)
+            remove_durably(self._disk, _ERASING)
+
+    def _overwrite(self, name: str) -> None:
+        """Durably overwrite in place; the module says what that is worth."""
+        self._disk.write_at(name, 0, bytes(self._disk.size(name) or 0))
+        self._disk.sync(name)
+
+    def _remove(self, names: Iterable[str]) -> None:
+        """Durably remove files."""
+        folders = set()
+        for name in list(names):
+            self._disk.remove(name)
+            folders.add(_folder(name))
+        for folder in sorted(folders):
+            self._disk.sync_folder(folder)
+
+    def _key_of(self, name: str) -> AESGCM:
+        """What a name is encrypted under."""
+        return self._data_key() if _in_data_scope(name) else self._aead
+
+    def _data_key(self) -> AESGCM:
+        """The data key, made where there is none yet. Raises StoreError, and OSError where none can be made."""
+        if self._data_aead is None:
+            self._finish_erasure()
+            raw = self._disk.read(_DATA_KEY)
+            if raw is None:
+                key = self._make_data_key()
+            else:
+                try:
+                    key = self._aead.decrypt(raw[:NONCE_BYTES], raw[NONCE_BYTES:], _KEY_BOUND)
+                except (InvalidTag, ValueError):
+                    raise StoreError(
+                        f"the key of the wearer's data in {self._where} was changed, or the store key is another one"
+                    ) from None
+            self._data_aead = AESGCM(key)
+        return self._data_aead
+
+    def _make_data_key(self) -> bytes:
+        """A new data key, durable. Raises StoreError if there are files that another one encrypted."""
+        if any(_in_data_scope(name) for name in self._disk.names()):
+            raise StoreError(
+                f"the key of the wearer's data is missing from {self._where}, so the data cannot be read any more; "
+                "put the key back, or run covey-device erase --data"
+            )
+        key = self.entropy(KEY_BYTES)
+        write_atomic(self._disk, _DATA_KEY, self._sealed(self._aead, key, _KEY_BOUND))
+        return key
+
+    def _sealed(self, aead: AESGCM, data: bytes, bound: bytes) -> bytes:
+        """Nonce, ciphertext and tag."""
+        nonce = self.entropy(NONCE_BYTES)
+        return nonce + aead.encrypt(nonce, data, bound)
+
+    def _make_folder(self, name: str) -> None:
+        """Durably make the folder that a name is in."""
+        folder = _folder(name)
+        if folder and folder not in self._folders:
+            self._disk.make_folder(folder)
+            self._disk.sync_folder()
+            self._folders.add(folder)
+
+    def _read_frames(self, name: str) -> bytes | None:
+        """A file's bytes. Raises DamagedFramesError where the medium cannot read them, StoreError otherwise."""
+        try:
+            return self._disk.read(name)
+        except OSError as error:
+            kind = DamagedFramesError if error.errno == errno.EIO else StoreError
+            raise kind(f"{name} cannot be read from {self._where} ({error.strerror})") from error
+
+    @contextmanager
+    def _told(self, name: str, what: str) -> Iterator[None]:
+        """Turn the disk's errors into a sentence."""
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"{name} cannot be {what} {self._where} ({error.strerror})") from error
+
+
+def _locked(folder: Path) -> int:
+    """The descriptor that locks a folder, which is made where there is none. Raises StoreError."""
+    try:
+        if not folder.exists():
+            folder.mkdir(mode=0o700, parents=True)
+            fsync_folder(folder.parent)
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreError(f"the store at {folder} cannot be opened ({error.strerror})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            raise StoreError(f"the store at {folder} is in use by another process; stop that one first") from None
+        raise StoreError(f"the store at {folder} cannot be locked ({error.strerror})") from error
+    return lock
+
+
+def _checked(name: str) -> str:
+    """The name; one that could leave the folder is refused."""
+    if not _NAME.fullmatch(name):
+        raise StoreError(f"expected a store name such as outbox/0a1b, got {name!r}")
+    return name
+
+
+def _folder(name: str) -> str:
+    """The folder that a name is in."""
+    return name.rpartition("/")[0]
+
+
+def _in_data_scope(name: str) -> bool:
+    """Whether a name is the wearer's data."""
+    return name.split("/", maxsplit=1)[0] in DATA_FOLDERS

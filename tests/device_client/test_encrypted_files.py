@@ -7,32 +7,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from device_client.adapters import encrypted_files
 from device_client.adapters.encrypted_files import EncryptedFiles
-from device_client.device_store import (
-    create_identity,
-    load_identity,
-    load_records,
-    load_session,
-    save_records,
-    save_session,
-)
-from device_client.errors import LedgerError, StoreError
-from device_client.events import SessionState
-from device_client.ledger import LOG_NAME, Budget, PrivacyLedger
-from device_client.training import Records
-from fl_protocol.adapters.files import append_durably
-from fl_protocol.model_manifest import LabelSchema
-from tests.device_client.ports import make_plan, make_records
-from tests.virtual_fleet import SeededEntropy
+from device_client.errors import StoreError
+from device_client.recordings.frames import DamagedFramesError
+from firmware_sim.virtual_flash import PowerCut, PowerCutError, VirtualFlash
+from fl_protocol.durable import Disk, append_durably
+from fl_protocol.errors import LocalMisuseError
 
 KEY = b"\x11" * 32
+LOG_NAME = "ledger.jsonl"
+
+
+def seeded(seed: int) -> Random:
+    return Random(seed)  # noqa: S311 - chance, not secrecy
 
 
 @pytest.fixture
@@ -41,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read_back_by_the_next_process(folder: Path) -> None:
-    store = EncryptedFiles(folder, KEY)
+    store = EncryptedFiles.in_folder(folder, KEY)
     store.write("outbox/0a", b"one")
     store.write("outbox/0b", b"two")
     store.write("session", b"three")
@@ -50,7 +44,7 @@ def test_what_is_written_is_read_back_by_the_next_process(folder: Path) -> None:
     store.delete("outbox/0a")
     store.delete("outbox/0a")
     store.close()
-    again = EncryptedFiles(folder, KEY)
+    again = EncryptedFiles.in_folder(folder, KEY)
     assert again.read("session") == b"four"
     assert again.read("outbox/0a") is None
     assert list(again.names("outbox/")) == ["outbox/0b"]
@@ -59,7 +53,7 @@ def test_what_is_written_is_read_back_by_the_next_process(folder: Path) -> None:
 
 
 def test_nothing_but_logs_is_readable_on_disk_and_only_by_the_owner(folder: Path) -> None:
-    store = EncryptedFiles(folder, KEY)
+    store = EncryptedFiles.in_folder(folder, KEY)
     store.write("records", b"the wearer's heart rate" * 10)
     raw = (folder / "records").read_bytes()
     assert b"heart" not in raw
@@ -71,7 +65,7 @@ def test_nothing_but_logs_is_readable_on_disk_and_only_by_the_owner(folder: Path
 
 @pytest.mark.parametrize("position", [0, 5, 12, 20, -1])
 def test_a_changed_byte_is_noticed(folder: Path, position: int) -> None:
-    store = EncryptedFiles(folder, KEY)
+    store = EncryptedFiles.in_folder(folder, KEY)
     store.write("records", b"data of some length")
     raw = bytearray((folder / "records").read_bytes())
     raw[position] ^= 1
@@ -82,7 +76,7 @@ def test_a_changed_byte_is_noticed(folder: Path, position: int) -> None:
 
 @pytest.mark.parametrize("length", [0, 5, 12, 27])
 def test_a_cut_file_is_noticed(folder: Path, length: int) -> None:
-    store = EncryptedFiles(folder, KEY)
+    store = EncryptedFiles.in_folder(folder, KEY)
     store.write("records", b"data")
     (folder / "records").write_bytes((folder / "records").read_bytes()[:length])
     with pytest.raises(StoreError, match="was changed"):
@@ -90,7 +84,7 @@ def test_a_cut_file_is_noticed(folder: Path, length: int) -> None:
 
 
 def test_swapped_files_are_noticed(folder: Path) -> None:
-    store = EncryptedFiles(folder, KEY)
+    store = EncryptedFiles.in_folder(folder, KEY)
     store.write("identity", b"a" * 32)
     store.write("records", b"b" * 32)
     (folder / "records").rename(folder / "identity")
@@ -99,18 +93,18 @@ def test_swapped_files_are_noticed(folder: Path) -> None:
 
 
 def test_another_key_opens_nothing(folder: Path) -> None:
-    store = EncryptedFiles(folder, KEY)
+    store = EncryptedFiles.in_folder(folder, KEY)
     store.write("records", b"data")
     store.close()
     with pytest.raises(StoreError, match="another one"):
-        EncryptedFiles(folder, b"\x12" * 32).read("records")
+        EncryptedFiles.in_folder(folder, b"\x12" * 32).read("records")
 
 
 def test_one_process_at_a_time(folder: Path) -> None:
-    store = EncryptedFiles(folder, KEY)
+    store = EncryptedFiles.in_folder(folder, KEY)
     code = (
         "import sys; from pathlib import Path; from device_client.adapters.encrypted_files import EncryptedFiles\n"
-        "EncryptedFiles(Path(sys.argv[1]), bytes(32))"
+        "EncryptedFiles.in_folder(Path(sys.argv[1]), bytes(32))"
     )
     other = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
     assert "in use by another process" in other.stderr
@@ -120,11 +114,11 @@ def test_one_process_at_a_time(folder: Path) -> None:
 
 
 def test_a_refused_opening_leaves_no_descriptor_behind(folder: Path) -> None:
-    store = EncryptedFiles(folder, KEY)
+    store = EncryptedFiles.in_folder(folder, KEY)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         with pytest.raises(StoreError, match="in use"):
-            EncryptedFiles(folder, KEY)
+            EncryptedFiles.in_folder(folder, KEY)
     assert len(os.listdir("/proc/self/fd")) == before
     store.close()
 
@@ -149,7 +143,7 @@ BAD_NAMES = [
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_could_leave_the_folder_are_refused(folder: Path, name: str) -> None:
-    store = EncryptedFiles(folder, KEY)
+    store = EncryptedFiles.in_folder(folder, KEY)
     actions: list[Callable[[], object]] = [
         lambda: store.read(name),
         lambda: store.write(name, b""),
@@ -164,25 +158,25 @@ def test_names_that_could_leave_the_folder_are_refused(folder: Path, name: str) 
 
 
 @given(name=st.text(alphabet="ab./\\-_\x00", max_size=12))
-def test_no_name_leads_out_of_the_folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    store = EncryptedFiles.__new__(EncryptedFiles)
-    store._folder = Path("/store")
+def test_no_name_leads_out_of_the_folder(name: str) -> None:
+    flash = VirtualFlash()
     try:
-        path = store._path(name)
+        EncryptedFiles(flash, KEY).write(name, b"x")
     except StoreError:
+        assert not flash.names()
         return
-    assert os.path.normpath(path) == str(path)
-    assert path.is_relative_to("/store")
-    assert path != Path("/store")
+    assert flash.names() == [name]
+    assert os.path.normpath(name) == name
+    assert not os.path.isabs(name)
 
 
 def test_what_a_power_cut_left_half_written_is_removed(folder: Path) -> None:
-    store = EncryptedFiles(folder, KEY)
+    store = EncryptedFiles.in_folder(folder, KEY)
     store.write("outbox/0a", b"old")
     store.close()
     leftover = folder / "outbox" / ".0a.tmp"
     leftover.write_bytes(b"half of the new on")
-    again = EncryptedFiles(folder, KEY)
+    again = EncryptedFiles.in_folder(folder, KEY)
     assert again.read("outbox/0a") == b"old"
     assert not leftover.exists()
     assert list(again.names("")) == ["outbox/0a"]
@@ -191,9 +185,9 @@ def test_what_a_power_cut_left_half_written_is_removed(folder: Path) -> None:
 def test_a_store_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be opened"):
-        EncryptedFiles(tmp_path / "file", KEY)
+        EncryptedFiles.in_folder(tmp_path / "file", KEY)
     with pytest.raises(StoreError, match="cannot be opened"):
-        EncryptedFiles(tmp_path / "file" / "store", KEY)
+        EncryptedFiles.in_folder(tmp_path / "file" / "store", KEY)
 
 
 class FullDisk:
@@ -215,23 +209,20 @@ class FullDisk:
 def test_a_disk_that_fills_up_in_the_middle_of_a_line_leaves_the_log_as_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    store = EncryptedFiles(folder, KEY)
-    ledger = PrivacyLedger(store, Budget(3.0, 1e-5))
-    ledger.reserve(task="watch", round_number=1, plan=make_plan(), now_s=1.0)
-    before, spent = store.read_log(LOG_NAME), ledger.spent_epsilon
+    store = EncryptedFiles.in_folder(folder, KEY)
+    store.append_log(LOG_NAME, b"a first line")
     with monkeypatch.context() as patch:
         FullDisk(patch, room)
         with pytest.raises(StoreError, match="No space left"):
-            ledger.reserve(task="watch", round_number=2, plan=make_plan(), now_s=2.0)
-    assert store.read_log(LOG_NAME) == before
-    assert ledger.spent_epsilon == spent
-    ledger.reserve(task="watch", round_number=2, plan=make_plan(), now_s=3.0)
+            store.append_log(LOG_NAME, b"x" * 100)
+    assert store.read_log(LOG_NAME) == b"a first line\n"
+    store.append_log(LOG_NAME, b"a second")
     store.close()
-    assert PrivacyLedger(EncryptedFiles(folder, KEY), Budget(3.0, 1e-5)).last_round("watch") == 2
+    assert EncryptedFiles.in_folder(folder, KEY).read_log(LOG_NAME) == b"a first line\na second\n"
 
 
 def test_a_write_that_fails_keeps_the_old_blob(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = EncryptedFiles(folder, KEY)
+    store = EncryptedFiles.in_folder(folder, KEY)
     store.write("session", b"old")
 
     def broken(descriptor: int) -> None:
@@ -245,84 +236,172 @@ def test_a_write_that_fails_keeps_the_old_blob(folder: Path, monkeypatch: pytest
     assert not list(folder.rglob("*.tmp"))
 
 
-def careless_append(path: Path, data: bytes) -> None:
-    """Broken: the line may still be in the page cache when this returns."""
-    with path.open("ab") as stream:
-        stream.write(data)
+def careless_append(disk: Disk, name: str, data: bytes) -> None:
+    """Broken: the line may still be in memory when this returns."""
+    disk.append(name, data)
 
 
-def check_a_line_is_synced_before_append_returns(
-    append: Callable[[Path, bytes], None], folder: Path, monkeypatch: pytest.MonkeyPatch
+def check_a_line_is_durable_when_append_returns(
+    append: Callable[[Disk, str, bytes], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced: list[int] = []
-    true_fsync = os.fsync
-    store = EncryptedFiles(folder, KEY)
+    flash = VirtualFlash()
+    store = EncryptedFiles(flash, KEY)
     with monkeypatch.context() as patch:
         patch.setattr(encrypted_files, "append_durably", append)
-        patch.setattr(os, "fsync", lambda fd: (true_fsync(fd), synced.append(os.fstat(fd).st_size))[0])
-        store.append_log(LOG_NAME, b"x" * 99)
-    store.close()
-    assert 100 in synced, "the line was not synced"
+        store.append_log(LOG_NAME, b"one")
+        store.append_log(LOG_NAME, b"two")
+    for seed in range(20):
+        found = EncryptedFiles(flash.after_power_cut(seeded(seed)), KEY).read_log(LOG_NAME)
+        assert found == b"one\ntwo\n", "a line is gone"
 
 
-def test_a_line_is_synced_before_append_returns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_a_line_is_synced_before_append_returns(append_durably, folder, monkeypatch)
+def test_a_line_is_durable_when_append_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_a_line_is_durable_when_append_returns(append_durably, monkeypatch)
 
 
-def test_an_append_without_sync_is_caught(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(AssertionError, match="not synced"):
-        check_a_line_is_synced_before_append_returns(careless_append, folder, monkeypatch)
+def test_an_append_without_sync_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="a line is gone"):
+        check_a_line_is_durable_when_append_returns(careless_append, monkeypatch)
 
 
-def test_a_truncated_ledger_on_disk_stops_the_device(folder: Path) -> None:
-    store = EncryptedFiles(folder, KEY)
-    ledger = PrivacyLedger(store, Budget(3.0, 1e-5))
-    for number in (1, 2):
-        ledger.reserve(task="watch", round_number=number, plan=make_plan(), now_s=1.0)
-    first = store.read_log(LOG_NAME).splitlines(keepends=True)[0]
-    (folder / LOG_NAME).write_bytes(first)
-    with pytest.raises(LedgerError, match="cut or exchanged"):
-        PrivacyLedger(store, Budget(3.0, 1e-5))
+def fill(store: EncryptedFiles) -> None:
+    """One change of each kind."""
+    store.write("session", b"state")
+    store.append_log(LOG_NAME, b"line")
+    store.append_frame("recordings/default.00000001", 0, b"window")
 
 
-def test_identity_session_and_records_survive(folder: Path) -> None:
-    store = EncryptedFiles(folder, KEY)
-    with pytest.raises(StoreError, match="covey-device init"):
-        load_identity(store)
-    key = create_identity(store, SeededEntropy("identity"))
-    assert create_identity(store, SeededEntropy("another")).private_bytes_raw() == key.private_bytes_raw()
-    assert load_session(store) == SessionState()
-    save_session(store, SessionState("clinic/watch", highest_round=3, decided_round=2, participated_s=1.5))
-    assert load_session(store).highest_round == 3
-    records = make_records(count=5)
-    save_records(store, records)
-    loaded = load_records(store, window_shape=(3, 2), label=LabelSchema("class", ("a", "b")))
-    np.testing.assert_array_equal(loaded.x, records.x)
-    np.testing.assert_array_equal(loaded.y, records.y)
+def contents(store: EncryptedFiles) -> tuple[object, ...]:
+    return store.read("session"), store.read_log(LOG_NAME), store.frames("recordings/default.00000001")
 
 
-@pytest.mark.parametrize(
-    ("x", "y", "reason"),
-    [
-        (np.zeros((2, 4, 2)), [0, 1], "import others"),
-        (np.zeros((2, 3, 2)), [0, 2], "labels"),
-        (np.zeros((2, 3, 2)), [-1, 0], "labels"),
-        (np.full((2, 3, 2), np.nan), [0, 1], "not finite"),
-    ],
-)
-def test_records_that_do_not_fit_the_model_are_refused(folder: Path, x: np.ndarray, y: list[int], reason: str) -> None:
-    store = EncryptedFiles(folder, KEY)
-    with pytest.raises(StoreError, match="covey-device import"):
-        load_records(store, window_shape=(3, 2), label=LabelSchema("class", ("a", "b")))
-    save_records(store, Records(x.astype(np.float32), np.array(y, np.int32)))
-    with pytest.raises(StoreError, match=reason):
-        load_records(store, window_shape=(3, 2), label=LabelSchema("class", ("a", "b")))
+def check_what_a_killed_process_left_stays(kind: type[EncryptedFiles]) -> None:
+    """The next process acts on what it reads, so a power cut must not take it back."""
+    flash = VirtualFlash()
+    fill(EncryptedFiles(flash, KEY))
+    for at in range(flash.operations):
+        flash = VirtualFlash(power_cut=PowerCut(at, "after"))
+        with pytest.raises(PowerCutError):
+            fill(EncryptedFiles(flash, KEY))
+        seen = contents(kind(flash.after_kill(), KEY))
+        for seed in range(10):
+            found = contents(EncryptedFiles(flash.after_power_cut(seeded(seed)), KEY))
+            assert found == seen, "what was seen after a kill is gone after a power cut"
 
 
-def test_labels_that_are_numbers_survive(folder: Path) -> None:
-    store, label = EncryptedFiles(folder, KEY), LabelSchema("value", ("rate", "trend"), ("1/min", "1"))
-    records = Records(np.zeros((4, 3, 2), np.float32), np.arange(8, dtype=np.float32).reshape(4, 2))
-    save_records(store, records)
-    np.testing.assert_array_equal(load_records(store, window_shape=(3, 2), label=label).y, records.y)
-    with pytest.raises(StoreError, match="takes 1 numbers an example"):
-        load_records(store, window_shape=(3, 2), label=LabelSchema("value", ("rate",)))
+def test_what_a_killed_process_left_is_durable_before_it_is_read() -> None:
+    check_what_a_killed_process_left_stays(EncryptedFiles)
+
+
+class TrustingFiles(EncryptedFiles):
+    """Broken: it believes what is only in the system's memory."""
+
+    def _settle(self) -> None:
+        pass
+
+
+def test_a_store_that_trusts_the_systems_memory_is_caught() -> None:
+    with pytest.raises(AssertionError, match="gone after a power cut"):
+        check_what_a_killed_process_left_stays(TrustingFiles)
+
+
+NAME = "recordings/default.00000001"
+
+
+def with_frames(*frames: bytes) -> tuple[VirtualFlash, EncryptedFiles]:
+    flash = VirtualFlash()
+    store = EncryptedFiles(flash, KEY)
+    for number, frame in enumerate(frames):
+        store.append_frame(NAME, number, frame)
+    return flash, store
+
+
+def test_frames_are_read_back_in_order_by_the_next_process() -> None:
+    flash, store = with_frames(b"one", b"", b"three")
+    assert store.frames(NAME) == [b"one", b"", b"three"]
+    again = EncryptedFiles(flash, KEY)
+    again.append_frame(NAME, 3, b"four")
+    assert again.frames(NAME) == [b"one", b"", b"three", b"four"]
+    assert again.frames("recordings/no.00000001") == []
+    with pytest.raises(LocalMisuseError, match="expected frame 4 next, got 7"):
+        again.append_frame(NAME, 7, b"")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 15, 16, 30, 43, 46])
+def test_a_torn_last_frame_is_cut_off_and_written_over(kept: int) -> None:
+    flash, store = with_frames(b"one")
+    end = flash.size(NAME) or 0
+    store.append_frame(NAME, 1, b"two")
+    flash.truncate(NAME, end + kept)
+    again = EncryptedFiles(flash, KEY)
+    assert again.frames(NAME) == [b"one"]
+    again.append_frame(NAME, 1, b"2")
+    assert EncryptedFiles(flash, KEY).frames(NAME) == [b"one", b"2"]
+
+
+@pytest.mark.parametrize("position", range(0, 2 * 47, 5))
+def test_a_damaged_frame_before_the_last_is_noticed(position: int) -> None:
+    flash, _ = with_frames(b"one", b"two", b"six")
+    byte = flash.read_at(NAME, position, 1)[0]
+    flash.write_at(NAME, position, bytes([byte ^ 4]))
+    with pytest.raises(DamagedFramesError, match="changed or damaged"):
+        EncryptedFiles(flash, KEY).frames(NAME)
+
+
+def test_frames_cannot_be_exchanged_repeated_moved_or_taken_out() -> None:
+    flash, store = with_frames(b"one", b"two", b"six")
+    raw = flash.read(NAME) or b""
+    one, two, six = raw[:47], raw[47:94], raw[94:]
+    for forged in (two + one + six, one + one + six, one + six, two + six, one + one + two + six):
+        flash.write(NAME, forged)
+        with pytest.raises(DamagedFramesError):
+            EncryptedFiles(flash, KEY).frames(NAME)
+    flash.write("recordings/default.00000002", raw)
+    with pytest.raises(DamagedFramesError):
+        store.frames("recordings/default.00000002")
+
+
+def test_a_file_cut_short_under_a_running_store_is_noticed() -> None:
+    flash, store = with_frames(b"one", b"two")
+    flash.truncate(NAME, 47)
+    with pytest.raises(DamagedFramesError):
+        store.frames(NAME)
+    with pytest.raises(DamagedFramesError, match="shorter"):
+        store.append_frame(NAME, 2, b"six")
+
+
+def test_a_full_disk_leaves_the_frames_as_they_were() -> None:
+    flash, store = with_frames(b"one")
+    flash.capacity_bytes = sum(flash.size(name) or 0 for name in flash.names()) + 20
+    with pytest.raises(StoreError, match="No space left"):
+        store.append_frame(NAME, 1, b"two")
+    assert store.frames(NAME) == [b"one"]
+    flash.capacity_bytes = None
+    store.append_frame(NAME, 1, b"2")
+    assert EncryptedFiles(flash, KEY).frames(NAME) == [b"one", b"2"]
+
+
+def test_a_read_only_disk_can_be_read_and_says_what_it_is() -> None:
+    flash, _ = with_frames(b"one")
+    flash.read_only = True
+    store = EncryptedFiles(flash, KEY)
+    assert store.frames(NAME) == [b"one"]
+    for act in (
+        lambda: store.append_frame(NAME, 1, b"two"),
+        lambda: store.write("session", b""),
+        lambda: store.append_log(LOG_NAME, b""),
+        lambda: store.delete(NAME),
+        lambda: store.shred("data"),
+        lambda: store.set_aside(NAME, "damaged/default.00000001"),
+    ):
+        with pytest.raises(StoreError, match="Read-only file system"):
+            act()
+
+
+def test_the_same_entropy_writes_the_same_bytes() -> None:
+    stores = []
+    for _ in range(2):
+        flash, count = VirtualFlash(), iter(range(1000))
+        fill(EncryptedFiles(flash, KEY, entropy=lambda size, count=count: next(count).to_bytes(size, "big")))
+        stores.append(flash.durable())
+    assert stores[0] == stores[1]

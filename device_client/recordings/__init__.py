@@ -1,0 +1,1 @@
+"""The wearer's recordings: labelled windows, kept on the device only."""
