@@ -98,10 +98,12 @@ class CsvCutter:
         self._clock = _Clock(path, self._rate_hz)
         self._length, self._width = input.shape
         self._hop = file_format.hop or self._length
-        self._windows = _windows_of_a_part(self._length, self._width, hop=self._hop)
+        windows = _windows_of_a_part(self._length, self._width, hop=self._hop)
+        self._part_rows = (windows - 1) * self._hop + self._length
+        self._part_step = windows * self._hop
         self._said: str | None = None
         self._given: Label = None
-        self._values, self._times_s = array("d"), array("d")
+        self._values = array("d")
         self._used = 0  # rows at the start that were given out already
         self._skip = 0  # rows to come that lie between windows
         self.left_out = 0
@@ -119,7 +121,7 @@ class CsvCutter:
         header, where = self._header, f"{self._path}, line {line}"
         if len(cells) != header.width:
             raise ConfigError(f"{where}: expected {header.width} columns, got {len(cells)}")
-        time_s, gap = 0.0, False
+        gap = False
         if header.time_column is not None:
             (time_s,) = _numbers(where, [cells[header.time_column]])
             gap = self._clock.tick(line, time_s)
@@ -135,10 +137,9 @@ class CsvCutter:
             self._skip -= 1
             return
         self._values.extend(values)
-        self._times_s.append(time_s)
-        if len(self._times_s) == (self._windows - 1) * self._hop + self._length:
-            yield self._recording(len(self._times_s))
-            self._forget(self._windows * self._hop)
+        if len(self._values) // self._width == self._part_rows:
+            yield self._recording(self._part_rows)
+            self._forget(self._part_step)
 
     def end(self) -> Iterator[Recording]:
         """No more rows come: the last recording. Raises ConfigError where `t_s` is not at the rate."""
@@ -148,7 +149,7 @@ class CsvCutter:
 
     def _finish(self) -> Iterator[Recording]:
         """The recording ends here."""
-        rows = len(self._times_s)
+        rows = len(self._values) // self._width
         if rows >= self._length:
             whole = (rows - self._length) // self._hop * self._hop + self._length
             yield self._recording(whole)
@@ -160,7 +161,6 @@ class CsvCutter:
 
     def _recording(self, rows: int) -> Recording:
         """The first rows, as a recording."""
-        zero_s = self._format.t_zero_s
         return Recording(
             channels=self._header.channels,
             units=self._header.units,
@@ -168,15 +168,14 @@ class CsvCutter:
             x=np.array(self._values[: rows * self._width]).reshape(rows, self._width),
             label=self._given,
             stream=self._format.stream,
-            at_s=None if zero_s is None else zero_s + self._times_s[0],
             hop=self._format.hop,
         )
 
     def _forget(self, rows: int) -> None:
         """Drop the first rows, and as many to come as there are too few."""
-        self._skip = max(0, rows - len(self._times_s))
-        del self._values[: rows * self._width], self._times_s[:rows]
-        self._used = len(self._times_s)
+        self._skip = max(0, rows - len(self._values) // self._width)
+        del self._values[: rows * self._width]
+        self._used = len(self._values) // self._width
 
 
 def _windows_of_a_part(length: int, width: int, *, hop: int) -> int:

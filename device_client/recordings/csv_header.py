@@ -23,14 +23,12 @@ class CsvFormat:
         units: of channels whose header has none; a header's own unit may not differ.
         sampling_rate_hz: of the file; None only with a `t_s` column, which is then held against the model's rate.
         hop: samples between the starts of successive windows; None for no overlap.
-        t_zero_s: Unix seconds of `t_s` = 0, 0 where `t_s` is Unix seconds itself; None: records count as made now.
         stream: the stream that takes the recordings.
     """
 
     units: Mapping[str, str] = field(default_factory=dict)
     sampling_rate_hz: float | None = None
     hop: int | None = None
-    t_zero_s: float | None = None
     stream: str = "default"
 
     def __post_init__(self) -> None:

@@ -82,7 +82,7 @@ def store_csv(
     def windows() -> Iterator[Windows]:
         read = read_csv(path, input=target.input, label=target.label, file_format=file_format, progress=follow)
         for recording in read:
-            yield windows_from(recording, input=target.input, label=target.label, now_s=now_s)
+            yield windows_from(recording, input=target.input, label=target.label)
 
     if not sum(len(part.x) for part in windows()):
         raise RecordingError(
@@ -91,7 +91,7 @@ def store_csv(
         )
     stored, notes = 0, dict[str, None]()
     for part in windows():
-        target.append(part.x, part.y, at_s=part.at_s)
+        target.append(part.x, part.y, at_s=now_s)
         stored += len(part.x)
         notes.update(dict.fromkeys(part.notes))
     return CsvResult(stored, left_out, tuple(notes))

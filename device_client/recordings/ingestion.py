@@ -46,19 +46,17 @@ class Windows:
     Args:
         x: float32 [n, ...] in the model's channels and units.
         y: int32 [n] or float32 [n, K].
-        at_s: when they were recorded, Unix seconds; never later than the device's clock.
         notes: what was changed or left out, as sentences for the sender.
     """
 
     x: Float32
     y: Labels
-    at_s: float
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class StreamTarget:
-    """Where a stream's recordings go: what its model takes, and `WindowStore.append` (x, y, at_s=)."""
+    """Where a stream's recordings go: what its model takes, and `WindowStore.append` (x, y, at_s= the time now)."""
 
     input: InputSchema
     label: LabelSchema
@@ -74,15 +72,16 @@ def ingest(
         payload: one message.
         encoding: how it is encoded.
         streams: what each stream takes.
-        now_s: the device's time, Unix seconds.
+        now_s: the device's time, Unix seconds; records age from when they are stored, since the store reckons age by
+            the time that it sees pass.
     """
     try:
         recording = decode_recording(payload, encoding)
         target = streams.get(recording.stream)
         if target is None:
             raise RecordingError(f"stream: expected one of {listed(sorted(streams))}, got {recording.stream}")
-        windows = windows_from(recording, input=target.input, label=target.label, now_s=now_s)
-        target.append(windows.x, windows.y, at_s=windows.at_s)
+        windows = windows_from(recording, input=target.input, label=target.label)
+        target.append(windows.x, windows.y, at_s=now_s)
     except CoveyError as error:  # the store's own too, such as a full disk
         return {"error": str(error)}
     return {"stored": len(windows.x), "notes": list(windows.notes)}
@@ -98,7 +97,6 @@ def windows_from(
     *,
     input: InputSchema,
     label: LabelSchema,
-    now_s: float,
 ) -> Windows:
     """Check a recording against a model's schema and cut it into windows.
 
@@ -107,8 +105,6 @@ def windows_from(
         input: what the model takes; with a time axis (shape (samples, channels) and a rate) the recording may be
             longer than a window, otherwise it is exactly one example.
         label: what the model predicts.
-        now_s: the device's time, Unix seconds; a recording from the future counts as made now, so that none is kept
-            longer than the retention says.
 
     Raises:
         RecordingError: channels, units, rate, rows, length or label do not fit; the text says which and what to do.
@@ -123,10 +119,7 @@ def windows_from(
         notes.append(f"the last {left_out} samples were less than a window of {input.shape[0]} and were left out")
     if label.kind == "input" and recording.label is not None:
         notes.append("the model takes no label; the label was not stored")
-    at_s = now_s if recording.at_s is None else recording.at_s
-    if at_s > now_s:
-        notes.append(f"at_s was {at_s - now_s:,.0f} s ahead of this device's clock; its own time was stored")
-    return Windows(windows, y, min(at_s, now_s), tuple(notes))
+    return Windows(windows, y, tuple(notes))
 
 
 def has_time_axis(input: InputSchema) -> bool:

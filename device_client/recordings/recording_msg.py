@@ -45,7 +45,6 @@ class RecordingMsg(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         shape: of `x`, where that is bytes.
         label: class name or index; a number, or a list of one number for each of the model's labels.
         stream: the stream that takes it.
-        at_s: when it was recorded, Unix seconds; by default when it arrives.
         hop: samples between the starts of successive windows; by default a window's length: no overlap.
     """
 
@@ -58,7 +57,6 @@ class RecordingMsg(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     )
     label: str | int | float | tuple[float, ...] | None = None
     stream: Annotated[str, Meta(pattern=NAME_PATTERN)] = "default"
-    at_s: Annotated[float, Meta(ge=0)] | None = None
     hop: Annotated[int, Meta(ge=1)] | None = None
 
 
@@ -76,7 +74,6 @@ class Recording:
     x: NDArray[Any]
     label: Label = None
     stream: str = "default"
-    at_s: float | None = None
     hop: int | None = None
 
 
@@ -98,8 +95,8 @@ def decode_recording(payload: bytes, encoding: Encoding) -> Recording:
         if encoding == "json":
             _blame_rows_of_nan(payload)
         raise RecordingError(f"message: expected one recording in {encoding}, got something else ({error})") from error
-    if not math.isfinite(message.sampling_rate_hz) or not math.isfinite(message.at_s or 0.0):
-        raise RecordingError("sampling_rate_hz and at_s: expected finite numbers")
+    if not math.isfinite(message.sampling_rate_hz):
+        raise RecordingError(f"sampling_rate_hz: expected a finite number, got {message.sampling_rate_hz}")
     channels = len(message.channels)
     x = (
         _from_bytes(message.x, message.shape, channels)
@@ -113,7 +110,6 @@ def decode_recording(payload: bytes, encoding: Encoding) -> Recording:
         x=x,
         label=message.label,
         stream=message.stream,
-        at_s=message.at_s,
         hop=message.hop,
     )
 
@@ -123,7 +119,6 @@ def recording_of(
     label: Any,
     *,
     input: InputSchema,
-    at_s: float | None = None,
     stream: str = "default",
     hop: int | None = None,
 ) -> Recording:
@@ -133,7 +128,6 @@ def recording_of(
         x: [samples, channels], or one example in the schema's shape; numbers.
         label: class name or index, a number, or K numbers.
         input: the schema that the caller vouches for.
-        at_s: when it was recorded, Unix seconds; None for now.
         stream: the stream that takes it.
         hop: samples between the starts of successive windows; None for no overlap.
 
@@ -146,12 +140,10 @@ def recording_of(
         array = np.empty(0, object)
     if array.dtype.kind not in "iuf":
         raise RecordingError("x: expected an array of numbers, every row as long as the others")
-    if at_s is not None and not 0 <= at_s < math.inf:
-        raise RecordingError(f"at_s: expected Unix seconds, got {at_s}")
     if hop is not None and hop < 1:
         raise RecordingError(f"hop: expected at least 1 sample, got {hop}")
     plain = label.tolist() if isinstance(label, np.ndarray | np.generic) else label
-    return Recording(input.channels, input.units, input.sampling_rate_hz, array, plain, stream, at_s, hop)
+    return Recording(input.channels, input.units, input.sampling_rate_hz, array, plain, stream, hop)
 
 
 def _from_bytes(raw: bytes, shape: tuple[int, ...] | None, channels: int) -> NDArray[Any]:

@@ -107,10 +107,9 @@ def test_a_gap_in_time_cuts_and_one_missing_sample_does_not(tmp_path: Path) -> N
     assert result.left_out == 2
 
 
-def test_records_are_as_old_as_their_first_sample(tmp_path: Path) -> None:
+def test_records_age_from_when_they_are_stored(tmp_path: Path) -> None:
     path = written(tmp_path, timed([i * 0.02 for i in range(4)] + [60 + i * 0.02 for i in range(4)]))
     assert stored_from(path, file_format=CsvFormat())[0].at_s == [NOW_S, NOW_S]
-    assert stored_from(path, file_format=CsvFormat(t_zero_s=NOW_S - 100))[0].at_s == [NOW_S - 100, NOW_S - 40]
 
 
 def test_time_that_goes_backwards_is_refused_with_its_line(tmp_path: Path) -> None:

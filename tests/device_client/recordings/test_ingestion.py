@@ -58,7 +58,7 @@ def windows_of(
     fields: dict[str, Any], *, takes: InputSchema = WATCH, label: LabelSchema = WALK_OR_RUN, encoding: Any = "json"
 ) -> Windows:
     encode = msgspec.json.encode if encoding == "json" else msgspec.msgpack.encode
-    return windows_from(decode_recording(encode(fields), encoding), input=takes, label=label, now_s=NOW_S)
+    return windows_from(decode_recording(encode(fields), encoding), input=takes, label=label)
 
 
 def test_a_recording_of_one_window_is_one_record() -> None:
@@ -67,7 +67,7 @@ def test_a_recording_of_one_window_is_one_record() -> None:
     np.testing.assert_array_equal(made.x, [[[i, i + 0.25, -i] for i in range(4)]])
     assert made.y.dtype == np.int32
     assert made.y.tolist() == [1]
-    assert (made.at_s, made.notes) == (NOW_S, ())
+    assert made.notes == ()
 
 
 def test_rows_of_json_and_of_messagepack_and_its_bytes_are_the_same_record() -> None:
@@ -82,7 +82,7 @@ def test_rows_of_json_and_of_messagepack_and_its_bytes_are_the_same_record() -> 
 @given(samples=st.integers(4, 60), hop=st.none() | st.integers(1, 70))
 def test_window_k_begins_k_hops_after_the_first_and_no_window_is_missing(samples: int, hop: int | None) -> None:
     x = np.arange(samples * 3, dtype=np.float32).reshape(samples, 3)
-    made = windows_from(recording_of(x, 0, input=WATCH, hop=hop), input=WATCH, label=WALK_OR_RUN, now_s=NOW_S)
+    made = windows_from(recording_of(x, 0, input=WATCH, hop=hop), input=WATCH, label=WALK_OR_RUN)
     step = hop or 4
     expected = [x[start : start + 4] for start in range(0, samples - 3, step)]
     np.testing.assert_array_equal(made.x, expected)
@@ -177,13 +177,6 @@ def test_a_rate_within_one_percent_is_taken_as_it_is(rate: float) -> None:
     np.testing.assert_array_equal(windows_of(message(sampling_rate_hz=rate)).x, windows_of(message()).x)
 
 
-def test_a_recording_from_the_future_counts_as_made_now() -> None:
-    assert windows_of(message(at_s=NOW_S - 5)).at_s == NOW_S - 5
-    ahead = windows_of(message(at_s=NOW_S + 3600))
-    assert ahead.at_s == NOW_S
-    assert ahead.notes == ("at_s was 3,600 s ahead of this device's clock; its own time was stored",)
-
-
 ROWS = message(6)["x"]
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"channels": ["ax", "ay", "gz"]}, "expected ax, ay, wz, each once, in any order; missing wz; unknown gz"),
@@ -221,7 +214,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"label": [0]}, r"got \(0.0,\)"),
     ({"label": True}, "label"),
     ({"hop": 0}, "hop"),
-    ({"at_s": -1}, "at_s"),
+    ({"at_s": NOW_S}, "unknown field `at_s`"),
     ({"stream": "../etc"}, "stream"),
     ({"lable": "run"}, "unknown field `lable`"),
 ]
@@ -252,7 +245,7 @@ def test_python_senders_of_nan_are_told_the_row() -> None:
     broken["x"][3][1] = math.nan
     with pytest.raises(RecordingError, match=r"x, row 3 \(the first is 0\): expected finite numbers"):
         decode_recording(json.dumps(broken).encode(), "json")
-    elsewhere = json.dumps(message(at_s=math.inf)).encode()
+    elsewhere = json.dumps(message(sampling_rate_hz=math.nan)).encode()
     with pytest.raises(RecordingError, match="expected one recording in json, got something else"):
         decode_recording(elsewhere, "json")
 
@@ -273,7 +266,6 @@ def test_packed_nan_is_refused_by_row() -> None:
         ({"shape": None}, "shape: expected one beside x as bytes"),
         ({"shape": [0, 3]}, "shape"),
         ({"sampling_rate_hz": math.nan}, "sampling_rate_hz"),
-        ({"at_s": math.inf}, "finite"),
     ],
 )
 def test_packed_rows_have_to_have_the_shape_they_say(changes: dict[str, Any], sentence: str) -> None:
@@ -292,15 +284,14 @@ def test_python_arrays_of_anything_but_numbers_are_refused(x: Any) -> None:
 
 def test_python_labels_may_be_numpys() -> None:
     recording = recording_of(np.zeros((4, 3)), np.int64(1), input=WATCH)
-    assert windows_from(recording, input=WATCH, label=WALK_OR_RUN, now_s=NOW_S).y.tolist() == [1]
+    assert windows_from(recording, input=WATCH, label=WALK_OR_RUN).y.tolist() == [1]
     recording = recording_of(np.zeros((4, 3)), np.array([1, 0]), input=WATCH)
-    assert windows_from(recording, input=WATCH, label=SIGNS, now_s=NOW_S).y.tolist() == [[1, 0]]
+    assert windows_from(recording, input=WATCH, label=SIGNS).y.tolist() == [[1, 0]]
     for label in (True, 10**400, "1"):
         with pytest.raises(RecordingError, match="label: expected"):
-            windows_from(recording_of(np.zeros((4, 3)), label, input=WATCH), input=WATCH, label=PULSE, now_s=NOW_S)
-    for wrong in ({"hop": 0}, {"at_s": math.nan}, {"at_s": -1.0}):
-        with pytest.raises(RecordingError):
-            recording_of(np.zeros((4, 3)), 0, input=WATCH, **wrong)  # type: ignore[arg-type]
+            windows_from(recording_of(np.zeros((4, 3)), label, input=WATCH), input=WATCH, label=PULSE)
+    with pytest.raises(RecordingError, match="hop: expected at least 1 sample, got 0"):
+        recording_of(np.zeros((4, 3)), 0, input=WATCH, hop=0)
 
 
 def test_a_small_hop_cannot_fill_the_memory() -> None:
@@ -308,8 +299,8 @@ def test_a_small_hop_cannot_fill_the_memory() -> None:
     most = MAX_WINDOW_VALUES // 4096
     x = np.zeros((4096 + most, 1), np.float32)
     with pytest.raises(RecordingError, match="hop: 1 samples would make 1,025 windows"):
-        windows_from(recording_of(x, 0, input=long, hop=1), input=long, label=WALK_OR_RUN, now_s=NOW_S)
-    made = windows_from(recording_of(x[:-1], 0, input=long, hop=1), input=long, label=WALK_OR_RUN, now_s=NOW_S)
+        windows_from(recording_of(x, 0, input=long, hop=1), input=long, label=WALK_OR_RUN)
+    made = windows_from(recording_of(x[:-1], 0, input=long, hop=1), input=long, label=WALK_OR_RUN)
     assert made.x.size == MAX_WINDOW_VALUES
 
 
@@ -394,7 +385,7 @@ JSON_VALUES = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    fields=st.dictionaries(st.sampled_from([*message(shape=1, stream=1, at_s=1, hop=1)]), JSON_VALUES),
+    fields=st.dictionaries(st.sampled_from([*message(shape=1, stream=1, hop=1)]), JSON_VALUES),
     packed=st.booleans(),
     flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=3),
 )
@@ -420,7 +411,7 @@ def test_whatever_comes_is_answered_and_never_half_stored(
         assert x.shape == (reply["stored"], 4, 3)
         assert np.isfinite(x).all()
         assert set(y.tolist()) <= {0, 1}
-        assert 0 <= at_s <= NOW_S
+        assert at_s == NOW_S
 
 
 @given(st.binary(max_size=200), st.sampled_from(["json", "msgpack"]))
@@ -429,6 +420,6 @@ def test_random_bytes_are_refused_with_a_sentence(payload: bytes, encoding: Any)
 
 
 def test_a_recording_keeps_what_its_sender_said() -> None:
-    decoded = decode_recording(msgspec.json.encode(message(stream="left", at_s=3, hop=2)), "json")
+    decoded = decode_recording(msgspec.json.encode(message(stream="left", hop=2)), "json")
     assert isinstance(decoded, Recording)
-    assert (decoded.stream, decoded.at_s, decoded.hop, decoded.label) == ("left", 3.0, 2, "run")
+    assert (decoded.stream, decoded.hop, decoded.label) == ("left", 2, "run")
