@@ -86,8 +86,9 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         participation_probability: with which each device tosses its own coin.
         minimum_separation_s: seconds a device stays out after taking part.
         kem: how updates are sealed; ``x25519`` is smaller and not post-quantum.
-        population: devices that may take part, for the plan's `control_variates` (N in `aggregator.scaffold`); without
-            it the devices registered when a round is committed. Name it where other devices are registered too.
+        population: devices that may take part, needed for the plan's `control_variates` (N in `aggregator.scaffold`).
+            It is not counted from the registered names, since one device has a row of pseudonyms. It need not be exact:
+            a value a few times too large or too small changes how fast training gets to the optimum, not which.
     """
 
     name: Name
@@ -103,6 +104,10 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     minimum_separation_s: Annotated[float, Meta(ge=0, le=LONGEST_S)] = 0.0
     kem: KemName = "mlkem768-x25519"
     population: Annotated[int, Meta(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.plan.control_variates and self.population is None:
+            raise ValueError("control_variates need population, the number of devices that may take part")
 
 
 class AggregatorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -271,12 +271,12 @@ class AggregatorDaemon:
         self, connection: Connection, before: StoredModel, mean: NDArray[np.float64], count: int
     ) -> None:
         """The control variate that goes with the next version, in the transaction that adds that version."""
-        plan, population = self.task.plan, self.task.population
+        plan = self.task.plan
         control = next_control(
             self.store.control(before.version, len(before.model.params)),
             mean,
             count=count,
-            population=population if population is not None else self.store.num_devices(connection),
+            population=self.task.population or count,
             steps=PlainSteps(plan.steps, plan.learning_rate),
         )
         self.store.add_control(connection, before.version + 1, control)

@@ -10,8 +10,9 @@ which does not depend on c_i: c was published by the server, and dy is what the 
 round follows from the mean update alone, so nothing more is sent and nothing more is revealed; under noise at the
 devices dy is the released, noisy change, and c is computed from released numbers only.
 
-Algorithm 1 starts with c = mean of all c_i and moves c by |S| / N mean(dc_i), which keeps it that mean. N changes when
-devices are registered; those begin with c_i = 0, so the sum N c is what stays, and c is rescaled to the new N.
+Algorithm 1 starts with c = mean of all c_i and moves c by |S| / N mean(dc_i), which keeps it that mean. When
+devices join, they begin with c_i = 0, so the sum N c is what stays, and c is rescaled to the new N. An N that is only
+an estimate scales every c alike: at the optimum c is zero whatever N is, so only the way there differs.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def next_control(
         control: what the round's devices were sent.
         mean: of their updates, float64 [d], before the server's optimiser.
         count: |S|, updates in the mean, at least 1.
-        population: N, devices that have a control variate; never taken as fewer than `count`.
+        population: N, devices that may take part; never taken as fewer than `count`.
         steps: what the round's plan asked for.
 
     Raises:

@@ -229,10 +229,6 @@ class AggregatorStore:
             return ServerControl(np.zeros(num_parameters, np.float32))
         return ServerControl(_float32(row.control), row.population)
 
-    def num_devices(self, connection: Connection) -> int:
-        """Registered devices; part of a transaction."""
-        return int(connection.execute(select(func.count()).select_from(schema.devices)).scalar_one())
-
     def models(self, connection: Connection, first: int, last: int) -> Iterator[GlobalModel]:
         """Model versions first to last, one at a time; part of a transaction."""
         query = (

@@ -59,6 +59,7 @@ def small_task(*, local_steps: int = 10, learning_rate: float = 0.1, **changes: 
         "minimum_cohort": 3,
         "round_duration_s": 60.0,
         "kem": "x25519",
+        "population": 5,
     }
     return TaskConfig(**{**settings, **changes})
 

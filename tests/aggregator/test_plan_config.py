@@ -27,7 +27,7 @@ def plan(extra: str) -> PlanConfig:
     return msgspec.toml.decode(PLAN + extra, type=PlanConfig)
 
 
-def load(folder: Path, extra: str, *, given: str = PLAN) -> AggregatorFiles:
+def load(folder: Path, extra: str, *, given: str = PLAN, task: str = "") -> AggregatorFiles:
     (folder / "aggregator.toml").write_text(
         f"""
 [aggregator]
@@ -45,6 +45,7 @@ rounds = 3
 goal = 3
 minimum_cohort = 2
 round_duration_s = 60.0
+{task}
 [task.plan]
 {given}
 {extra}
@@ -104,7 +105,14 @@ def test_the_expected_passes_are_never_fewer_than_asked_for_nor_a_step_more(epoc
 )
 def test_a_plan_that_makes_no_sense_is_refused_by_name(tmp_path: Path, extra: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        load(tmp_path, extra)
+        load(tmp_path, extra, task="population = 5")
+
+
+def test_control_variates_need_the_number_of_devices(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="control_variates need population"):
+        load(tmp_path, "local_steps = 1\ncontrol_variates = true")
+    files = load(tmp_path, "local_steps = 1\ncontrol_variates = true", task="population = 40")
+    assert files.config.task.population == 40
 
 
 @pytest.mark.parametrize("rate", ["0.0", "1.5", "nan", "-1.0"])

@@ -127,7 +127,7 @@ def test_control_variates_over_the_wire_are_those_of_algorithm_1(tmp_path: Path)
     assert np.abs(here.fetch(here.manifest().model_digest) - optimum(here.devices)).max() < 0.05
 
 
-def test_a_configured_population_is_n(tmp_path: Path) -> None:
+def test_the_configured_population_is_n(tmp_path: Path) -> None:
     here = study(tmp_path, population=40)
     here.round([0, 1, 2])
     control = here.daemon.store.control(1, D)

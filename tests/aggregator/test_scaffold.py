@@ -78,6 +78,14 @@ def check_the_optimum_is_reached(following: NextControl) -> None:
     assert study.distance() < 1e-4
 
 
+@pytest.mark.parametrize("estimate", [DEVICES // 2, 2 * DEVICES, 5 * DEVICES])
+def test_an_estimate_of_the_population_reaches_the_same_optimum(estimate: int) -> None:
+    study = Study(quadratics(DEVICES, LENGTH), registered=estimate)
+    for sampled in sampling():
+        study.round(sampled)
+    assert study.distance() < 1e-4
+
+
 def test_without_control_variates_local_steps_miss_the_optimum() -> None:
     """What SCAFFOLD is for: the same problem, all devices in every round, and plain averaging ends elsewhere."""
     devices = quadratics(DEVICES, LENGTH)
