@@ -1,4 +1,4 @@
-"""The privacy ledger: durable before anything, never refunded, never exceeded, never quietly changed."""
+"""The privacy ledger: durable before anything, never refunded, never exceeded; broken ledgers are noticed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import dp_accounting
-import msgspec
 import numpy as np
 import pytest
 from dp_accounting import rdp
@@ -15,82 +14,79 @@ from hypothesis import strategies as st
 
 from device_client.accounting import (
     ORDERS,
+    Vector,
     epsilon_by_order,
+    filter_order_index,
     noise_multiplier_for,
-    poisson_gaussian_rdp,
     rdp_to_epsilon,
 )
-from device_client.errors import BudgetSpentError, LedgerError, StoreError
-from device_client.ledger import HEAD_NAME, LOG_NAME, Budget, PrivacyLedger
+from device_client.errors import BudgetSpentError, StoreError
+from device_client.ledger import LOG_NAME, Budget, Counter, LogStore, PrivacyLedger, Reservation, cost_of, cost_of_count
+from device_client.ledger.filters import RenyiFilter
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.messages import TrainingPlanMsg
-from tests.device_client.ports import TASK, MemoryStore, make_plan
-
-Open = Callable[[MemoryStore, Budget], PrivacyLedger]
-BUDGET = Budget(3.0, 1e-5)
-
-
-def cost_of(plan: TrainingPlanMsg) -> np.ndarray:
-    return poisson_gaussian_rdp(
-        sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=plan.local_steps
-    )
-
-
-def reserve(
-    ledger: PrivacyLedger, round_number: int, *, task: str = TASK, plan: TrainingPlanMsg | None = None
-) -> float:
-    return ledger.reserve(
-        task=task, round_number=round_number, plan=plan if plan is not None else make_plan(), now_s=float(round_number)
-    )
-
-
-def filled(rounds: int = 4) -> MemoryStore:
-    store = MemoryStore()
-    ledger = PrivacyLedger(store, BUDGET)
-    for number in range(1, rounds + 1):
-        reserve(ledger, number)
-    return store.after_restart()
+from tests.device_client.ledger_ports import (
+    BUDGET,
+    OTHER,
+    START_S,
+    TASK,
+    MemoryCounter,
+    Open,
+    filled,
+    opened,
+    reserve,
+)
+from tests.device_client.ports import MemoryStore, make_plan
 
 
 class ForgettingLedger(PrivacyLedger):
     """Broken: the line never reaches the disk."""
 
-    def reserve(self, *, task: str, round_number: int, plan: TrainingPlanMsg, now_s: float) -> float:
-        true_store, self._store = self._store, MemoryStore()
-        try:
-            return super().reserve(task=task, round_number=round_number, plan=plan, now_s=now_s)
-        finally:
-            self._store = true_store
+    def __init__(self, store: LogStore, counter: Counter, budget: Budget) -> None:
+        del store, counter
+        super().__init__(MemoryStore(), MemoryCounter(), budget)
 
 
 class RefundingLedger(PrivacyLedger):
     """Broken: it gives back what was charged for the round before when a new one begins."""
 
-    def reserve(self, *, task: str, round_number: int, plan: TrainingPlanMsg, now_s: float) -> float:
-        self._rdp = np.zeros(len(ORDERS))
-        return super().reserve(task=task, round_number=round_number, plan=plan, now_s=now_s)
+    def reserve(self, **wanted: object) -> float:
+        if self._spending.period is not None:
+            self._spending.period.device.total = np.zeros(len(ORDERS))
+        return super().reserve(**wanted)  # type: ignore[arg-type]
 
 
 class LateLedger(PrivacyLedger):
     """Broken: it lets the same round be charged, and so trained, again."""
 
-    def last_round(self, task: str) -> int:
-        return super().last_round(task) - 1
+    def last_round(self, task: str, *, purpose: str = "update") -> int:
+        return super().last_round(task, purpose=purpose) - 1  # type: ignore[arg-type]
+
+
+class FreeCountsLedger(PrivacyLedger):
+    """Broken: counting records costs nothing."""
+
+    def reserve_count(self, **wanted: object) -> None:
+        super().reserve_count(**{**wanted, "noise_multiplier": 1e9})  # type: ignore[arg-type]
 
 
 def check_a_charge_is_on_disk_when_reserve_returns(open_ledger: Open) -> None:
-    store = MemoryStore()
-    ledger = open_ledger(store, BUDGET)
+    store, counter = MemoryStore(), MemoryCounter()
+    ledger = open_ledger(store, counter, BUDGET)
     for number in (1, 2, 3):
         spent = reserve(ledger, number)
-        again = PrivacyLedger(store.after_restart(), BUDGET)
-        assert again.spent_epsilon == spent == ledger.spent_epsilon
+        ledger.reserve_count(task=TASK, round_number=number, noise_multiplier=50.0, now_s=START_S + number)
+        assert spent <= ledger.spent_epsilon
+        again = PrivacyLedger(store.after_restart(), counter.after_restart(), BUDGET)
+        assert again.spent_epsilon == ledger.spent_epsilon
         assert again.reservations == ledger.reservations
+        assert again.was_charged(TASK, number)
+        assert again.was_charged(TASK, number, purpose="count")
         assert again.last_round(TASK) == number
 
 
 def check_spending_only_grows_and_stops_at_the_budget(open_ledger: Open) -> None:
-    ledger, spent = open_ledger(MemoryStore(), BUDGET), 0.0
+    ledger, spent = open_ledger(MemoryStore(), MemoryCounter(), BUDGET), 0.0
     for number in range(1, 1000):
         try:
             now = reserve(ledger, number)
@@ -102,39 +98,61 @@ def check_spending_only_grows_and_stops_at_the_budget(open_ledger: Open) -> None
 
 
 def check_a_round_is_charged_once(open_ledger: Open) -> None:
-    ledger = open_ledger(MemoryStore(), BUDGET)
+    ledger = open_ledger(MemoryStore(), MemoryCounter(), BUDGET)
     reserve(ledger, 5)
     spent, lines = ledger.spent_epsilon, len(ledger.reservations)
     for number in (5, 4, 1):
         with pytest.raises(BudgetSpentError, match="charged before"):
             reserve(ledger, number)
     assert (ledger.spent_epsilon, len(ledger.reservations)) == (spent, lines)
-    reserve(ledger, 1, task="another")  # rounds are counted by task
+    reserve(ledger, 1, task=OTHER)  # rounds are counted by study
+
+
+def check_counts_are_charged(open_ledger: Open) -> None:
+    ledger = open_ledger(MemoryStore(), MemoryCounter(), BUDGET)
+    for number in range(1, 1000):
+        try:
+            ledger.reserve_count(task=TASK, round_number=number, noise_multiplier=5.0, now_s=START_S)
+        except BudgetSpentError:
+            break
+        cost = number * cost_of_count(5.0)
+        index = filter_order_index(epsilon=BUDGET.epsilon, delta=BUDGET.delta, cost=cost_of_count(5.0))
+        assert epsilon_by_order(cost, BUDGET.delta)[index] <= BUDGET.epsilon + 1e-9
+        assert ledger.spent_epsilon == pytest.approx(rdp_to_epsilon(cost, BUDGET.delta))
+    else:
+        pytest.fail("counting was free")
 
 
 CHECKS = [
-    check_a_charge_is_on_disk_when_reserve_returns,
-    check_spending_only_grows_and_stops_at_the_budget,
-    check_a_round_is_charged_once,
+    (check_a_charge_is_on_disk_when_reserve_returns, ForgettingLedger),
+    (check_spending_only_grows_and_stops_at_the_budget, RefundingLedger),
+    (check_a_round_is_charged_once, LateLedger),
+    (check_counts_are_charged, FreeCountsLedger),
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_the_ledger_passes(check: Callable[[Open], None]) -> None:
+@pytest.mark.parametrize(("check", "broken"), CHECKS)
+def test_the_ledger_passes(check: Callable[[Open], None], broken: Open) -> None:
+    del broken
     check(PrivacyLedger)
 
 
-@pytest.mark.parametrize(
-    ("check", "broken"),
-    [
-        (check_a_charge_is_on_disk_when_reserve_returns, ForgettingLedger),
-        (check_spending_only_grows_and_stops_at_the_budget, RefundingLedger),
-        (check_a_round_is_charged_once, LateLedger),
-    ],
-)
+@pytest.mark.parametrize(("check", "broken"), CHECKS)
 def test_a_broken_ledger_is_caught(check: Callable[[Open], None], broken: Open) -> None:
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check(broken)
+
+
+def test_a_count_does_not_stand_in_the_way_of_its_rounds_update_and_is_charged_once() -> None:
+    ledger = opened()
+    ledger.reserve_count(task=TASK, round_number=3, noise_multiplier=50.0, now_s=START_S)
+    assert not ledger.was_charged(TASK, 3)
+    assert ledger.last_round(TASK) == 0
+    reserve(ledger, 3)
+    for number in (3, 2):
+        with pytest.raises(BudgetSpentError, match="charged before"):
+            ledger.reserve_count(task=TASK, round_number=number, noise_multiplier=50.0, now_s=START_S)
+    assert [(entry.round, entry.purpose) for entry in ledger.reservations] == [(3, "count"), (3, "update")]
 
 
 plans = st.builds(
@@ -151,8 +169,8 @@ plans = st.builds(
 )
 @settings(max_examples=60, deadline=None)
 def test_whatever_is_asked_for_the_budget_is_never_exceeded(budget: Budget, wanted: list[TrainingPlanMsg]) -> None:
-    store = MemoryStore()
-    ledger = PrivacyLedger(store, budget)
+    store, counter = MemoryStore(), MemoryCounter()
+    ledger = PrivacyLedger(store, counter, budget)
     peer = rdp.RdpAccountant(list(ORDERS), dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     orders, accepted = set(), []
     for number, plan in enumerate(wanted, start=1):
@@ -169,44 +187,42 @@ def test_whatever_is_asked_for_the_budget_is_never_exceeded(budget: Budget, want
     assert ledger.spent_epsilon <= budget.epsilon
     if ledger.reservations:
         (order,) = orders  # one, whatever came later
+        assert order is not None
         total = sum(cost_of(plan) for plan in accepted)
         assert epsilon_by_order(total, budget.delta)[ORDERS.index(order)] <= budget.epsilon
         if order == math.floor(order):  # between integers dp-accounting may overstate (docs/adr/0005)
             assert peer.get_epsilon(budget.delta) <= budget.epsilon + 1e-9
-    again = PrivacyLedger(store.after_restart(), budget)
+    again = PrivacyLedger(store.after_restart(), counter.after_restart(), budget)
     assert again.spent_epsilon == ledger.spent_epsilon
     assert again.reservations == ledger.reservations
     assert again.order == ledger.order
 
 
-class ReoptimisingLedger(PrivacyLedger):
+class ReoptimisingFilter(RenyiFilter):
     """Broken: takes the best order anew each time, for which no filter is proven."""
 
-    def _order_index(self, cost: np.ndarray) -> int:
-        return int(np.argmin(epsilon_by_order(self._rdp + cost, self.budget.delta)))
+    def order_index(self, cost: Vector) -> int:
+        return int(np.argmin(epsilon_by_order(self.total + cost, self.delta)))
 
 
-def orders_of(ledger: PrivacyLedger) -> set[int]:
-    """The orders at which a ledger enforces when wide noise is followed by sampled narrow noise."""
+def orders_of(filter_: RenyiFilter) -> set[int]:
+    """The orders at which a filter enforces when wide noise is followed by sampled narrow noise."""
     seen = set()
-    for number, plan in enumerate(
-        (make_plan(noise_multiplier=20.0), make_plan(sampling_rate=0.05, noise_multiplier=0.7)), 1
-    ):
-        seen.add(ledger._order_index(cost_of(plan)))
-        reserve(ledger, number, plan=plan)
+    for plan in (make_plan(noise_multiplier=20.0), make_plan(sampling_rate=0.05, noise_multiplier=0.7)):
+        seen.add(filter_.order_index(cost_of(plan)))
+        filter_.add(cost_of(plan))
     return seen
 
 
-def test_the_order_is_fixed_before_the_first_release_and_a_ledger_that_moves_it_is_noticed() -> None:
-    assert len(orders_of(PrivacyLedger(MemoryStore(), Budget(8.0, 1e-5)))) == 1
-    assert len(orders_of(ReoptimisingLedger(MemoryStore(), Budget(8.0, 1e-5)))) > 1
+def test_the_order_is_fixed_before_the_first_release_and_a_filter_that_moves_it_is_noticed() -> None:
+    assert len(orders_of(RenyiFilter(8.0, 1e-5))) == 1
+    assert len(orders_of(ReoptimisingFilter(8.0, 1e-5))) > 1
 
 
 @pytest.mark.parametrize(("q", "z", "steps"), [(0.05, 1.0, 40), (0.01, 0.8, 507), (1.0, 11.5664, 60)])
 def test_a_repeated_plan_gets_as_many_steps_as_an_accountant_would_allow(q: float, z: float, steps: int) -> None:
-    ledger = PrivacyLedger(MemoryStore(), Budget(3.0, 1e-5))
     plan = make_plan(sampling_rate=q, noise_multiplier=z)
-    assert ledger.remaining_participations(cost_of(plan)) == steps
+    assert opened().remaining_participations(cost_of(plan)) == steps
     assert rdp_to_epsilon(steps * cost_of(plan), 1e-5) <= 3.0 < rdp_to_epsilon((steps + 1) * cost_of(plan), 1e-5)
 
 
@@ -215,7 +231,7 @@ def test_a_budget_made_for_a_number_of_rounds_lasts_for_exactly_those(steps: int
     rounds = 20
     z = noise_multiplier_for(epsilon=2.0, delta=1e-5, sampling_rate=0.3, steps=rounds * steps)
     plan = make_plan(noise_multiplier=z, sampling_rate=0.3, local_steps=steps)
-    ledger = PrivacyLedger(MemoryStore(), Budget(2.0, 1e-5))
+    ledger = opened(Budget(2.0, 1e-5))
     for number in range(1, rounds + 1):
         left = ledger.remaining_participations(cost_of(plan))
         assert rounds - number <= left <= rounds - number + 1
@@ -225,113 +241,33 @@ def test_a_budget_made_for_a_number_of_rounds_lasts_for_exactly_those(steps: int
 
 
 def test_without_a_budget_nothing_is_claimed_and_nothing_refused() -> None:
-    ledger = PrivacyLedger(MemoryStore(), Budget(math.inf, 1e-5))
+    ledger = opened(Budget(math.inf, 1e-5))
     assert math.isinf(reserve(ledger, 1, plan=make_plan(noise_multiplier=0.0)))
     assert math.isinf(reserve(ledger, 2))
     assert math.isinf(ledger.remaining_participations(cost_of(make_plan())))
 
 
 def test_a_finite_budget_allows_no_plan_without_noise() -> None:
-    ledger = PrivacyLedger(MemoryStore(), Budget(1e6, 1e-5))
-    with pytest.raises(BudgetSpentError):
-        reserve(ledger, 1, plan=make_plan(noise_multiplier=0.0))
-    assert ledger.remaining_participations(cost_of(make_plan(noise_multiplier=0.0))) == 0
+    ledger, without_noise = opened(Budget(1e6, 1e-5)), make_plan(noise_multiplier=0.0)
+    with pytest.raises(BudgetSpentError, match="nothing more of this kind is trained"):
+        reserve(ledger, 1, plan=without_noise)
+    assert ledger.remaining_participations(cost_of(without_noise)) == 0
+    assert ledger.refuses_until_s(task=TASK, cost=cost_of(without_noise), now_s=START_S) == math.inf
 
 
-@pytest.mark.parametrize("cut", range(len(filled().read_log(LOG_NAME)) - len(filled(3).read_log(LOG_NAME))))
-def test_a_last_line_torn_at_any_byte_is_cut_off(cut: int) -> None:
-    # The power went while the fourth line was being written: the head was not yet.
-    store, before = filled(3), filled(3).read_log(LOG_NAME)
-    store.logs[LOG_NAME] = filled(4).read_log(LOG_NAME)[: len(before) + cut]
-    ledger = PrivacyLedger(store, BUDGET)
-    assert ledger.last_round(TASK) == 3
-    assert store.read_log(LOG_NAME) == before
-    reserve(ledger, 4)
-    assert PrivacyLedger(store.after_restart(), BUDGET).last_round(TASK) == 4
-
-
-def test_a_crash_between_line_and_head_keeps_the_charge() -> None:
-    store = filled(3)
-    store.logs[LOG_NAME] = filled(4).read_log(LOG_NAME)
-    assert PrivacyLedger(store, BUDGET).last_round(TASK) == 4
-
-
-def lines_of(store: MemoryStore) -> list[bytes]:
-    return store.read_log(LOG_NAME).splitlines(keepends=True)
-
-
-@pytest.mark.parametrize("line", range(4))
-@pytest.mark.parametrize("kind", ["removed", "edited", "repeated", "swapped", "blanked"])
-def test_a_changed_log_stops_the_device(kind: str, line: int) -> None:
-    store = filled(4)
-    lines = lines_of(store)
-    match kind:
-        case "removed":
-            del lines[line]
-        case "edited":
-            lines[line] = lines[line].replace(b'"noise_multiplier":4.0', b'"noise_multiplier":9.0')
-        case "repeated":
-            lines.insert(line, lines[line])
-        case "swapped":
-            lines[line], lines[line - 1] = lines[line - 1], lines[line]
-        case "blanked":
-            lines[line] = b"\n"
-    store.logs[LOG_NAME] = b"".join(lines)
-    with pytest.raises(LedgerError, match="nothing is trained"):
-        PrivacyLedger(store, BUDGET)
-
-
-@given(position=st.integers(0, len(filled().read_log(LOG_NAME)) - 1), byte=st.integers(0, 255))
-@settings(max_examples=300, deadline=None)
-def test_no_changed_byte_goes_unseen(position: int, byte: int) -> None:
-    store = filled(4)
-    raw = bytearray(store.read_log(LOG_NAME))
-    changed, raw[position] = raw[position] != byte, byte
-    store.logs[LOG_NAME] = bytes(raw)
-    if changed:
-        with pytest.raises(LedgerError, match="nothing is trained"):
-            PrivacyLedger(store, BUDGET)
-    else:
-        PrivacyLedger(store, BUDGET)
-
-
-@pytest.mark.parametrize("lost", ["log", "head"])
-def test_a_lost_file_is_not_a_fresh_start(lost: str) -> None:
-    store = filled(2)
-    if lost == "log":
-        store.logs.clear()
-    else:
-        del store.blobs[HEAD_NAME]
-    with pytest.raises(LedgerError, match="cut or exchanged"):
-        PrivacyLedger(store, BUDGET)
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"steps": -1},
-        {"steps": 10**400},
-        {"sampling_rate": 0.0},
-        {"sampling_rate": 7.0},
-        {"noise_multiplier": -1.0},
-        {"round": "one"},
-        {"surprise": 1},
-    ],
-)
-def test_a_line_that_makes_no_sense_stops_the_device(field: dict[str, object]) -> None:
-    store = filled(1)
-    line = msgspec.json.decode(lines_of(store)[0])
-    text = msgspec.json.encode({**line, **{k: v for k, v in field.items() if v != 10**400}})
-    if field.get("steps") == 10**400:
-        text = text.replace(b'"steps":1', b'"steps":1' + b"0" * 400)
-    store.logs[LOG_NAME] = text + b"\n"
-    with pytest.raises(LedgerError, match="line 1"):
-        PrivacyLedger(store, BUDGET)
+def test_a_refusal_says_what_would_be_spent_of_what() -> None:
+    ledger = opened(Budget(1.5, 1e-5))
+    reserve(ledger, 1)
+    with pytest.raises(BudgetSpentError) as refusal:
+        reserve(ledger, 7, plan=make_plan(noise_multiplier=2.0))
+    assert str(refusal.value).startswith("the privacy budget is spent: round 7 of clinic/watch would bring epsilon to ")
+    assert "of the 1.5 of this device (delta 1e-05)" in str(refusal.value)
+    assert str(refusal.value).endswith("the budget has one period for ever, so nothing more of this kind is trained")
 
 
 def test_a_full_disk_changes_nothing() -> None:
-    store = filled(2)
-    ledger = PrivacyLedger(store, BUDGET)
+    store, counter = filled(2)
+    ledger = PrivacyLedger(store, counter, BUDGET)
     before, spent = store.read_log(LOG_NAME), ledger.spent_epsilon
     store.full = True
     with pytest.raises(StoreError, match="No space"):
@@ -340,10 +276,95 @@ def test_a_full_disk_changes_nothing() -> None:
     assert (ledger.spent_epsilon, ledger.last_round(TASK)) == (spent, 2)
     store.full = False
     reserve(ledger, 3)
-    assert PrivacyLedger(store.after_restart(), BUDGET).last_round(TASK) == 3
+    assert PrivacyLedger(store.after_restart(), counter.after_restart(), BUDGET).last_round(TASK) == 3
 
 
-@pytest.mark.parametrize("settings_", [(0.0, 1e-5), (-1.0, 1e-5), (math.nan, 1e-5), (1.0, 0.0), (1.0, 1.0)])
-def test_budgets_out_of_range_are_refused(settings_: tuple[float, float]) -> None:
+def test_a_counter_that_cannot_be_written_leaves_a_charge_that_is_not_used() -> None:
+    store, counter = filled(2)
+    ledger = PrivacyLedger(store, counter, BUDGET)
+    spent = ledger.spent_epsilon
+    counter.full = True
+    with pytest.raises(StoreError, match="Read-only"):
+        reserve(ledger, 3)
+    assert ledger.spent_epsilon > spent
+    with pytest.raises(BudgetSpentError, match="charged before"):
+        reserve(ledger, 3)
+    lines = len(store.read_log(LOG_NAME).splitlines())
+    with pytest.raises(StoreError, match="Read-only"):
+        reserve(ledger, 4)
+    assert len(store.read_log(LOG_NAME).splitlines()) == lines == 3  # never ahead by more than one
+    counter.full = False
+    reserve(ledger, 4)
+    assert PrivacyLedger(store.after_restart(), counter.after_restart(), BUDGET).last_round(TASK) == 4
+
+
+class CountingStore(MemoryStore):
+    """Counts how much of the log is read."""
+
+    read_bytes = 0
+
+    def read_log(self, name: str) -> bytes:
+        self.read_bytes += len(super().read_log(name))
+        return super().read_log(name)
+
+    def append_log(self, name: str, line: bytes) -> None:
+        self.logs[name] = line + b"\n"  # only what was appended last, so that reading all of it would be noticed
+
+
+def test_a_reservation_does_not_read_the_log_again() -> None:
+    store = CountingStore()
+    ledger = PrivacyLedger(store, MemoryCounter(), Budget(math.inf, 1e-5))
+    for number in range(1, 1001):
+        reserve(ledger, number)
+    assert store.read_bytes == 0
+    assert len(ledger.reservations) == 1000
+
+
+def test_the_log_is_readable_and_says_what_was_charged_for() -> None:
+    store, _ = filled(1)
+    assert store.read_log(LOG_NAME).startswith(
+        b'{"kind":"reservation","format":1,"at_s":1800000001.0,"task":"clinic/watch","round":1,"purpose":"update",'
+        b'"sampling_rate":1.0,"noise_multiplier":4.0,"steps":1,"previous":"000'
+    )
+
+
+@pytest.mark.parametrize("budget", [(0.0, 1e-5), (-1.0, 1e-5), (math.nan, 1e-5), (1.0, 0.0), (1.0, 1.0)])
+def test_budgets_out_of_range_are_refused(budget: tuple[float, float]) -> None:
     with pytest.raises(LocalMisuseError, match=r"epsilon|delta"):
-        Budget(*settings_)
+        Budget(*budget)
+
+
+@pytest.mark.parametrize("period_s", [0.0, -1.0, math.nan, math.inf])
+def test_periods_out_of_range_are_refused(period_s: float) -> None:
+    with pytest.raises(LocalMisuseError, match="period_s"):
+        Budget(1.0, 1e-5, period_s=period_s)
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, math.nan])
+def test_shares_out_of_range_are_refused(share: float) -> None:
+    with pytest.raises(LocalMisuseError, match="clinic/watch"):
+        Budget(1.0, 1e-5, per_task={TASK: share})
+
+
+@pytest.mark.parametrize("now_s", [math.nan, math.inf, -math.inf])
+def test_a_time_that_is_none_charges_nothing(now_s: float) -> None:
+    ledger = opened()
+    with pytest.raises(LocalMisuseError, match="now_s"):
+        reserve(ledger, 1, now_s=now_s)
+    assert not ledger.reservations
+
+
+@pytest.mark.parametrize("noise_multiplier", [math.nan, math.inf, -1.0])
+def test_a_count_with_noise_that_is_none_charges_nothing(noise_multiplier: float) -> None:
+    ledger = opened()
+    with pytest.raises(LocalMisuseError, match="noise_multiplier"):
+        ledger.reserve_count(task=TASK, round_number=1, noise_multiplier=noise_multiplier, now_s=START_S)
+    assert not ledger.reservations
+
+
+def test_a_reservation_knows_its_cost() -> None:
+    ledger = opened()
+    reserve(ledger, 1)
+    (entry,) = ledger.reservations
+    assert isinstance(entry, Reservation)
+    np.testing.assert_array_equal(entry.rdp(), cost_of(make_plan()))

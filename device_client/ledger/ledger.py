@@ -1,0 +1,315 @@
+"""The privacy ledger: what every study together may learn of the wearer's records, charged before it is released.
+
+A reservation is durable before anything is computed for it, and is never refunded: a crash between the two spends
+budget that nothing was released for, which is the safe side. Both the device's budget and the study's share of it must
+admit it, in the period that it falls in. Whose word counts for the time, and what a person may accept when a disk was
+lost, is in docs/adr/0009.
+
+No I/O of its own: log and counter are ports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from device_client.accounting import Vector, poisson_gaussian_rdp
+from device_client.errors import BudgetSpentError, LedgerError
+from device_client.ledger.chain import CountedLog, Counter, LogStore, open_log, read_log
+from device_client.ledger.filters import Budget
+from device_client.ledger.lines import FORMAT, Acceptance, Purpose, Reservation
+from device_client.ledger.spending import Period, Refusal, Spending
+from device_client.ledger.times import RoundTimes, utc
+from fl_protocol.messages import TrainingPlanMsg
+
+
+def cost_of(plan: TrainingPlanMsg) -> Vector:
+    """RDP of one participation at each of `device_client.accounting.ORDERS`."""
+    return poisson_gaussian_rdp(
+        sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=plan.local_steps
+    )
+
+
+def cost_of_count(noise_multiplier: float) -> Vector:
+    """RDP of one noisy count of records, as `PrivacyLedger.reserve_count` charges it."""
+    return poisson_gaussian_rdp(sampling_rate=1.0, noise_multiplier=noise_multiplier, steps=1)
+
+
+class PrivacyLedger:
+    """The device's ledger.
+
+    Args:
+        store: where the log is.
+        counter: what vouches for it, kept apart from the store.
+        budget: what the wearer allows.
+
+    Raises:
+        LedgerError: the log or its counter does not hold together, or they do not fit.
+        StoreError: one of them cannot be read.
+    """
+
+    def __init__(self, store: LogStore, counter: Counter, budget: Budget) -> None:
+        self._log, self.budget = open_log(store, counter), budget
+        self._spending = Spending(budget)
+        for line in self._log.lines:
+            self._spending.take(line)
+
+    @classmethod
+    def reanchor(cls, store: LogStore, counter: Counter, budget: Budget, *, now_s: float) -> PrivacyLedger:
+        """Accept the log as it stands although the counter does not fit it; a person has to ask for this.
+
+        Nobody can know what is missing, only that it was within the budget. So the present period counts as spent in
+        full; with one period for ever, nothing is trained any more. The log says what was found, and when.
+
+        Raises:
+            LedgerError: the log itself does not hold together, or there is nothing to accept.
+            StoreError: a disk did not take it; ask again.
+        """
+        times = RoundTimes(now_s)
+        written = read_log(store, counter)
+        if written.fault is None:
+            raise LedgerError("the ledger and its counter fit: there is nothing to accept")
+        counted = written.count
+        times_s = [times.now_s, *(line.at_s for line in written.lines[-1:])]
+        if counted is not None and counted.at_s is not None:
+            times_s.append(counted.at_s)
+        log = CountedLog(store, counter, written)
+        log.write_acceptance(
+            Acceptance(
+                format=FORMAT,
+                at_s=max(times_s),
+                found=written.fault,
+                counted=counted.lines if counted is not None else None,
+                previous=log.head,
+            )
+        )
+        return cls(store, counter, budget)
+
+    def reserve(
+        self,
+        *,
+        task: str,
+        round_number: int,
+        plan: TrainingPlanMsg,
+        now_s: float,
+        latest_s: float = math.inf,
+        earliest_s: float = -math.inf,
+    ) -> float:
+        """Charge one participation, durably, and return the epsilon spent in this period. Call before training.
+
+        Args:
+            task: the study, ``tenant/task``.
+            round_number: of that study; rounds are charged in ascending order, each at most once.
+            plan: what will be released.
+            now_s: the device's clock, Unix seconds.
+            latest_s: a time that the study signed and that has not passed: the round's deadline.
+            earliest_s: a time that the study signed and that has passed: the round's opening.
+
+        Raises:
+            BudgetSpentError: a budget does not allow it, or this round was charged before (a crash came between);
+                nothing is recorded.
+            StoreError: a disk did not take it; nothing may be released, whether or not the charge stands.
+        """
+        self._charge(
+            task=task,
+            round_number=round_number,
+            purpose="update",
+            sampling_rate=plan.sampling_rate,
+            noise_multiplier=plan.noise_multiplier,
+            steps=plan.local_steps,
+            times=RoundTimes(now_s, earliest_s, latest_s),
+        )
+        return self.spent_epsilon
+
+    def reserve_count(
+        self,
+        *,
+        task: str,
+        round_number: int,
+        noise_multiplier: float,
+        now_s: float,
+        latest_s: float = math.inf,
+        earliest_s: float = -math.inf,
+    ) -> None:
+        """Charge one noisy count of records, durably; call before the noise is drawn.
+
+        Whether a device takes part is seen by others; where that depends on how many records there are, the count that
+        decides it is a release of its own. One record changes it by one.
+
+        Args:
+            task: as in `reserve`.
+            round_number: as in `reserve`, counts by themselves: each round is counted at most once.
+            noise_multiplier: standard deviation of the Gaussian noise, in records.
+            now_s: as in `reserve`.
+            latest_s: as in `reserve`.
+            earliest_s: as in `reserve`.
+
+        Raises:
+            BudgetSpentError: as `reserve`.
+            StoreError: as `reserve`.
+        """
+        self._charge(
+            task=task,
+            round_number=round_number,
+            purpose="count",
+            sampling_rate=1.0,
+            noise_multiplier=noise_multiplier,
+            steps=1,
+            times=RoundTimes(now_s, earliest_s, latest_s),
+        )
+
+    @property
+    def reservations(self) -> Sequence[Reservation]:
+        """All that was ever charged, oldest first."""
+        return self._spending.reservations
+
+    @property
+    def acceptances(self) -> Sequence[Acceptance]:
+        """When a person accepted the log although lines may have been missing; what was spent is then "at least"."""
+        return self._spending.acceptances
+
+    @property
+    def spent_epsilon(self) -> float:
+        """Epsilon at the budget's delta in the period of the last line, as an accountant would state it."""
+        return 0.0 if self._spending.period is None else self._spending.period.spent_epsilon
+
+    @property
+    def spent_epsilon_ever(self) -> float:
+        """The same over all periods: what is known of a record that was there all the time."""
+        return max(self._spending.epsilon_ever(), self.spent_epsilon)
+
+    def spent_on(self, task: str) -> float:
+        """Epsilon of one study in the period of the last line."""
+        return 0.0 if self._spending.period is None else self._spending.period.study(task).spent_epsilon
+
+    def spent_on_ever(self, task: str) -> float:
+        """Epsilon of one study over all periods."""
+        return self._spending.epsilon_ever(task)
+
+    @property
+    def period_begins_s(self) -> float | None:
+        """When the period of the last line began; None before the first."""
+        return None if self._spending.period is None else self._spending.period.begins_s
+
+    @property
+    def period_ends_s(self) -> float | None:
+        """From when on the next period may begin, infinity for never; None before the first line."""
+        return None if self._spending.period is None else self._spending.period.ends_s
+
+    @property
+    def order(self) -> float | None:
+        """The Rényi order at which the device's budget is enforced in this period; None before its first charge."""
+        return None if self._spending.period is None else self._spending.period.device.order
+
+    def last_round(self, task: str, *, purpose: Purpose = "update") -> int:
+        """The newest round of a study that was charged, 0 if none."""
+        return self._spending.last_round(task, purpose)
+
+    def was_charged(self, task: str, round_number: int, *, purpose: Purpose = "update") -> bool:
+        """Whether exactly this round was charged."""
+        return self._spending.was_charged(task, round_number, purpose)
+
+    def remaining_participations(self, cost: Vector, *, task: str | None = None, now_s: float | None = None) -> float:
+        """How many more participations the budgets admit in a period.
+
+        Args:
+            cost: RDP of one (`cost_of`).
+            task: the study whose share counts too; none for the device's budget alone.
+            now_s: in the period of this time; without it, of the last line.
+        """
+        last_s = self._spending.at_s
+        known_s = [time_s for time_s in (last_s, now_s) if time_s is not None]
+        return self._spending.period_at(max(known_s, default=0.0)).remaining(cost, task)
+
+    def refuses_until_s(
+        self,
+        *,
+        task: str,
+        cost: Vector,
+        now_s: float,
+        latest_s: float = math.inf,
+        earliest_s: float = -math.inf,
+    ) -> float | None:
+        """From when on `reserve` would not refuse such a cost any more for want of budget.
+
+        Returns:
+            None if it would not refuse now, else Unix seconds; infinity for never.
+        """
+        times = RoundTimes(now_s, earliest_s, latest_s)
+        if self._is_unknown_when(times):
+            return max(earliest_s, now_s)
+        period = self._spending.period_at(times.ledger_time_s(self._spending.at_s))
+        return None if period.refusal(task, cost) is None else self._admits_from_s(period, task, cost)
+
+    def _charge(
+        self,
+        *,
+        task: str,
+        round_number: int,
+        purpose: Purpose,
+        sampling_rate: float,
+        noise_multiplier: float,
+        steps: int,
+        times: RoundTimes,
+    ) -> None:
+        """Append, take and count a line, if it is admitted."""
+        what = (
+            f"round {round_number} of {task}" if purpose == "update" else f"a count in round {round_number} of {task}"
+        )
+        if round_number <= self.last_round(task, purpose=purpose):
+            raise BudgetSpentError(f"{what} was charged before and is not done twice")
+        if self._is_unknown_when(times):
+            raise BudgetSpentError(
+                f"the first period of the privacy budget cannot begin: the device's clock says {utc(times.now_s)}, but "
+                f"{what} is from {utc(times.earliest_s)} to {utc(times.latest_s)}; set the clock"
+            )
+        entry = Reservation(
+            format=FORMAT,
+            at_s=times.ledger_time_s(self._spending.at_s),
+            task=task,
+            round=round_number,
+            purpose=purpose,
+            sampling_rate=sampling_rate,
+            noise_multiplier=noise_multiplier,
+            steps=steps,
+            previous=self._log.head,
+        )
+        period = self._spending.period_at(entry.at_s)
+        refusal = period.refusal(task, entry.rdp())
+        if refusal is not None:
+            raise BudgetSpentError(self._sentence(what, entry, period, refusal, times))
+        self._log.write(entry)
+        self._spending.take(entry)  # before it is counted: from here on the charge stands, whatever fails
+        self._log.count()
+
+    def _is_unknown_when(self, times: RoundTimes) -> bool:
+        """Whether the first period would begin at a time that clock and study do not agree on."""
+        return self.budget.period_s is not None and self._spending.at_s is None and not times.agree
+
+    def _admits_from_s(self, period: Period, task: str, cost: Vector) -> float:
+        """When a cost that is refused will be admitted: in the next period, or never."""
+        fresh = Period(self.budget, number=0, begins_s=0.0, ends_s=math.inf)
+        return period.ends_s if fresh.refusal(task, cost) is None else math.inf
+
+    def _sentence(self, what: str, entry: Reservation, period: Period, refusal: Refusal, times: RoundTimes) -> str:
+        """A refusal for people: what would be spent of what, and from when on it will not be refused."""
+        begin = "the privacy budget is spent"
+        if period.closed_by is not None:
+            why = f"its counter was accepted on {utc(period.closed_by.at_s)}, so this period counts as spent"
+        else:
+            whose = "this device" if refusal.whose is None else f"the share of {refusal.whose}"
+            why = (
+                f"{what} would bring epsilon to {refusal.epsilon:.3f} of the {refusal.limit:g} of {whose} "
+                f"(delta {self.budget.delta:g})"
+            )
+        return f"{begin}: {why}; {self._until(entry, period, times)}"
+
+    def _until(self, entry: Reservation, period: Period, times: RoundTimes) -> str:
+        """The end of that sentence."""
+        from_s = self._admits_from_s(period, entry.task, entry.rdp())
+        if math.isfinite(from_s):
+            wrong = "" if times.agree else f", once the clock, which says {utc(times.now_s)}, agrees with the study's"
+            return f"it will not be refused from {utc(from_s)} on{wrong}"
+        if math.isfinite(period.ends_s):
+            return "it costs more than a whole period has, so it will always be refused"
+        return "the budget has one period for ever, so nothing more of this kind is trained"

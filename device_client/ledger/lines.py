@@ -1,0 +1,101 @@
+"""The lines of the ledger's log: JSON objects in the clear, each naming the SHA-256 of the line before. Pure.
+
+Whoever can read the disk can read what was spent on which study; nothing else about the wearer is in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from typing import Final, Literal
+
+import msgspec
+
+from device_client.accounting import Vector, poisson_gaussian_rdp
+
+FORMAT: Final = 1
+GENESIS = "0" * 64
+"""What the first line names as the one before."""
+
+Purpose = Literal["update", "count"]
+
+
+class Reservation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="reservation"):
+    """What was charged, and for which round.
+
+    Args:
+        at_s: the ledger's time, Unix seconds; never less than in the line before.
+        task: the study, ``tenant/task``.
+        round: of that study.
+        purpose: ``update`` for a participation, ``count`` for one noisy count of records.
+        sampling_rate, noise_multiplier, steps: the Gaussian steps that were charged.
+        previous: hash of the line before, hex.
+    """
+
+    format: Literal[1]
+    at_s: float
+    task: str
+    round: int
+    purpose: Purpose
+    sampling_rate: float
+    noise_multiplier: float
+    steps: int
+    previous: str
+
+    def rdp(self) -> Vector:
+        """What it costs at each of `device_client.accounting.ORDERS`; not to be written to."""
+        return _rdp(self.sampling_rate, self.noise_multiplier, self.steps)
+
+
+class Acceptance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="acceptance"):
+    """A person took the log as it stands although the counter did not vouch for it; closes the period it stands in.
+
+    Args:
+        at_s: as in `Reservation`.
+        found: what was wrong.
+        counted: how many lines the counter had counted; none where it was lost.
+        previous: hash of the line before, hex.
+    """
+
+    format: Literal[1]
+    at_s: float
+    found: str
+    counted: int | None
+    previous: str
+
+
+Line = Reservation | Acceptance
+_DECODER = msgspec.json.Decoder(Reservation | Acceptance)
+
+
+def encode_line(line: Line) -> bytes:
+    """A line as it stands in the log, without its newline."""
+    return msgspec.json.encode(line)
+
+
+def decode_line(data: bytes) -> Line:
+    """A line of the log, its cost known to make sense.
+
+    Raises:
+        ValueError, OverflowError: it is not one.
+    """
+    line: Line = _DECODER.decode(data)
+    if isinstance(line, Reservation):
+        line.rdp()
+    if not math.isfinite(line.at_s):
+        raise ValueError(f"at_s: expected Unix seconds, got {line.at_s}")
+    return line
+
+
+def digest_of(data: bytes) -> str:
+    """How the next line names this one."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def _rdp(sampling_rate: float, noise_multiplier: float, steps: int) -> Vector:
+    """Kept, since a study repeats its plan for years."""
+    rdp = poisson_gaussian_rdp(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
+    rdp.setflags(write=False)
+    return rdp
