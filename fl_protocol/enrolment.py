@@ -5,9 +5,10 @@ a hash of both keys, as in cryptographically generated addresses (RFC 3972): nob
 something, take one that belongs to another's keys, or put another key behind one. Both keys' owners are proven: the TLS
 key signs a certificate request (PKCS #10, RFC 2986) over the name, the signing key signs the whole entry.
 
-All pseudonyms of a study change at the same moments, as all vehicles' do in the SCMS (Brecht et al. 2018, arXiv
-1802.05323): a validity counted from each device's own enrolment would tell by its dates which pseudonyms follow each
-other. Files hold JSON; this module reads and writes bytes, not files, and does no I/O.
+Rows of short certificates issued in advance are how vehicles stay private (SCMS, Brecht et al. 2018, arXiv 1802.05323).
+All pseudonyms of a study change at the same moments: a validity counted from each device's own enrolment would tell by
+its dates which pseudonyms follow each other. Files hold JSON; this module reads and writes bytes, not files, and does
+no I/O.
 """
 
 from __future__ import annotations
