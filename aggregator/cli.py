@@ -22,6 +22,7 @@ from aggregator.export import export_model
 from fl_protocol.adapters.config_files import read_file
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.journal import JsonLines
+from fl_protocol.enrolment import DAY_S
 from fl_protocol.errors import BundleError, ConfigError, CoveyError
 from fl_protocol.signing import public_key_from_hex, public_key_hex
 from fl_protocol.topics import checked_name
@@ -104,7 +105,7 @@ def status(config: Config) -> None:
     table.add_row("round", str(state.number))
     table.add_row("committed rounds", f"{state.committed} of {task.rounds}")
     table.add_row("updates in the open round", f"{state.arrived} of {task.goal}")
-    table.add_row("registered devices", str(len(store.devices())))
+    table.add_row("registered ids", str(len(store.devices())))
     for reason, count in sorted(store.refusals().items()):
         table.add_row(f"refused: {re.sub('_', ' ', reason)}", str(count))
     Console().print(table)
@@ -137,7 +138,7 @@ def device_add(config: Config, device: str, public_key: str) -> None:
 
 @device_app.command("list")
 def device_list(config: Config) -> None:
-    """List the registered devices."""
+    """List the registered ids and their keys; a device with pseudonyms has several."""
     for device, key in AggregatorFiles.load(config).open_store().devices():
         typer.echo(f"{device}  {key.hex()}")
 
@@ -149,6 +150,9 @@ def device_admit(
     ca: Ca,
     out: Annotated[Path, typer.Option(help="File to write the answer to, for the device.")],
     period_days: Annotated[int, typer.Option(min=2, max=366, help="How long each pseudonym is used.")] = 30,
+    next_period: Annotated[
+        bool, typer.Option("--next-period", help="The first is for the next period: the device still has one for this.")
+    ] = False,
 ) -> None:
     """Check a device's request for pseudonyms, register and certify all of them, or none."""
     files = AggregatorFiles.load(config)
@@ -170,7 +174,8 @@ def device_admit(
         period_days=period_days,
     )
     try:
-        done = admitter.admit(data, now_s=time.time(), deliver=deliver)
+        begins_s = time.time() + (period_days * DAY_S if next_period else 0)
+        done = admitter.admit(data, now_s=begins_s, deliver=deliver)
     except CoveyError:
         for path in written:  # and then the database did not take it
             path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_init_register_status_export(operator: Operator) -> None:
     store.count_refusal(RefusalReason.NOT_FINITE)
     code, out, _ = operator.run("status", "CONFIG")
     assert code == 0
-    for words in ("clinic/watch", "committed rounds", "0 of 3", "registered devices", "refused: not finite"):
+    for words in ("clinic/watch", "committed rounds", "0 of 3", "registered ids", "refused: not finite"):
         assert words in out
     params = load_bundle().params + 1
     with store.transaction() as connection:
@@ -256,10 +257,10 @@ def make_request(count: int = 3) -> bytes:
     return Pseudonyms(MemoryStore(), tenant="clinic", task="watch").prepare(count=count, entropy=os.urandom)
 
 
-def admit(operator: Operator, request: str = "request.json", *, out: str = "answer.json") -> Result:
+def admit(operator: Operator, request: str = "request.json", *options: str, out: str = "answer.json") -> Result:
     folder = operator.folder
     places = ["--ca", str(folder / "ca"), "--out", str(folder / out)]
-    return operator.run("device", "admit", str(folder / request), "CONFIG", *places)
+    return operator.run("device", "admit", str(folder / request), "CONFIG", *places, *options)
 
 
 def test_a_ca_admits_devices_and_certifies_broker_and_aggregator(operator: Operator) -> None:
@@ -305,6 +306,19 @@ def test_nothing_is_overwritten(operator: Operator) -> None:
     one_sentence(again, 2, "--out", "exists and is not replaced")
     one_sentence(admit(operator, out="request.json"), 2, "--out", "exists and is not replaced")
     assert {path: path.read_bytes() for path in operator.folder.rglob("*") if path.is_file()} == before
+
+
+def test_names_for_the_time_after_a_row_follow_it_without_a_gap(operator: Operator) -> None:
+    operator.run("init", "CONFIG")
+    operator.run("ca", "init", "--ca", str(operator.folder / "ca"))
+    device = Pseudonyms(MemoryStore(), tenant="clinic", task="watch")
+    for name, options in (("this", ()), ("next", ("--next-period",))):
+        (operator.folder / name).write_bytes(device.prepare(count=1, entropy=os.urandom))
+        assert admit(operator, name, "--period-days", "366", *options, out=f"{name}.json")[0] == 0
+        answer = (operator.folder / f"{name}.json").read_bytes()
+        device.install(answer, aggregator_key=AggregatorFiles.load(operator.config).signing_key().public_key())
+    first, second = device.installed()
+    assert first.period.begins_s <= time.time() < first.period.ends_s == second.period.begins_s
 
 
 def test_a_request_admitted_twice_is_one_sentence_and_no_file(operator: Operator) -> None:
