@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -26,7 +27,7 @@ def fresh(open_ledger: Open, budget: Budget = MONTHLY) -> PrivacyLedger:
     return open_ledger(MemoryStore(), MemoryCounter(), budget)
 
 
-def spend_all(ledger: PrivacyLedger, *, now_s: float, task: str = TASK, **signed: float) -> int:
+def spend_all(ledger: PrivacyLedger, *, now_s: float, task: str = TASK, **signed: Any) -> int:
     """Take part until the ledger refuses; returns how often that was."""
     for count in range(1000):
         try:
@@ -61,13 +62,13 @@ def test_the_time_that_is_told_is_the_time_from_which_it_is_not_refused(
     ledger = opened(Budget(1.2, 1e-5, period_s=length_s))  # for one participation
     reserve(ledger, 1, now_s=first_s)
     now_s = first_s + after * length_s
-    wanted = {"task": TASK, "cost": COST}
-    until_s = ledger.refuses_until_s(now_s=now_s, **wanted)  # type: ignore[arg-type]
+    wanted: dict[str, Any] = {"task": TASK, "cost": COST}
+    until_s = ledger.refuses_until_s(now_s=now_s, **wanted)
     if until_s is None:
         return
     assert now_s < until_s
-    assert ledger.refuses_until_s(now_s=math.nextafter(until_s, -math.inf), **wanted) == until_s  # type: ignore[arg-type]
-    assert ledger.refuses_until_s(now_s=until_s, **wanted) is None  # type: ignore[arg-type]
+    assert ledger.refuses_until_s(now_s=math.nextafter(until_s, -math.inf), **wanted) == until_s
+    assert ledger.refuses_until_s(now_s=until_s, **wanted) is None
     with pytest.raises(BudgetSpentError):
         reserve(ledger, 2, now_s=math.nextafter(until_s, -math.inf))
     reserve(ledger, 2, now_s=until_s)
@@ -116,24 +117,24 @@ def test_periods_and_shares_are_the_same_after_a_restart() -> None:
 class ClockLedger(PrivacyLedger):
     """Broken: believes the device's clock."""
 
-    def reserve(self, **wanted: float) -> float:  # type: ignore[override]
-        return super().reserve(**{**wanted, "latest_s": math.inf, "earliest_s": -math.inf})  # type: ignore[arg-type]
+    def reserve(self, **wanted: Any) -> float:
+        return super().reserve(**{**wanted, "latest_s": math.inf, "earliest_s": -math.inf})
 
 
 class StudyLedger(PrivacyLedger):
     """Broken: believes the study."""
 
-    def reserve(self, **wanted: float) -> float:  # type: ignore[override]
-        return super().reserve(**{**wanted, "now_s": wanted["latest_s"]})  # type: ignore[arg-type]
+    def reserve(self, **wanted: Any) -> float:
+        return super().reserve(**{**wanted, "now_s": wanted["latest_s"]})
 
 
 class ReopeningLedger(PrivacyLedger):
     """Broken: a period that is over may be opened again by setting the clock back."""
 
-    def reserve(self, **wanted: float) -> float:  # type: ignore[override]
+    def reserve(self, **wanted: Any) -> float:
         if self._spending.at_s is not None and wanted["now_s"] < self._spending.at_s:
             self._spending.at_s, self._spending.period = None, None
-        return super().reserve(**wanted)  # type: ignore[arg-type]
+        return super().reserve(**wanted)
 
 
 def check_a_clock_alone_opens_no_period(open_ledger: Open) -> None:
@@ -177,8 +178,8 @@ class ShareIgnoringLedger(PrivacyLedger):
 class OnlyShareLedger(PrivacyLedger):
     """Broken: a study with a share is not counted on the device's budget."""
 
-    def reserve(self, **wanted: object) -> float:
-        spent = super().reserve(**wanted)  # type: ignore[arg-type]
+    def reserve(self, **wanted: Any) -> float:
+        spent = super().reserve(**wanted)
         if wanted["task"] in self.budget.per_task and self._spending.period is not None:
             self._spending.period.device.total = self._spending.period.device.total - COST
         return spent
@@ -244,7 +245,7 @@ def test_under_an_honest_study_no_clock_opens_more_periods_than_went_by(clocks: 
 
 def test_a_first_period_does_not_begin_at_a_time_that_is_not_agreed_on() -> None:
     ledger = opened(MONTHLY)
-    signed = {"earliest_s": START_S - 60, "latest_s": START_S + 60}
+    signed: dict[str, Any] = {"earliest_s": START_S - 60, "latest_s": START_S + 60}
     for now_s in (START_S + YEARS_S, START_S - YEARS_S):
         with pytest.raises(
             BudgetSpentError, match=r"the device's clock says 20\d\d-.* from 2027-01-15 .* set the clock"
@@ -256,7 +257,7 @@ def test_a_first_period_does_not_begin_at_a_time_that_is_not_agreed_on() -> None
 
 @pytest.mark.parametrize("clock_s", [-YEARS_S, YEARS_S])
 def test_with_one_period_for_ever_and_within_a_period_a_wrong_clock_refuses_nothing(clock_s: float) -> None:
-    signed = {"earliest_s": START_S - 60, "latest_s": START_S + 60}
+    signed: dict[str, Any] = {"earliest_s": START_S - 60, "latest_s": START_S + 60}
     reserve(opened(), 1, now_s=START_S + clock_s, **signed)
     ledger = opened(MONTHLY)
     reserve(ledger, 1, now_s=START_S, **signed)
@@ -273,9 +274,9 @@ def test_a_clock_a_little_ahead_does_not_carry_the_ledger_beyond_what_was_signed
 # --- what a refusal says ----------------------------------------------------------------------------------------------
 
 
-def refusal_of(ledger: PrivacyLedger, **wanted: object) -> str:
+def refusal_of(ledger: PrivacyLedger, **wanted: Any) -> str:
     with pytest.raises(BudgetSpentError) as refusal:
-        reserve(ledger, 99, **wanted)  # type: ignore[arg-type]
+        reserve(ledger, 99, **wanted)
     return str(refusal.value)
 
 
