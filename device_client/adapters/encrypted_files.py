@@ -43,7 +43,7 @@ from fl_protocol.errors import LocalMisuseError
 KEY_BYTES = 32
 DATA_SCOPE = "data"
 DATA_FOLDERS = frozenset(
-    ("control", "damaged", "download", "evaluation", "outbox", "personal", "records", "recordings", "work")
+    ("control", "counted", "damaged", "download", "evaluation", "outbox", "personal", "records", "recordings", "work")
 )
 """First parts of the names that `shred` destroys: recordings, what was learnt from them, and what waits to be sent."""
 
@@ -226,8 +226,12 @@ class EncryptedFiles:
             self._disk.sync_folder()
             self._finish_erasure()
 
-    def shred_all(self) -> None:
-        """Remove everything, logs too; the caller destroys the store's key first, and closes.
+    def shred_all(self, destroy_key: Callable[[], None] = lambda: None) -> None:
+        """Remove everything, logs too; then only `close` makes sense.
+
+        Args:
+            destroy_key: destroys the store's own key, wherever it is kept; called once an opening would finish the
+                removal, whatever key it is given.
 
         Raises:
             StoreError: the disk refuses; try again, or open the store again, which finishes it.
@@ -237,6 +241,7 @@ class EncryptedFiles:
             self._disk.write(_ERASING, b"")
             self._disk.sync(_ERASING)
             self._disk.sync_folder()
+            destroy_key()
             self._finish_erasure()
 
     def _settle(self) -> None:

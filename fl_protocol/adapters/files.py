@@ -61,7 +61,7 @@ class SystemDisk:
         os.truncate(self.folder / name, length)
 
     def sync(self, name: str) -> None:
-        """fsync."""
+        """Fsync."""
         with self._open(name, os.O_RDONLY) as descriptor:
             os.fsync(descriptor)
 
@@ -78,12 +78,17 @@ class SystemDisk:
         (self.folder / name).mkdir(mode=self._mode | (self._mode & 0o444) >> 2, parents=True, exist_ok=True)
 
     def sync_folder(self, name: str = "") -> None:
-        """fsync of the folder."""
+        """Fsync of the folder."""
         fsync_folder(self.folder / name)
 
     def names(self, prefix: str = "") -> Sequence[str]:
         """All files, sorted."""
-        found = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+        start = self.folder / prefix.rpartition("/")[0]  # not the whole disk to list one folder
+        found = (
+            (Path(folder) / leaf).relative_to(self.folder).as_posix()
+            for folder, _, leaves in os.walk(start)
+            for leaf in leaves
+        )
         return sorted(name for name in found if name.startswith(prefix))
 
     @contextmanager

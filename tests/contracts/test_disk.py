@@ -193,7 +193,9 @@ class BothDisks(RuleBasedStateMachine):
     def look(self, name: str, offset: int, length: int) -> None:
         self.both(lambda disk: disk.sync(name))
         self.both(lambda disk: disk.read_at(name, offset, length))
-        self.both(lambda disk: (disk.read(name), disk.size(name), disk.names(), disk.names(name[:3])))
+        self.both(
+            lambda disk: (disk.read(name), disk.size(name), disk.names(), disk.names(name[:3]), disk.names("one/"))
+        )
 
 
 def outcome(act: Callable[[Disk], object], disk: Disk) -> object:

@@ -233,6 +233,22 @@ def test_a_power_cut_while_erasing_everything_never_leaves_a_part_that_counts() 
     assert outcomes == {True, False}
 
 
+def test_once_the_stores_key_is_destroyed_an_opening_with_any_key_finishes() -> None:
+    flash, store = filled(EncryptedFiles)
+
+    def destroy_key() -> None:
+        flash.power_cut = PowerCut(flash.operations, "before")
+
+    with pytest.raises(PowerCutError):
+        store.shred_all(destroy_key)
+    for seed in range(6):
+        after = flash.after_power_cut(Random(seed))  # noqa: S311 - chance, not secrecy
+        fresh = EncryptedFiles(after, b"\x12" * 32)
+        assert not after.names()
+        fill(fresh)
+        assert data_of(fresh) == EVERYTHING
+
+
 def test_a_lost_data_key_is_said_in_a_sentence_and_erasing_repairs_it() -> None:
     flash, _ = filled(EncryptedFiles)
     flash.remove(".data-key")
