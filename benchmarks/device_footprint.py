@@ -1,10 +1,18 @@
-"""What a device process needs: install size, cold start until connected, peak memory while training.
+"""What a device process needs, beside Flower's: install size, start, memory, bytes and processor time of a round.
 
-A clean virtual environment gets ``covey[device]`` and nothing else. In it the real ``covey-device run`` takes part in
-real rounds over a real broker (mosquitto with mutual TLS where installed). Compared in the same run, interleaved: a
-bare process that only imports numpy and the TFLite runtime.
+A clean virtual environment gets ``covey[device]`` (LiteRT) and nothing else, and a second one ``covey[tflite]``
+(tflite-runtime). In each the real ``covey-device run`` takes part in real rounds over a real broker (mosquitto with
+mutual TLS where installed). Beside it a Flower SuperNode, from an environment with ``flwr``, numpy and the same TFLite
+runtime, does the same rounds under a SuperLink with TLS: one full-batch clipped and noised step of the same graph on
+the same windows. They take turns, and every process that a device starts counts as the device.
 
+``rss_over_flower`` takes the measures that favour Flower: our high-water mark, with every page that we share with
+others, over the highest sum of Flower's processes with shared pages divided. ``install_over_flower`` is over all that
+pip adds to the environment. Flower needs Python 3.11 and pip; where it cannot be installed its keys are null.
+
+    python -m benchmarks.device_footprint                       # a table, in about half an hour
     python -m benchmarks.device_footprint --json
+    python -m benchmarks.device_footprint --plot footprint.png
 """
 
 from __future__ import annotations
@@ -16,166 +24,202 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from benchmarks.clean_install import Install, clean_install, import_times, own_source, pinned
 from benchmarks.command import parser
-from firmware_sim.brokers import start_broker
-from firmware_sim.observation import LogTail
-from firmware_sim.processes import DaemonProcess, Fleet
-from firmware_sim.run_folder import RunFolder, create_run
-from firmware_sim.settings import AGGREGATOR, DemoSettings
-from firmware_sim.watch_data import PEOPLE, default_cache, load_recordings
+from benchmarks.footprint_covey import covey_run, settings_for
+from benchmarks.footprint_run import FootprintError, Run, Schedule, summary
+from benchmarks.footprint_table import as_table, ratios
+from benchmarks.peers import environments
+from benchmarks.peers.flower import Round, flower_run
+from benchmarks.process_tree import kilobytes
+from benchmarks.timing import cpu_name
+from firmware_sim.bundles import bundle_and_publisher
+from firmware_sim.watch_data import default_cache, load_recordings, windows_of
+from fl_protocol.bundle import open_bundle
+from fl_protocol.signing import public_key_from_hex
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 BARE = "import numpy; from ai_edge_litert.interpreter import Interpreter; print(open('/proc/self/status').read())"
-WITHIN_S = 60.0
+RUNTIMES = {"device": ("ai-edge-litert", "ml-dtypes"), "tflite": ("tflite-runtime",)}
+"""Our extra, and what of its runtime Flower's environment gets in the same version."""
+IMPORTED = {"covey": "device_client.assembly", "flower": "flwr.supernode.cli"}
+"""What each device's command imports first."""
+CNN = "watch_cnn"
+LARGEST_LISTED = 12
 
 
 @dataclass
-class DeviceRun:
-    """What one device process showed."""
+class Contestant:
+    """An installed device and its runs."""
 
-    cold_start_s: list[float] = field(default_factory=list)
-    peak_rss_mb: list[float] = field(default_factory=list)
-    train_s_per_round: list[float] = field(default_factory=list)
+    install: Install
+    runs: list[Run] = field(default_factory=list)
+
+    def report(self) -> dict[str, Any]:
+        """Its column of the table."""
+        largest = dict(list(self.install.distributions.items())[:LARGEST_LISTED])
+        size = {"install_mb": self.install.install_mb, "compiled_mb": self.install.compiled_mb}
+        return {**size, **summary(self.runs), "largest_mb": largest}
+
+
+@dataclass
+class Variant:
+    """A TFLite runtime, and both contestants with it; without Flower, why."""
+
+    name: str
+    covey: Contestant
+    flower: Contestant | None
+    no_flower: str | None = None
+
+    def report(self, imports: dict[str, float]) -> dict[str, Any]:
+        """Both columns and their ratios."""
+        covey = self.covey.report() | {"import_s": imports["covey"]}
+        flower = None if self.flower is None else self.flower.report() | {"import_s": imports["flower"]}
+        return {"covey": covey, "flower": flower, "no_flower": self.no_flower, **ratios(covey, flower)}
 
 
 def main() -> None:
     arguments = _arguments()
+    schedule = Schedule(idle_s=arguments.idle, rounds=arguments.rounds, period_s=arguments.period)
+    names = ["device"] if arguments.no_tflite or sys.version_info >= (3, 12) else list(RUNTIMES)
     with tempfile.TemporaryDirectory(prefix="covey-footprint-") as name:
-        report = measure(Path(name), rounds=arguments.rounds, repeats=arguments.repeats)
-    print(json.dumps(report, indent=1) if arguments.json else "\n".join(f"{k}: {v}" for k, v in report.items()))
+        variants = [install(Path(name), extra, with_flower=not arguments.no_flower) for extra in names]
+        try:
+            report = measure(Path(name), variants, schedule, repeats=arguments.repeats)
+        except FootprintError as error:
+            raise SystemExit(f"device_footprint: {error}") from error
+    print(json.dumps(report, indent=1) if arguments.json else as_table(report))
+    if arguments.plot is not None:
+        from benchmarks.footprint_plot import plot  # noqa: PLC0415 - matplotlib only for those who draw
+
+        plot(report, arguments.plot)
 
 
-def measure(folder: Path, *, rounds: int, repeats: int) -> dict[str, object]:
-    """Install, then start device and bare process in turn."""
-    python, install_mb = clean_install(folder / "venv")
-    bare_start_s: list[float] = []
-    bare_rss_mb: list[float] = []
-    runs = {model: DeviceRun() for model in ("watch_features", "watch_cnn")}
+def install(folder: Path, extra: str, *, with_flower: bool) -> Variant:
+    """Clean environments for one of our extras and for Flower with the same runtime."""
+    covey = clean_install(folder / f"covey-{extra}", f"{own_source(folder / 'source')}[{extra}]", constraints=True)
+    if not with_flower:
+        return Variant(extra, Contestant(covey), None, "not asked for")
+    packages = [environments.FLOWER, *(pinned(package) for package in ("numpy", *RUNTIMES[extra]))]
+    try:
+        environments.prepare("flower")
+        flower = clean_install(folder / f"flower-{extra}", *packages)
+    except environments.PeerMissingError as error:
+        return Variant(extra, Contestant(covey), None, str(error))
+    except subprocess.CalledProcessError:
+        return Variant(extra, Contestant(covey), None, f"pip could not install {', '.join(packages)} together.")
+    return Variant(extra, Contestant(covey), Contestant(flower))
+
+
+def measure(folder: Path, variants: list[Variant], schedule: Schedule, *, repeats: int) -> dict[str, Any]:
+    """Run all in turns."""
+    work = same_round(folder, schedule.rounds)
+    cnn: list[Run] = []
+    bare: list[tuple[float, float]] = []
     for number in range(repeats):
-        for model, result in runs.items():
-            one_run(folder / f"{model}-{number}", model, python, rounds=rounds, result=result)
-        started_s = time.monotonic()
-        status = subprocess.run([python, "-c", BARE], capture_output=True, text=True, check=True).stdout
-        bare_start_s.append(time.monotonic() - started_s)
-        bare_rss_mb.append(_status_kb(status, "VmHWM") / 1024)
-    demo = runs["watch_features"]
+        for variant in variants:
+            at = folder / f"{variant.name}-{number}"
+            variant.covey.runs.append(covey_run(at / "covey", variant.covey.install, schedule))
+            if variant.flower is not None:
+                commands, server = variant.flower.install.folder / "bin", environments.prepare("flower").parent
+                variant.flower.runs.append(flower_run(at / "flower", commands, server, work, schedule))
+        short = Schedule(idle_s=0, rounds=schedule.rounds, period_s=schedule.period_s / 2)
+        cnn.append(covey_run(folder / f"{CNN}-{number}", variants[0].covey.install, short, model=CNN))
+        bare.append(bare_process(variants[0].covey.install))
+    imports = [_imports(variant, repeats=3 * repeats) for variant in variants]
+    reports = [variant.report(times) for variant, times in zip(variants, imports, strict=True)]
+    conditions = {
+        "idle_s": schedule.idle_s,
+        "rounds_each": schedule.rounds,
+        "period_s": schedule.period_s,
+        "repeats": repeats,
+        "python": sys.version.split()[0],
+        "cpu": cpu_name(),
+        "versions": variants[0].covey.install.versions,
+        "flower_version": environments.FLOWER,
+    }
+    return headline(reports, cnn, bare) | conditions
+
+
+def headline(reports: list[dict[str, Any]], cnn: list[Run], bare: list[tuple[float, float]]) -> dict[str, Any]:
+    """The documented default's numbers first, then everything."""
+    default, other = reports[0], summary(cnn)
+    covey = default["covey"]
     return {
-        "peak_rss_mb": round(statistics.median(demo.peak_rss_mb), 1),
-        "cold_start_s": round(statistics.median(demo.cold_start_s), 3),
-        "install_mb": install_mb,
-        "train_s_per_round": round(statistics.median(demo.train_s_per_round), 4),
+        "peak_rss_mb": covey["peak_high_water_mb"],
+        "cold_start_s": covey["cold_start_s"],
+        "install_mb": covey["install_mb"],
+        "install_over_flower": default["install_over_flower"],
+        "rss_over_flower": default["rss_over_flower"],
+        "train_s_per_round": covey["train_s_per_round"],
         "model": "watch_features",
-        "watch_cnn": {
-            "peak_rss_mb": round(statistics.median(runs["watch_cnn"].peak_rss_mb), 1),
-            "cold_start_s": round(statistics.median(runs["watch_cnn"].cold_start_s), 3),
-            "train_s_per_round": round(statistics.median(runs["watch_cnn"].train_s_per_round), 4),
+        CNN: {
+            "peak_rss_mb": other["peak_high_water_mb"],
+            "cold_start_s": other["cold_start_s"],
+            "train_s_per_round": other["train_s_per_round"],
         },
         "bare_numpy_and_litert": {
-            "peak_rss_mb": round(statistics.median(bare_rss_mb), 1),
-            "start_s": round(statistics.median(bare_start_s), 3),
+            "peak_rss_mb": round(statistics.median(mb for mb, _ in bare), 1),
+            "start_s": round(statistics.median(start_s for _, start_s in bare), 3),
         },
-        "repeats": repeats,
-        "rounds_each": rounds,
-        "python": sys.version.split()[0],
+        **dict(zip(RUNTIMES, reports, strict=False)),
     }
 
 
-def clean_install(folder: Path) -> tuple[str, float]:
-    """A virtual environment with the device's packages only; its Python, and the size of what was installed in MB."""
-    venv.create(folder, with_pip=True)
-    python = str(folder / "bin" / "python")
-    packages = Path(
-        subprocess.run(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    )
-    before = _tree_bytes(packages)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    if sys.version_info[:2] == (3, 11):
-        pip += ["-c", str(REPOSITORY / "constraints.txt")]
-    subprocess.run([*pip, f"{REPOSITORY}[device]"], check=True, stdout=subprocess.DEVNULL)
-    return python, round((_tree_bytes(packages) - before) / 1e6, 1)
+def same_round(folder: Path, rounds: int) -> Round:
+    """What the wrists of `covey_run` compute, as files for Flower's nodes."""
+    settings = settings_for("watch_features", rounds)
+    path, publisher = bundle_and_publisher(settings.model)
+    bundle = open_bundle(path.read_bytes(), publisher=public_key_from_hex(publisher))
+    samples, recordings = bundle.manifest.input.shape[0], load_recordings(default_cache())
+    records = []
+    for wrist in settings.training_wrists:
+        windows = windows_of(recordings, wrist, samples=samples)
+        records.append(folder / f"{wrist.device_id}.npz")
+        np.savez(records[-1], x=windows.x, y=windows.y)
+    graph, params = folder / "graph.tflite", folder / "params.npy"
+    graph.write_bytes(bundle.graph)
+    np.save(params, bundle.params)
+    plan = {
+        "learning-rate": settings.learning_rate,
+        "l2-norm-clip": settings.l2_norm_clip,
+        "noise-multiplier": settings.noise_multiplier,
+        "expected-batch-size": settings.expected_batch_size,
+    }
+    return Round(graph, params, (records[0], records[1]), plan)
 
 
-def one_run(folder: Path, model: str, python: str, *, rounds: int, result: DeviceRun) -> None:
-    """Two wrists of one person train `rounds` rounds; both are measured."""
-    settings = DemoSettings(held_out=PEOPLE[1:], model=model, rounds=rounds, l2_norm_clip=0.5)
-    run = create_run(folder, settings, load_recordings(default_cache()))
-    broker = start_broker("auto", run, settings)
-    aggregator = DaemonProcess(AGGREGATOR, "aggregator.cli", run.aggregator_toml, run.log(AGGREGATOR))
-    devices = [
-        DaemonProcess(
-            wrist.device_id, "device_client.cli", run.device_toml(wrist), run.log(wrist.device_id), python=python
-        )
-        for wrist in settings.training_wrists
-    ]
-    try:
-        with _running(Fleet([aggregator])):
-            _wait_for(run, AGGREGATOR, "connected")
-            for device in devices:  # one after the other: a cold start shares no core with another
-                started_s = time.time()
-                device.start()
-                result.cold_start_s.append(_wait_for(run, device.name, "connected") - started_s)
-            with _running(Fleet(devices), start=False):
-                _wait_for(run, AGGREGATOR, "task_finished")
-                for device in devices:
-                    status = Path(f"/proc/{device.pid}/status").read_text()
-                    result.peak_rss_mb.append(_status_kb(status, "VmHWM") / 1024)
-                    seconds = [
-                        e["seconds"]
-                        for e in LogTail(device.name, run.log(device.name)).read()
-                        if e["event"] == "trained"
-                    ]
-                    result.train_s_per_round.append(statistics.median(seconds))
-    finally:
-        broker.stop()
+def bare_process(covey: Install) -> tuple[float, float]:
+    """Peak MB and seconds of a process that only imports numpy and the runtime."""
+    started_s = time.monotonic()
+    status = subprocess.run([covey.python, "-c", BARE], capture_output=True, text=True, check=True).stdout
+    return kilobytes(status, "VmHWM") / 1024, time.monotonic() - started_s
 
 
-@contextmanager
-def _running(fleet: Fleet, *, start: bool = True) -> Iterator[None]:
-    """The fleet's processes, stopped in the end."""
-    try:
-        if start:
-            fleet.start()
-        yield
-    finally:
-        fleet.stop()
-
-
-def _wait_for(run: RunFolder, name: str, event: str) -> float:
-    """When a process said that `event` happened, Unix seconds."""
-    tail = LogTail(name, run.log(name))
-    ends_s = time.monotonic() + WITHIN_S
-    while time.monotonic() < ends_s:
-        for entry in tail.read():
-            if entry["event"] == event:
-                return float(entry["at_s"])
-        time.sleep(0.005)
-    complaint = run.log(name).with_suffix(".err").read_text()[-300:]
-    raise SystemExit(f"{name} did not say {event} within {WITHIN_S:g} s: {complaint}")
-
-
-def _status_kb(status: str, key: str) -> int:
-    return int(next(line for line in status.splitlines() if line.startswith(key)).split()[1])
-
-
-def _tree_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _imports(variant: Variant, *, repeats: int) -> dict[str, float]:
+    """Seconds to import what each command imports."""
+    modules = {"covey": (variant.covey.install, IMPORTED["covey"])}
+    if variant.flower is not None:
+        modules["flower"] = (variant.flower.install, IMPORTED["flower"])
+    return import_times(modules, repeats=repeats)
 
 
 def _arguments() -> argparse.Namespace:
     command = parser("device_footprint", __doc__)
-    command.add_argument("--rounds", type=int, default=5, help="rounds each device takes part in")
-    command.add_argument("--repeats", type=int, default=5, help="runs per model, interleaved")
+    command.add_argument("--rounds", type=int, default=5, help="rounds that each device takes part in")
+    command.add_argument("--repeats", type=int, default=3, help="runs of each, in turns")
+    command.add_argument("--idle", type=float, default=60.0, help="seconds connected with nothing to do")
+    command.add_argument("--period", type=float, default=10.0, help="seconds that belong to each round")
+    command.add_argument("--no-flower", action="store_true", help="only covey")
+    command.add_argument("--no-tflite", action="store_true", help="only covey[device], without covey[tflite]")
+    command.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw install size and memory (needs matplotlib)"
+    )
     return command.parse_args()
 
 

@@ -18,6 +18,7 @@ CACHE = Path(".peers")
 STAMP = "covey-peer.sha256"
 INSTALL_WITHIN_S = 1800.0
 IS_3_11 = sys.version_info[:2] == (3, 11)
+FLOWER = "flwr==1.41.0"
 
 
 class PeerMissingError(Exception):
@@ -45,6 +46,7 @@ PEERS = {
     "tensorflow": Requirements(
         ("tensorflow==2.15.1", "tensorflow-privacy==0.9.0"), REPOSITORY / "constraints.txt" if IS_3_11 else None
     ),
+    "flower": Requirements((FLOWER, "numpy==1.26.4", "ai-edge-litert==2.3.0")),
 }
 """Name (also the script's and the folder's) and what its environment holds."""
 
