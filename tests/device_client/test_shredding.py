@@ -42,7 +42,8 @@ def data_of(store: EncryptedFiles) -> tuple[object, ...]:
     return store.frames(SEGMENT), store.read("outbox/0a"), store.read("personal/0a")
 
 
-EVERYTHING, NOTHING = ([SECRET * 10] * 3, SECRET, SECRET), ([], None, None)
+EVERYTHING: tuple[object, ...] = ([SECRET * 10] * 3, SECRET, SECRET)
+NOTHING: tuple[object, ...] = ([], None, None)
 
 
 def files_of(disk: Disk) -> dict[str, bytes]:

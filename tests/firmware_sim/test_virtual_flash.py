@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 from typing import Literal, get_args
 
@@ -143,10 +144,12 @@ def test_after_the_power_went_nothing_works() -> None:
 
 
 def test_sends_share_the_counter_and_happen_or_not_at_a_cut() -> None:
-    for moment, sent in (("before", 0), ("after", 1)):
-        flash, messages = VirtualFlash(power_cut=PowerCut(0, moment)), []  # type: ignore[arg-type]
+    cases: tuple[tuple[Moment, int], ...] = (("before", 0), ("after", 1))
+    for moment, sent in cases:
+        flash = VirtualFlash(power_cut=PowerCut(0, moment))
+        messages: list[str] = []
         with pytest.raises(PowerCutError):
-            flash.boundary("send", "up/1", lambda messages=messages: messages.append(1))
+            flash.boundary("send", "up/1", partial(messages.append, "up/1"))
         assert len(messages) == sent
 
 
@@ -173,7 +176,7 @@ def test_a_read_only_flash_can_be_read() -> None:
     flash.read_only = True
     flash.make_folder("one")
     flash.sync("a")
-    for act in (
+    changes: tuple[Callable[[], object], ...] = (
         lambda: flash.write("a", b""),
         lambda: flash.append("b", b""),
         lambda: flash.write_at("a", 0, b""),
@@ -181,7 +184,8 @@ def test_a_read_only_flash_can_be_read() -> None:
         lambda: flash.rename("a", "b"),
         lambda: flash.remove("a"),
         lambda: flash.make_folder("two"),
-    ):
+    )
+    for act in changes:
         with pytest.raises(OSError, match="Read-only file system") as raised:
             act()
         assert raised.value.errno == errno.EROFS
@@ -262,7 +266,8 @@ def test_a_removed_file_is_whole_or_gone() -> None:
 
 def test_the_same_content_is_kept_as_a_real_file_under_random_work() -> None:
     random = seeded(5)
-    flash, model = VirtualFlash(), {}
+    flash = VirtualFlash()
+    model: dict[str, bytes] = {}
     for _ in range(3000):
         name = random.choice("abc")
         data = random.randbytes(random.randint(0, 9000))

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from device_client.adapters.encrypted_files import EncryptedFiles
 from device_client.errors import StoreError
+from device_client.ports import Float32
 from device_client.recordings.window_store import SEGMENT_BYTES, Retention, WindowStore
 from device_client.training import Records
 from firmware_sim.virtual_flash import VirtualFlash
@@ -37,7 +39,7 @@ def open_windows(flash: VirtualFlash, **changes: Any) -> WindowStore:
     return WindowStore(EncryptedFiles(flash, KEY), "default", **given)
 
 
-def batch(first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def batch(first: int, count: int) -> tuple[Float32, NDArray[np.int32]]:
     """Windows that say their number."""
     numbers = np.arange(first, first + count)
     return np.broadcast_to(numbers[:, None, None], (count, *SHAPE)).astype(np.float32), numbers.astype(np.int32) % 2
@@ -221,7 +223,7 @@ def test_old_records_go_from_the_medium_too() -> None:
         again.prune(NOW_S + day * DAY_S)
     assert (len(again), again.appended) == (0, 60)
     assert len(segments(flash)) == 1
-    assert flash.size(segments(flash)[0]) < 4096
+    assert (flash.size(segments(flash)[0]) or 0) < 4096
     assert open_windows(flash, retention=retention).appended == 60
 
 

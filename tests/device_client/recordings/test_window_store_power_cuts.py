@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from device_client.adapters import encrypted_files
 from device_client.adapters.encrypted_files import EncryptedFiles
 from device_client.errors import StoreError
+from device_client.recordings.frames import seal_frame
 from device_client.recordings.window_store import Retention, WindowStore
 from firmware_sim.virtual_flash import PowerCut, PowerCutError, VirtualFlash
 from fl_protocol.durable import Disk, append_durably
@@ -123,7 +124,7 @@ class CutsAnywhere(RuleBasedStateMachine):
 
 
 def test_windows_survive_power_cuts_at_any_boundary() -> None:
-    run_state_machine_as_test(CutsAnywhere, settings=SETTINGS)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(CutsAnywhere, settings=SETTINGS)
 
 
 def three_days(machine: CutsAnywhere) -> None:
@@ -173,7 +174,7 @@ def untruncated(append: Callable[[Disk, str, bytes], None]) -> Callable[[Encrypt
     """Broken: what a torn append left stays in front of the next frame."""
 
     def append_frame(self: EncryptedFiles, name: str, number: int, data: bytes) -> None:
-        frame = encrypted_files.seal_frame(self._key_of(name), name, number, data, nonce=self.entropy(12))
+        frame = seal_frame(self._key_of(name), name, number, data, nonce=self.entropy(12))
         self._make_folder(name)
         append(self._disk, name, frame)
         self._ends[name] = number + 1, self._disk.size(name) or 0
