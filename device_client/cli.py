@@ -1,26 +1,17 @@
-"""The command ``covey-device`` (argparse, to keep the device's dependencies few)."""
+"""The command ``covey-device`` (argparse, to keep the device's dependencies few): its arguments, and its exit codes."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
-from contextlib import closing
 from pathlib import Path
-from zipfile import BadZipFile
 
-import numpy as np
-
-from device_client.assembly import DeviceFiles, assemble
-from device_client.device_store import check_records, create_identity, save_records
+from device_client import cli_ask, cli_store
+from device_client.assembly import DeviceFiles
+from device_client.doctor import run_doctor
 from device_client.errors import LedgerError, StoreError
-from device_client.training import Records
-from fl_protocol.adapters.journal import JsonLines
 from fl_protocol.adapters.software import software_version
 from fl_protocol.errors import BundleError, ConfigError, CoveyError
-from fl_protocol.model_manifest import label_array
-from fl_protocol.signing import public_key_hex
 
 _EXIT_CODES: list[tuple[type[CoveyError], int]] = [
     (ConfigError, 2),
@@ -30,12 +21,20 @@ _EXIT_CODES: list[tuple[type[CoveyError], int]] = [
     (CoveyError, 1),
 ]
 _EPILOG = """examples:
-  covey-device init   --config device.toml             make keys, print the public one to register
-  covey-device import --config device.toml windows.npz  store labelled windows (arrays x [n,samples,channels], y [n])
-  covey-device run    --config device.toml             take part until stopped; one JSON line per event
-  covey-device ledger --config device.toml             what was spent of the privacy budget, and on what
+  covey-device init    --config device.toml               make the store's key and this device's keys
+  covey-device import  --config device.toml walk.csv      store labelled recordings, encrypted (.csv or .npz)
+  covey-device consent --config device.toml list          what each study would do
+  covey-device consent --config device.toml grant steps   agree to it
+  covey-device run     --config device.toml               take part until stopped; one JSON line per event
+  covey-device status  --config device.toml               what it is doing, and why it is not training
+  covey-device ledger  --config device.toml               what was spent of the privacy budget, and on what
+  covey-device sent    --config device.toml               every update that left this device
+  covey-device erase   --config device.toml --data        destroy the recordings
+  covey-device doctor  --config device.toml               what is missing for it to work
 
-exit codes: 0 done, 1 other error, 2 usage or configuration, 3 store or ledger, 4 model bundle
+status, consent, ledger, sent and erase --data ask the running daemon, or open the store when none runs.
+
+exit codes: 0 done, 1 other error, 2 usage or configuration, 3 store or ledger, 4 model bundle, 5 doctor found problems
 """
 
 
@@ -47,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     except CoveyError as error:
         print(f"covey-device: {error}", file=sys.stderr)
         return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+    except BrokenPipeError:  # whoever read the output went away
+        sys.stderr.close()
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,75 +62,77 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"covey-device {software_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
-        ("init", _init, "make the store and this device's keys; print its public key"),
-        ("import", _import, "replace the stored records by those in an .npz file"),
-        ("run", _run, "take part in the study until stopped"),
-        ("ledger", _ledger, "show the privacy ledger"),
+        ("init", cli_store.init, "make the store and this device's keys; print the public key of each fixed name"),
+        ("import", cli_store.import_records, "store labelled recordings from a .csv or .npz file"),
+        ("pseudonyms", cli_store.pseudonyms, "ask for names on the wire, install the answer, or list them"),
+        ("run", cli_store.run, "take part in the granted studies until stopped"),
+        ("status", cli_ask.status, "what the device is doing, and why it is not training"),
+        ("consent", cli_ask.consent, "list the studies, agree to one, or leave it"),
+        ("ledger", cli_ask.ledger, "show the privacy ledger"),
+        ("sent", cli_ask.sent, "show every update that left this device"),
+        ("erase", cli_store.erase, "destroy the recordings, or everything"),
+        ("doctor", run_doctor, "check clock, disk, runtime, broker, certificates and battery"),
     ):
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--config", type=Path, required=True, help="path of device.toml")
         sub.set_defaults(command=command)
-        if name == "import":
-            sub.add_argument(
-                "windows", type=Path, help=".npz with x float32 [n, ...] and y, int32 [n] or float32 [n, K]"
-            )
+        _ARGUMENTS.get(name, lambda _sub: None)(sub)
     return parser
 
 
-def _init(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
-    """Make keys where there are none."""
-    with closing(files.open_store(create=True)) as store:
-        key = create_identity(store, os.urandom)
-    print(public_key_hex(key.public_key()))
-    return 0
+def _import_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("recordings", type=Path, help=".csv (docs/recordings.md), or .npz with x [n, ...] and y [n]")
+    sub.add_argument("--stream", default="default", help="stream of records (default: default)")
+    sub.add_argument("--hop", type=int, help=".csv: samples between the starts of windows (default: no overlap)")
+    sub.add_argument("--unit", action="append", default=[], metavar="CHANNEL=UNIT", help=".csv: unit of a channel")
+    sub.add_argument("--rate", type=float, metavar="HZ", help=".csv without a column t_s: its sampling rate")
 
 
-def _import(files: DeviceFiles, arguments: argparse.Namespace) -> int:
-    """Check windows against the model's schema, then store them."""
-    manifest = files.open_bundle().manifest
-    try:
-        loaded = np.load(arguments.windows, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise ConfigError(f"{arguments.windows}: expected an .npz with arrays x and y, got a single array")
-        with loaded as archive:
-            x = archive["x"].astype(np.float32)
-            records = Records(x, label_array(archive.get("y"), len(x), label=manifest.label))
-    # numpy: EOFError for an empty file, BadZipFile for a damaged one.
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise ConfigError(f"{arguments.windows}: expected an .npz with arrays x and y ({error})") from error
-    check_records(records, window_shape=manifest.input.shape, label=manifest.label)
-    with closing(files.open_store(create=True)) as store:
-        save_records(store, records)
-    print(f"{len(records)} windows stored, encrypted, in {files.config.device.store}")
-    return 0
+def _pseudonym_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("action", choices=["request", "install", "list"])
+    sub.add_argument("study", nargs="?", help="task, or tenant/task; needed where there are several studies")
+    sub.add_argument("--file", type=Path, help="request: where to write it; install: the operator's answer")
+    sub.add_argument("--count", type=int, default=12, help="request: how many names (default 12)")
+    sub.add_argument("--anew", action="store_true", help="request: forget a request that was not answered")
 
 
-def _run(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
-    """Run the daemon until SIGINT or SIGTERM."""
-    stop: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signum, _frame: stop.append(signum))
-    assemble(files, software=f"covey {software_version()}", journal=JsonLines()).run(lambda: bool(stop))
-    return 0
+def _consent_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("action", choices=["list", "grant", "withdraw"])
+    sub.add_argument("study", nargs="?", default="", help="task, or tenant/task")
+    _json_argument(sub)
 
 
-def _ledger(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
-    """Print the ledger."""
-    with closing(files.open_store()) as store:
-        ledger = files.open_ledger(store)
-    budget = ledger.budget
-    print(f"spent: epsilon {ledger.spent_epsilon:.4f} of {budget.epsilon:g} at delta {budget.delta:g}")
-    print(f"participations: {len(ledger.reservations)}")
-    if ledger.reservations:
-        print(f"enforced at Rényi order {ledger.order:g}")
-        left = ledger.remaining_participations(ledger.reservations[-1].rdp())
-        print(f"left: {left:g} more like the last")
-    for entry in ledger.reservations:
-        print(
-            f"  {entry.task} round {entry.round}: {entry.steps} step(s), "
-            f"sampling rate {entry.sampling_rate:g}, noise multiplier {entry.noise_multiplier:g}"
-        )
-    return 0
+def _ledger_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "action",
+        nargs="?",
+        choices=["accept-counter"],
+        help="accept a ledger whose counter was lost or does not fit; the rest of this period then counts as spent",
+    )
+    _json_argument(sub)
+
+
+def _erase_arguments(sub: argparse.ArgumentParser) -> None:
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--data", action="store_true", help="recordings and all that was computed from them here")
+    which.add_argument("--all", action="store_true", help="the whole store with its key: identities and ledger too")
+    sub.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _json_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+
+_ARGUMENTS = {
+    "import": _import_arguments,
+    "pseudonyms": _pseudonym_arguments,
+    "consent": _consent_arguments,
+    "ledger": _ledger_arguments,
+    "erase": _erase_arguments,
+    "status": _json_argument,
+    "sent": _json_argument,
+    "doctor": _json_argument,
+}
 
 
 if __name__ == "__main__":

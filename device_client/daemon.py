@@ -1,129 +1,116 @@
-"""The daemon: a loop that hands events to the session and does what it asks, through ports only."""
+"""The daemon: one loop over all studies of a device. It waits for a bell, never polls, and trains in between.
+
+Order in a turn: what people and sensors ask; which studies run (consent, pseudonyms); messages; whether the device may
+train; one step of training. A step is the longest it is away from its messages.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from device_client.device_store import save_session
 from device_client.errors import StoreError
-from device_client.events import (
-    Action,
-    Discard,
-    Evaluate,
-    Note,
-    Participate,
-    ParticipationEnded,
-    Publish,
-    Remember,
-    Subscribe,
-    Tick,
-    Unsubscribe,
-    UpdateReady,
-)
-from device_client.participation import Participant
-from device_client.ports import Clock, Store, Transport
-from device_client.session import DeviceSession
+from device_client.ports import Bell, Clock, Watchdog
+from device_client.readiness import READ_EVERY_S, Readiness
+from device_client.studies import LOOK_EVERY_S, Studies
+from device_client.study_runner import StudyRunner
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import CoveyError
 
-LONGEST_WAIT_S = 0.5
-"""How long one poll may take, so that a stop request is noticed soon."""
+HOUSEKEEPING_S = 3600.0
+"""How often records are looked through for those that have become too old."""
 
 
 @dataclass
 class DeviceDaemon:
-    """One device at work; see the module docstring."""
+    """One device at work; see the module docstring.
 
-    session: DeviceSession
-    participant: Participant
-    store: Store
-    transport: Transport
+    Args:
+        studies: what runs on it.
+        readiness: whether it may train.
+        serve: answers what is asked of it, through sockets or by the embedding program; whether anything was.
+        prune: drops records that are too old or too many.
+    """
+
+    studies: Studies
+    readiness: Readiness
     clock: Clock
+    bell: Bell
+    watchdog: Watchdog
     journal: Journal
+    serve: Callable[[], bool] = lambda: False
+    prune: Callable[[float], int] = lambda _now_s: 0
+    _kept_house_s: float = field(default=-math.inf, init=False)
+    _paused: bool = field(default=False, init=False)
 
-    def run(self, should_stop: Callable[[], bool]) -> None:
-        """Work until `should_stop`; then say goodbye to the broker. What is pending stays in the outbox."""
-        self.transport.open()
-        while not should_stop():
-            self.step()
-        goodbye = self.session.offline_presence()
-        self.transport.publish(goodbye.topic, goodbye.payload, retain=goodbye.retain)
-        self.transport.close()
-        self._note("stopped")
+    def close(self) -> None:
+        """Put training aside and say goodbye."""
+        self.studies.stop_all()
+        self.journal.write("stopped", at_s=self.clock.now_s())
 
     def step(self) -> None:
-        """Wait for one event, at most `LONGEST_WAIT_S`, and act on it."""
-        wake_s = self.session.next_wake_s()
-        timeout_s = LONGEST_WAIT_S if wake_s is None else min(LONGEST_WAIT_S, wake_s - self.clock.now_s())
-        event = self.transport.poll(max(0.0, timeout_s))
-        self._execute(self.session.handle(event if event is not None else Tick(), self.clock.now_s()))
+        """Do what there is to do, then wait until there is more."""
+        busy = self.serve()
+        self.studies.check()
+        self._keep_house()
+        runners = self.studies.running
+        busy = any([busy, *(bool(runner.take_events()) for runner in runners)])
+        blocked = self._look() if any(_cares(runner) for runner in runners) else None
+        for runner in runners:
+            runner.tick(blocked)
+        busy |= self._train(runners, bool(blocked))
+        self.watchdog.alive(self._summary(runners))
+        if not busy:
+            self.bell.wait(self._idle_for_s(runners))
 
-    def _execute(self, actions: list[Action]) -> None:
-        """Do a batch in order; when the disk fails, the rest is dropped, and the session retries what it sends."""
-        try:
-            for action in actions:
-                self._do(action)
-        except StoreError as error:
-            self._note("store_failed", reason=str(error))
+    def _look(self) -> tuple[str, ...]:
+        """Why the device may not train; a change is told to the journal."""
+        before = self.readiness.blocked
+        blocked = self.readiness.look()
+        if {b.rule for b in before} != {b.rule for b in self.readiness.blocked}:
+            self.journal.write("eligibility", at_s=self.clock.now_s(), blocked=[b.rule for b in self.readiness.blocked])
+        return blocked
 
-    def _do(self, action: Action) -> None:
-        """Carry out one action."""
-        match action:
-            case Publish():
-                self.transport.publish(action.topic, action.payload, retain=action.retain, expires_s=action.expires_s)
-            case Subscribe():
-                self.transport.subscribe(action.topic_filter)
-            case Unsubscribe():
-                self.transport.unsubscribe(action.topic_filter)
-            case Remember():
-                save_session(self.store, action.state)
-            case Discard():
-                self.participant.outbox.discard(action.update_id)
-            case Note():
-                self._note(action.event, **action.fields)
-            case Participate():
-                self._participate(action)
-            case Evaluate():
-                self._evaluate(action)
+    def _train(self, runners: list[StudyRunner], is_blocked: bool) -> bool:
+        """One step for every study that trains, or none and their progress kept; whether anything was done."""
+        if is_blocked:
+            if not self._paused:
+                for runner in runners:
+                    runner.put_aside()
+            self._paused = True
+            return False
+        self._paused = False
+        return any([runner.advance() for runner in runners])
 
-    def _participate(self, action: Participate) -> None:
-        """Take part in a round and tell the session how it went."""
-        manifest, started_s = action.manifest, self.clock.now_s()
-        try:
-            pending = self.participant.participate(manifest, action.params, now_s=started_s)
-        except CoveyError as error:  # whatever a signed plan asks for, it must not stop the daemon
-            ended = ParticipationEnded(manifest.round, str(error))
-            self._execute(self.session.handle(ended, self.clock.now_s()))
+    def _keep_house(self) -> None:
+        """Let records grow old."""
+        now_s = self.clock.now_s()
+        if abs(now_s - self._kept_house_s) < HOUSEKEEPING_S:
             return
-        ledger = self.participant.ledger
-        self._note(
-            "trained",
-            round=manifest.round,
-            seconds=round(self.clock.now_s() - started_s, 4),
-            epsilon=ledger.spent_epsilon,
-            budget_epsilon=ledger.budget.epsilon,
-            delta=ledger.budget.delta,
-        )
-        self._execute(self.session.handle(UpdateReady(pending), self.clock.now_s()))
-
-    def _evaluate(self, action: Evaluate) -> None:
-        """Measure a global model on the device's own records; only this device's journal learns the result."""
+        self._kept_house_s = now_s
         try:
-            result = self.participant.measure(action.params)
-        except CoveyError as error:
-            self._note("evaluation_failed", round=action.manifest.round, reason=str(error))
-            return
-        self._note(
-            "evaluated",
-            round=action.manifest.round,
-            status=action.manifest.status,
-            model_digest=action.manifest.model_digest.hex(),
-            loss_sum=result.loss_sum,
-            correct=result.correct,
-            count=result.count,
-        )
+            gone = self.prune(now_s)
+        except (StoreError, CoveyError) as error:
+            self.journal.write("store_failed", at_s=now_s, reason=str(error))
+        else:
+            if gone:
+                self.journal.write("records_pruned", at_s=now_s, count=gone)
 
-    def _note(self, event: str, **fields: object) -> None:
-        """Write to the journal."""
-        self.journal.write(event, at_s=self.clock.now_s(), **fields)
+    def _idle_for_s(self, runners: list[StudyRunner]) -> float:
+        """How long nothing can happen unless the bell rings."""
+        waits = [LOOK_EVERY_S, self.watchdog.longest_wait_s]
+        if any(_cares(runner) for runner in runners):
+            waits.append(READ_EVERY_S)
+        now_s = self.clock.now_s()
+        waits += [runner.session.next_wake_s() - now_s for runner in runners]
+        return max(0.0, min(waits))
+
+    def _summary(self, runners: list[StudyRunner]) -> str:
+        """One line for whoever watches the process."""
+        return "; ".join(f"{runner.study}: {runner.session.view().doing}" for runner in runners) or "no study granted"
+
+
+def _cares(runner: StudyRunner) -> bool:
+    """Whether it matters now if the device may train."""
+    return runner.work is not None or runner.session.wants_to_train

@@ -1,26 +1,44 @@
-"""Delivering sealed updates: sent in chunks, resent with back-off and jitter, held until the signed receipt. Pure.
+"""Delivering sealed updates: in chunks, as fast as the broker takes them, until the signed receipt. Pure.
 
-The same bytes every time: an update is never re-noised or re-sealed, so resending releases nothing new.
+The same bytes every time: an update is never re-noised or re-sealed, so resending releases nothing new. No more than
+`WINDOW` messages are handed to the transport before the broker has acknowledged some (which says that the line is free,
+and nothing about delivery); the back-off to the next attempt begins when the last one has left. A large update that may
+be there in part is first asked about: its last chunk is sent alone, and the aggregator answers with what it misses.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from device_client.events import Action, Discard, Note, PendingUpdate, Publish
 from device_client.noise import Entropy
 from fl_protocol.chunking import missing_indices, split
 from fl_protocol.errors import RefusalReason
 from fl_protocol.limits import chunk_data_bytes
-from fl_protocol.messages import NackMsg, ReceiptMsg, encode
+from fl_protocol.messages import ChunkMsg, NackMsg, ReceiptMsg, encode
 from fl_protocol.topics import upload_topic
 
 FIRST_RETRY_S = 5.0
 LONGEST_RETRY_S = 300.0
 GRACE_S = 3600.0
 """How long past its round's deadline an update is still offered: the aggregator may hold it and the receipt be lost."""
+LEAST_ATTEMPTS = 8
+"""How often at least it was offered in this life of the process: the clock alone, which may be wrong, throws nothing
+away."""
+WINDOW = 8
+"""Messages on their way to the broker at a time."""
+ASK_FIRST_CHUNKS = 4
+"""An update of more chunks than this is asked about before it is sent again."""
+ANSWER_WITHIN_S = 15.0
+"""How long the aggregator may take to say what it misses (it answers about 10 s after the chunk)."""
+
+RETRYABLE = frozenset(
+    {RefusalReason.MALFORMED, RefusalReason.OVERSIZED, RefusalReason.BAD_SIGNATURE, RefusalReason.UNSEALABLE}
+)
+"""What only bytes that were changed on the way can be refused for: this device's own are well-formed."""
 
 
 @dataclass
@@ -28,61 +46,74 @@ class _Delivery:
     """One update on its way."""
 
     pending: PendingUpdate
+    begun_before: bool  # parts of it may be at the aggregator
     attempts: int = 0
     next_send_s: float = 0.0
-    asked_s: float = -math.inf  # when a NACK last had missing chunks sent
+    queue: deque[int] = field(default_factory=deque)  # chunks of this attempt that are not handed over yet
+    answered_s: float = -math.inf  # when a NACK last had missing chunks sent
+    refused: str = ""
 
 
 class Deliveries:
     """All updates in the outbox and when each is sent next."""
 
-    def __init__(self, *, tenant: str, device: str, entropy: Entropy, outbox: Iterable[PendingUpdate] = ()) -> None:
-        self._tenant, self._device, self._entropy = tenant, device, entropy
-        self._open = {pending.update_id: _Delivery(pending) for pending in outbox}
+    def __init__(self, *, tenant: str, entropy: Entropy, outbox: Iterable[PendingUpdate] = ()) -> None:
+        self._tenant, self._entropy = tenant, entropy
+        self._open = {pending.update_id: _Delivery(pending, begun_before=True) for pending in outbox}
         self._chunk_bytes: int | None = None
+        self._cut: tuple[bytes, list[ChunkMsg]] = (b"", [])  # the update that is being sent now, in chunks
 
     def __len__(self) -> int:
         return len(self._open)
 
+    def __iter__(self) -> Iterator[PendingUpdate]:
+        return (delivery.pending for delivery in self._open.values())
+
     def connected(self, maximum_packet_bytes: int | None) -> None:
         """Send everything again at once: what was in flight when the connection broke may be lost."""
         self._chunk_bytes = chunk_data_bytes(maximum_packet_bytes)
+        self._cut = (b"", [])
         for delivery in self._open.values():
             delivery.next_send_s = 0.0
+            delivery.queue.clear()
 
     def disconnected(self) -> None:
         """Hold everything until the next connection."""
         self._chunk_bytes = None
+        self._cut = (b"", [])
 
     def add(self, pending: PendingUpdate) -> None:
         """Take over an update that is in the outbox."""
-        self._open[pending.update_id] = _Delivery(pending)
+        self._open[pending.update_id] = _Delivery(pending, begun_before=False)
 
-    def next_wake_s(self) -> float | None:
-        """When `due` next has something to do."""
-        if self._chunk_bytes is None or not self._open:
-            return None
-        return min(delivery.next_send_s for delivery in self._open.values())
+    def next_wake_s(self) -> float:
+        """When `due` next has something to do; while chunks are queued, the transport's progress wakes it."""
+        if self._chunk_bytes is None:
+            return math.inf
+        return min((d.next_send_s for d in self._open.values() if not d.queue), default=math.inf)
 
-    def due(self, now_s: float) -> list[Action]:
-        """Send what is due; give up what is hopelessly late."""
+    def due(self, now_s: float, *, backlog: int) -> list[Action]:
+        """Send what is due; give up what is hopelessly late.
+
+        Args:
+            now_s: Unix seconds.
+            backlog: messages that the broker has not acknowledged yet.
+        """
         actions: list[Action] = []
         if self._chunk_bytes is None:
             return actions
         for delivery in list(self._open.values()):
             pending = delivery.pending
-            if now_s > pending.deadline_s + GRACE_S:
-                actions += self._close(pending.update_id, "update_expired", round=pending.round)
-            elif now_s >= delivery.next_send_s:
-                delivery.attempts += 1
-                delivery.next_send_s = now_s + self._back_off_s(delivery.attempts)
-                actions += self._chunks(pending, now_s)
-                actions.append(
-                    Note(
-                        "update_sent",
-                        {"round": pending.round, "attempt": delivery.attempts, "bytes": len(pending.envelope)},
-                    )
-                )
+            if now_s > pending.deadline_s + GRACE_S and delivery.attempts >= LEAST_ATTEMPTS:
+                actions += self._close(pending.update_id, "expired", round=pending.round)
+                continue
+            if not delivery.queue and not backlog and now_s >= delivery.next_send_s:
+                actions.append(self._begin_attempt(delivery, now_s))
+            sent = self._hand_over(delivery, now_s, room=WINDOW - backlog)
+            backlog += len(sent)
+            actions += sent
+            if backlog and delivery.attempts:  # the wait for an answer begins when the last chunk has left
+                delivery.next_send_s = max(delivery.next_send_s, now_s + FIRST_RETRY_S)
         return actions
 
     def receipt(self, message: ReceiptMsg) -> list[Action]:
@@ -90,44 +121,68 @@ class Deliveries:
         delivery = self._open.get(message.update_id)
         if delivery is None:
             return []  # a second receipt, for a resend that crossed the first
-        if message.sealed_digest != delivery.pending.sealed_digest or message.device != self._device:
+        pending = delivery.pending
+        if (message.sealed_digest, message.device) != (pending.sealed_digest, pending.device):
             return [Note("receipt_refused", {"reason": "it names other bytes than were sent"})]
-        return self._close(message.update_id, "update_delivered", round=delivery.pending.round)
+        return self._close(message.update_id, "delivered", round=pending.round)
 
     def nack(self, message: NackMsg, now_s: float) -> list[Action]:
-        """A verified NACK: send the missing chunks, or give the update up."""
+        """A verified NACK: send the missing chunks, send all again later, or give the update up."""
         delivery = self._open.get(message.update_id)
-        if delivery is None or message.device != self._device:
+        if delivery is None or message.device != delivery.pending.device:
             return []
+        fields = {"round": delivery.pending.round, "reason": message.reason.value, "detail": message.detail}
         if message.reason is RefusalReason.TRUNCATED:
             # A NACK can be replayed by the broker; answering each would let it drain the battery.
-            if self._chunk_bytes is None or now_s < delivery.asked_s + FIRST_RETRY_S:
-                return []
-            delivery.asked_s = now_s
-            return self._chunks(delivery.pending, now_s, only=message.missing)
-        fields = {"round": delivery.pending.round, "reason": message.reason.value, "detail": message.detail}
-        return self._close(message.update_id, "update_refused", **fields)
+            if self._chunk_bytes is not None and now_s >= delivery.answered_s + FIRST_RETRY_S:
+                delivery.answered_s = now_s
+                chunks = self._chunks(delivery.pending)
+                delivery.queue = deque(missing_indices(message.missing, len(chunks)))
+                delivery.next_send_s = now_s + self._back_off_s(delivery.attempts)
+            return []
+        if message.reason in RETRYABLE:
+            # Somebody changed bytes on the way; giving up here would let a broker throw updates away for good.
+            delivery.queue.clear()
+            delivery.begun_before = False  # whatever the aggregator holds of it is not worth asking about
+            delivery.next_send_s = max(delivery.next_send_s, now_s + self._back_off_s(delivery.attempts))
+            known, delivery.refused = delivery.refused, message.reason.value
+            return [] if known == delivery.refused else [Note("update_garbled", fields)]
+        return self._close(message.update_id, "refused", **fields)
 
-    def _close(self, update_id: bytes, event: str, **fields: object) -> list[Action]:
+    def _close(self, update_id: bytes, outcome: str, **fields: object) -> list[Action]:
         """Take an update out of the outbox and say why."""
         del self._open[update_id]
-        return [Discard(update_id), Note(event, fields)]
+        return [Discard(update_id, outcome), Note(f"update_{outcome}", fields)]
 
-    def _chunks(self, pending: PendingUpdate, now_s: float, *, only: bytes | None = None) -> list[Action]:
-        """Publish actions for an update's chunks, or for those in the bitmap `only`."""
-        if self._chunk_bytes is None:
-            return []
-        chunks = list(split(pending.update_id, pending.envelope, data_bytes=self._chunk_bytes))
-        wanted = range(len(chunks)) if only is None else missing_indices(only, len(chunks))
-        expires_s = max(1, int(pending.deadline_s - now_s))
-        return [
-            Publish(
-                upload_topic(self._tenant, self._device, pending.update_id, index),
-                encode(chunks[index]),
-                expires_s=expires_s,
-            )
-            for index in wanted
-        ]
+    def _begin_attempt(self, delivery: _Delivery, now_s: float) -> Note:
+        """Queue what this attempt sends: all chunks, or one that asks where a large update stands."""
+        pending, chunks = delivery.pending, self._chunks(delivery.pending)
+        delivery.attempts += 1
+        asks = delivery.begun_before and len(chunks) > ASK_FIRST_CHUNKS
+        delivery.queue = deque([len(chunks) - 1] if asks else range(len(chunks)))
+        # What was asked about and not answered is sent as a whole next time; then it is asked about again.
+        delivery.begun_before = not asks
+        delivery.next_send_s = now_s + (ANSWER_WITHIN_S if asks else self._back_off_s(delivery.attempts))
+        fields = {"round": pending.round, "attempt": delivery.attempts, "bytes": len(pending.envelope)}
+        return Note("update_asked_about" if asks else "update_sent", fields)
+
+    def _hand_over(self, delivery: _Delivery, now_s: float, *, room: int) -> list[Action]:
+        """Publish the next queued chunks, as many as the transport has room for."""
+        actions: list[Action] = []
+        pending = delivery.pending
+        while delivery.queue and len(actions) < room:
+            chunk = self._chunks(pending)[delivery.queue.popleft()]
+            topic = upload_topic(self._tenant, pending.device, pending.update_id, chunk.index)
+            expires_s = max(1, int(pending.deadline_s - now_s))
+            actions.append(Publish(topic, encode(chunk), expires_s=expires_s))
+        return actions
+
+    def _chunks(self, pending: PendingUpdate) -> list[ChunkMsg]:
+        """An update's chunks; those of one update are held, so that memory stays bounded."""
+        if pending.update_id != self._cut[0]:
+            chunks = split(pending.update_id, pending.envelope, data_bytes=self._chunk_bytes or 0)
+            self._cut = (pending.update_id, list(chunks))
+        return self._cut[1]
 
     def _back_off_s(self, attempts: int) -> float:
         """Exponential, with the upper half jittered so that a fleet does not resend in step."""

@@ -13,32 +13,38 @@ from fl_protocol.messages import RoundManifestMsg
 from fl_protocol.transport import TransportEvent
 
 
-class PendingUpdate(msgspec.Struct, frozen=True):
+class PendingUpdate(msgspec.Struct, frozen=True, tag="sealed"):
     """A sealed update in the outbox: exactly these bytes are sent, and resent, until the receipt.
 
     Args:
+        study: ``tenant/task`` it is for.
+        device: the name on the wire that it was sealed and signed under.
         envelope: encoded `UpdateEnvelopeMsg`.
         sealed_digest: SHA-256 of its sealed part, which the receipt must name.
         deadline_s: of its round, Unix seconds.
+        recipient_key: what it was sealed to: the first 32 hex digits of the public key's SHA-256.
     """
 
     update_id: bytes
-    task: str
+    study: str
+    device: str
     round: int
     envelope: bytes
     sealed_digest: bytes
     deadline_s: float
+    recipient_key: str
 
 
 class SessionState(msgspec.Struct, frozen=True):
     """What a session must remember across restarts.
 
     Args:
-        study: ``tenant/task`` that the round numbers belong to; another study starts over.
+        study: ``tenant/task`` that the round numbers belong to.
         highest_round: newest round seen; an older manifest is a replay.
         decided_round: newest round for which the coin was tossed; it is tossed once.
         willing_round: the round for which the coin said yes and nothing was charged yet, 0 if none; a device that is
             restarted between the two still takes part.
+        counted_round: newest round for which the wearer's new records were counted; each count is charged.
         participated_s: when this device last took part, Unix seconds.
     """
 
@@ -46,12 +52,37 @@ class SessionState(msgspec.Struct, frozen=True):
     highest_round: int = 0
     decided_round: int = 0
     willing_round: int = 0
+    counted_round: int = 0
     participated_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Tick:
     """Time has passed."""
+
+
+@dataclass(frozen=True)
+class ConditionsRead:
+    """Whether the device may train now.
+
+    Args:
+        blocked: why not, in words; empty when it may.
+    """
+
+    blocked: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RecordsCounted:
+    """The wearer's new records were counted, with noise, for a round.
+
+    Args:
+        round: which.
+        reason: why they are not enough, in words; empty when they are.
+    """
+
+    round: int
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,13 +94,13 @@ class UpdateReady:
 
 @dataclass(frozen=True)
 class ParticipationEnded:
-    """A participation gave no update (budget spent, training failed)."""
+    """A participation gave no update (budget spent, training failed, given up)."""
 
     round: int
     reason: str
 
 
-Event = TransportEvent | Tick | UpdateReady | ParticipationEnded
+Event = TransportEvent | Tick | ConditionsRead | RecordsCounted | UpdateReady | ParticipationEnded
 
 
 @dataclass(frozen=True)
@@ -97,11 +128,48 @@ class Publish:
 
 
 @dataclass(frozen=True)
+class KeepChunk:
+    """Durably keep one verified piece of a download, as it came, so that a restart goes on from it."""
+
+    digest: bytes
+    index: int
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class DropChunks:
+    """Forget what is kept of downloads: they are complete, or no longer wanted."""
+
+    digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class CountRecords:
+    """Charge for, and make, a noisy count of the new records; answer with `RecordsCounted`."""
+
+    manifest: RoundManifestMsg
+
+
+@dataclass(frozen=True)
 class Participate:
-    """Charge the ledger, train, seal, store in the outbox; answer with `UpdateReady` or `ParticipationEnded`."""
+    """Charge the ledger, train, seal, store in the outbox; answer with `UpdateReady` or `ParticipationEnded`.
+
+    Args:
+        params: global parameters, float32 [d].
+        control: SCAFFOLD's server control variate, float32 [d], if the plan wants it.
+    """
 
     manifest: RoundManifestMsg
     params: NDArray[np.float32]
+    control: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """Give up what is being trained for a round that is over; the charge stands."""
+
+    round: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -114,9 +182,14 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Discard:
-    """Remove an update from the outbox: it was delivered, refused for good, or is too late."""
+    """Remove an update from the outbox.
+
+    Args:
+        outcome: ``delivered``, ``refused`` or ``expired``.
+    """
 
     update_id: bytes
+    outcome: str
 
 
 @dataclass(frozen=True)
@@ -134,4 +207,17 @@ class Note:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-Action = Subscribe | Unsubscribe | Publish | Participate | Evaluate | Discard | Remember | Note
+Action = (
+    Subscribe
+    | Unsubscribe
+    | Publish
+    | KeepChunk
+    | DropChunks
+    | CountRecords
+    | Participate
+    | Abandon
+    | Evaluate
+    | Discard
+    | Remember
+    | Note
+)

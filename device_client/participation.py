@@ -1,108 +1,210 @@
-"""One participation in a round, in the only order that is safe: charge, train, seal, store; then it may be sent."""
+"""One participation in a round, in the only order that is safe: note, charge, train, seal; then it may be sent.
+
+What is noted first holds only what everybody may know (manifest and model). The charge is durable before the first
+gradient is computed. Training goes step by step and can be put aside at each. Sealing replaces the work in one atomic
+write, and the ledger's release line follows before anything is sent, so an old copy of the store that still holds the
+work is noticed.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
 
-from device_client.errors import StoreError
 from device_client.events import PendingUpdate
+from device_client.kept_vector import KeptVector
 from device_client.ledger import PrivacyLedger
 from device_client.noise import Entropy
-from device_client.personal import PersonalLayers
-from device_client.ports import Float32, Graph, Store
-from device_client.training import Evaluation, Records, evaluate, train_locally
+from device_client.outbox import Outbox, Work
+from device_client.ports import Float32, Graph
+from device_client.training import Evaluation, LocalTraining, Records, evaluate
 from fl_protocol.errors import ProtocolError
-from fl_protocol.messages import RoundManifestMsg, UpdateBodyMsg, UpdateEnvelopeMsg, UpdateHeaderMsg, decode
+from fl_protocol.messages import RoundManifestMsg, UpdateBodyMsg, UpdateEnvelopeMsg, UpdateHeaderMsg, decode, encode
 from fl_protocol.sealing import seal_update
-
-_OUTBOX = "outbox/"
-
-
-class Outbox:
-    """Sealed updates on disk, each held from before its first sending until its receipt."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def put(self, pending: PendingUpdate) -> None:
-        """Durably keep an update. Raises StoreError when the disk does not take it."""
-        self._store.write(_OUTBOX + pending.update_id.hex(), msgspec.msgpack.encode(pending))
-
-    def discard(self, update_id: bytes) -> None:
-        """Durably forget an update."""
-        self._store.delete(_OUTBOX + update_id.hex())
-
-    def __iter__(self) -> Iterator[PendingUpdate]:
-        """All updates that are held, in the order of their names."""
-        for name in self._store.names(_OUTBOX):
-            data = self._store.read(name)
-            if data is not None:
-                try:
-                    yield msgspec.msgpack.decode(data, type=PendingUpdate)
-                except msgspec.DecodeError as error:
-                    raise StoreError(f"the outbox entry {name} cannot be read ({error})") from error
 
 
 @dataclass(frozen=True)
 class Participant:
-    """All that a participation needs, bound together once per device."""
+    """What participations in one study need, bound together once per device.
 
+    Args:
+        study: ``tenant/task``.
+        device: the name on the wire.
+        signing_key: of that name.
+        training_records, held_out_records: read anew for each use, since records come in all the time.
+        personal: the personal layers (M. G. Arivazhagan et al. 2019, arXiv 1912.00818), which end the parameter vector
+            and are never sent. Their noise is that of the shared ones: later steps of an update depend on them, so
+            leaving it out would make the shared part less private than it is accounted.
+        control: SCAFFOLD's own control variate c_i.
+    """
+
+    study: str
     device: str
     signing_key: Ed25519PrivateKey
     ledger: PrivacyLedger
     graph: Graph
-    records: Records
-    personal: PersonalLayers
+    training_records: Callable[[], Records]
+    held_out_records: Callable[[], Records]
+    personal: KeptVector
+    control: KeptVector
     outbox: Outbox
     entropy: Entropy
 
-    def participate(self, manifest: RoundManifestMsg, params: Float32, *, now_s: float) -> PendingUpdate:
-        """Take part in a round; on return the update is charged for and durably in the outbox.
+    def begin(self, manifest: RoundManifestMsg, params: Float32, control: Float32 | None, *, now_s: float) -> LocalWork:
+        """Note, charge, and begin to train.
 
         Raises:
-            BudgetSpentError: the ledger refuses; nothing was computed.
-            StoreError: the disk did not take the charge or the update; nothing may be sent.
-            TrainingError: training diverged; the charge stands.
-            ProtocolError: the recipient key cannot be sealed to; the charge stands.
+            OutboxFullError, BudgetSpentError: nothing was charged or computed.
+            StoreError: the disk did not take the note or the charge; nothing may be sent.
+            TrainingError: the control variates do not fit; the charge stands.
         """
-        # Security: the charge is durable before the first gradient is computed.
-        self.ledger.reserve(task=manifest.task, round_number=manifest.round, plan=manifest.plan, now_s=now_s)
-        own = self.personal.values
-        # All layers are trained with noise on all of them, so what is shared is as private as if all were.
-        start = np.concatenate([params, own])
-        change = train_locally(self.graph, start, self.records, plan=manifest.plan, entropy=self.entropy)
-        self.personal.keep(own + change[len(params) :])
-        pending = self._seal(manifest, change[: len(params)])
-        self.outbox.put(pending)
+        self._drop_work()
+        work = Work(
+            update_id=self.entropy(16),
+            study=self.study,
+            device=self.device,
+            manifest=encode(manifest),
+            # All layers are trained with noise on all of them, so what is shared is as private as if all were. The
+            # personal ones are those from before the round, however often it is begun again.
+            start=_bytes(np.concatenate([params, self.personal.values])),
+            server_control=_bytes(control) if control is not None else b"",
+            own_control=_bytes(self.control.values) if control is not None else b"",
+        )
+        self.outbox.begin(work)
+        return self.go_on(work, now_s=now_s)
+
+    def go_on(self, work: Work, *, now_s: float) -> LocalWork:
+        """Charge for a work unless it was, and train from where it stopped. Raises as `begin` does."""
+        manifest = work.decoded_manifest()
+        try:
+            # Security: the charge is durable before the first gradient is computed.
+            if not self.ledger.was_charged(self.study, manifest.round):
+                self.ledger.reserve(
+                    task=self.study,
+                    round_number=manifest.round,
+                    plan=manifest.plan,
+                    now_s=now_s,
+                    latest_s=manifest.deadline_s,
+                    earliest_s=manifest.opened_s,
+                )
+            return LocalWork(self, work, manifest)
+        except Exception:
+            self.outbox.discard(work.update_id)
+            raise
+
+    def _drop_work(self) -> None:
+        """Drop work that nothing came of."""
+        while (stale := self.outbox.work(self.study)) is not None:
+            self.outbox.discard(stale.update_id)
+
+    def measure(self, params: Float32) -> dict[str, Evaluation]:
+        """How a global model does on records that it is never trained on here; the result stays on the device.
+
+        Returns:
+            ``global``, and for a model with personal layers also ``personal``, with this device's own.
+
+        Raises:
+            TrainingError: the runtime failed.
+        """
+        records, personal = self.held_out_records(), self.personal
+        models = {"global": personal.initial, **({"personal": personal.values} if personal.initial.size else {})}
+        return {
+            name: evaluate(self.graph, np.concatenate([params, own]), records)
+            for name, own in models.items()
+            if len(records)
+        }
+
+
+class LocalWork:
+    """The training of one participation, step by step.
+
+    Raises:
+        TrainingError: what was stored does not fit; the round has to be given up.
+    """
+
+    def __init__(self, participant: Participant, work: Work, manifest: RoundManifestMsg) -> None:
+        self._participant, self._work, self.manifest = participant, work, manifest
+        self._training = LocalTraining(
+            participant.graph,
+            work.start_params(),
+            participant.training_records(),
+            plan=manifest.plan,
+            entropy=participant.entropy,
+            control=work.control(),
+            progress=work.progress,
+        )
+        self._pending: PendingUpdate | None = None
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Steps done, and to do in all."""
+        return self._training.step, self._training.steps
+
+    @property
+    def done(self) -> bool:
+        """Whether only sealing is left."""
+        return self._training.done
+
+    def advance(self) -> None:
+        """One noisy step. Raises TrainingError: the round has to be given up."""
+        self._training.advance()
+
+    def put_aside(self) -> None:
+        """Durably keep the progress. Raises StoreError; the work may go on nevertheless."""
+        self._work = replace(self._work, progress=self._training.progress())
+        self._participant.outbox.put(self._work)
+
+    def abandon(self) -> None:
+        """Forget the work; the charge stands. Raises StoreError."""
+        self._participant.outbox.discard(self._work.update_id)
+
+    def finish(self, now_s: float) -> PendingUpdate:
+        """Seal the update; on return it is durably in the outbox and in the ledger, and may be sent.
+
+        Raises:
+            TrainingError: the model diverged. ProtocolError: the recipient key cannot be sealed to. In both cases the
+                round has to be given up, and the charge stands.
+            StoreError: the disk did not take it; nothing may be sent, and `finish` may be called again.
+        """
+        one, change = self._participant, self._training.change()
+        shared = self.manifest.num_parameters
+        own_control = self._training.next_control() if self.manifest.plan.control_variates else None
+        # Sealed once, so that trying again after a full disk sends no second ciphertext of the same round.
+        pending = self._pending = self._pending or self._sealed(change[:shared])
+        one.outbox.put(pending)
+        one.ledger.record_release(pending, now_s=now_s)
+        # Only now: a round that is trained again must start from the same personal layers and control variate.
+        one.personal.keep(self._work.start_params()[shared:] + change[shared:])
+        if own_control is not None:
+            one.control.keep(own_control)
         return pending
 
-    def measure(self, params: Float32) -> Evaluation:
-        """How a global model, with this device's personal layers, does on its records. Raises TrainingError."""
-        return evaluate(self.graph, np.concatenate([params, self.personal.values]), self.records)
-
-    def _seal(self, manifest: RoundManifestMsg, change: Float32) -> PendingUpdate:
+    def _sealed(self, change: Float32) -> PendingUpdate:
         """The update as it will be sent, and resent."""
-        update_id = self.entropy(16)
+        work, recipient = self._work, self.manifest.recipient
+        if recipient is None:
+            raise ProtocolError("the manifest names no recipient key: the study is finished")
         envelope = seal_update(
-            UpdateBodyMsg(num_parameters=len(change), values=np.ascontiguousarray(change, "<f4").tobytes()),
-            manifest=manifest,
-            device=self.device,
-            update_id=update_id,
-            signing_key=self.signing_key,
+            UpdateBodyMsg(num_parameters=len(change), values=_bytes(change)),
+            manifest=self.manifest,
+            device=work.device,
+            update_id=work.update_id,
+            signing_key=self._participant.signing_key,
         )
         return PendingUpdate(
-            update_id=update_id,
-            task=manifest.task,
-            round=manifest.round,
+            update_id=work.update_id,
+            study=work.study,
+            device=work.device,
+            round=self.manifest.round,
             envelope=envelope,
             sealed_digest=sealed_digest_of(envelope),
-            deadline_s=manifest.deadline_s,
+            deadline_s=self.manifest.deadline_s,
+            recipient_key=hashlib.sha256(recipient.public_key).hexdigest()[:32],
         )
 
 
@@ -113,3 +215,7 @@ def sealed_digest_of(envelope: bytes) -> bytes:
     if hashlib.sha256(outer.sealed).digest() != digest:
         raise ProtocolError("the envelope's header names other sealed bytes than it carries")
     return digest
+
+
+def _bytes(values: Float32) -> bytes:
+    return np.ascontiguousarray(values, "<f4").tobytes()

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from aggregator.assembly import AggregatorFiles
 from aggregator.export import export_model
-from device_client.assembly import DeviceFiles
+from device_client.assembly import RealDevice
 from firmware_sim.brokers import RunningBroker
 from firmware_sim.errors import FleetError
 from firmware_sim.live import LiveRounds
@@ -136,12 +136,8 @@ class DemoRun:
         if self.settings.epsilon is None:
             return
         for wrist in self.settings.training_wrists:
-            files = DeviceFiles.load(self.folder.device_toml(wrist))
-            store = files.open_store()
-            try:
-                ledger = files.open_ledger(store)
-            finally:
-                store.close()
+            with RealDevice.open(self.folder.device_toml(wrist)) as device:
+                ledger = device.ledger
             if ledger.reservations:
                 self.observation.epsilon[wrist.device_id] = ledger.spent_epsilon
 

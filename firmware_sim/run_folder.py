@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +20,20 @@ import msgspec
 from aggregator.assembly import AggregatorFiles
 from aggregator.certificates import KeyPair, issue, make_ca
 from aggregator.config import AggregatorConfig, AggregatorSection, TaskConfig
-from device_client.assembly import DeviceFiles
-from device_client.config import DeviceConfig, DeviceSection, PrivacyConfig, StudyConfig
-from device_client.device_store import create_identity, save_records
+from device_client.assembly import DeviceFiles, RealDevice
+from device_client.config import (
+    DeviceConfig,
+    DeviceSection,
+    EligibilityConfig,
+    PrivacyConfig,
+    RecordsConfig,
+    StudyConfig,
+)
+from device_client.device_store import create_identity
 from device_client.session import Role
 from firmware_sim.bundles import bundle_and_publisher, require_watch_model
 from firmware_sim.errors import FleetError
-from firmware_sim.settings import AGGREGATOR, TASK, TENANT, DemoSettings
+from firmware_sim.settings import AGGREGATOR, STUDY, TASK, TENANT, DemoSettings
 from firmware_sim.watch_data import Recording, Wrist, windows_of
 from fl_protocol.adapters.config_files import BrokerConfig
 from fl_protocol.adapters.files import write_atomic
@@ -125,17 +133,28 @@ def write_configs(run: RunFolder, settings: DemoSettings, *, port: int, tls: boo
     for wrist in settings.training_wrists + settings.held_out_wrists:
         role: Role = "evaluate" if wrist.person in settings.held_out else "train"
         device = DeviceConfig(
-            study=StudyConfig(
-                tenant=TENANT, task=TASK, bundle=str(bundle), publisher_key=publisher, aggregator_key=key
+            studies=(
+                StudyConfig(
+                    tenant=TENANT,
+                    task=TASK,
+                    broker=broker,
+                    bundle=str(bundle),
+                    publisher_key=publisher,
+                    aggregator_key=key,
+                    id=wrist.device_id,
+                    role=role,
+                ),
             ),
-            device=DeviceSection(id=wrist.device_id, store="store", store_key="store.key", role=role),
-            broker=broker,
+            device=DeviceSection(store="store", store_key="store.key"),
             privacy=PrivacyConfig(
                 epsilon=math.inf if settings.epsilon is None else settings.epsilon,
                 delta=settings.delta,
                 minimum_noise_multiplier=settings.noise_multiplier,
                 minimum_cohort=aggregator.task.minimum_cohort,
             ),
+            # All wrists share this machine, which is no wrist: its load and its network say nothing about them.
+            eligibility=EligibilityConfig(require_idle=False, require_unmetered=False, minimum_battery_percent=0.0),
+            records=RecordsConfig(held_out_fraction=0.0),
         )
         path = run.device_toml(wrist)
         path.parent.mkdir(exist_ok=True, mode=0o700)
@@ -170,10 +189,12 @@ def _provision(run: RunFolder, settings: DemoSettings, recordings: list[Recordin
     store.create_task(bundle.graph_digest, bundle.shared_params)
     samples = bundle.manifest.input.shape[0]
     for wrist in settings.training_wrists + settings.held_out_wrists:
-        device = DeviceFiles.load(run.device_toml(wrist)).open_store(create=True)
-        key = create_identity(device, os.urandom)
-        save_records(device, windows_of(recordings, wrist, samples=samples))
-        device.close()
+        path, records = run.device_toml(wrist), windows_of(recordings, wrist, samples=samples)
+        with closing(DeviceFiles.load(path).open_store(create=True)) as device_store:
+            key = create_identity(device_store, STUDY, os.urandom)
+        with RealDevice.open(path) as device:
+            device.add(records.x, records.y)
+            device.grant(STUDY)
         if wrist.person not in settings.held_out:
             store.add_device(wrist.device_id, key.public_key().public_bytes_raw(), time.time())
     store.close()

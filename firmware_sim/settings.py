@@ -13,6 +13,7 @@ from firmware_sim.watch_data import PEOPLE, Wrist, all_wrists
 from fl_protocol.errors import LocalMisuseError
 
 TENANT, TASK, AGGREGATOR = "demo", "watch-exercises", "aggregator"
+STUDY = f"{TENANT}/{TASK}"
 
 
 class DemoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -88,6 +88,10 @@ class VirtualTransport:
         if self._connected:
             self._broker.publish(topic, payload, retain=retain)
 
+    def backlog(self) -> int:
+        """Nothing waits: this broker takes every message at once."""
+        return 0
+
     def close(self) -> None:
         """Disconnect cleanly."""
         self._disconnect()

@@ -57,5 +57,8 @@ class Transport(Protocol):
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, expires_s: int | None = None) -> None:
         """Hand a message over for sending. `expires_s`: seconds after which the broker may drop it undelivered."""
 
+    def backlog(self) -> int:
+        """Messages handed over on this connection that the broker has not acknowledged; 0 while there is none."""
+
     def close(self) -> None:
         """Say goodbye and disconnect."""

@@ -17,21 +17,30 @@ from aggregator.config import PlanConfig, ServerConfig, TaskConfig
 from aggregator.daemon import AggregatorDaemon
 from aggregator.rounds import Phase
 from aggregator.store import AggregatorStore
-from device_client.adapters.encrypted_files import EncryptedFiles
 from device_client.adapters.tflite_graph import TfliteGraph
-from device_client.daemon import DeviceDaemon
-from device_client.device_store import create_identity, load_session
-from device_client.ledger import Budget, PrivacyLedger
-from device_client.participation import Outbox, Participant
-from device_client.personal import PersonalLayers
-from device_client.session import DeviceSession, Floors, Role, SessionConfig
+from device_client.config import (
+    DeviceConfig,
+    DeviceSection,
+    EligibilityConfig,
+    PrivacyConfig,
+    RecordsConfig,
+    StudyConfig,
+)
+from device_client.device import Connection, Device
+from device_client.device_store import create_identity
+from device_client.ledger import Budget
+from device_client.session import Role
 from device_client.training import Records
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
+from firmware_sim.virtual_device import SteadyBoard, VirtualClock, VirtualHardware, virtual_device
+from firmware_sim.virtual_flash import VirtualFlash
+from fl_protocol.adapters.config_files import BrokerConfig
 from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.signing import public_key_from_hex
 from fl_protocol.transport import Received, TransportEvent
 
 TENANT, TASK = "clinic", "watch"
+STUDY = f"{TENANT}/{TASK}"
 AGGREGATOR_KEY = Ed25519PrivateKey.from_private_bytes(b"\x01" * 32)
 
 
@@ -127,16 +136,6 @@ class FaultyTransport(VirtualTransport):
         return event
 
 
-@dataclass
-class VirtualClock:
-    """Time that moves only when it is told to."""
-
-    time_s: float = 1_000_000.0
-
-    def now_s(self) -> float:
-        return self.time_s
-
-
 def synthetic_records(bundle: ModelBundle, *, seed: int, count: int = 40) -> Records:
     """Windows of class-dependent oscillation plus noise: easy to learn, unlike anybody's recordings."""
     generator = np.random.default_rng(seed)
@@ -200,7 +199,12 @@ class VirtualFleet:
         self.journals: dict[str, MemoryJournal] = {}
         self._records = records if records is not None else lambda index: synthetic_records(self.bundle, seed=index)
         self._graph = TfliteGraph.of_bundle(self.bundle)
-        self.devices: dict[str, DeviceDaemon] = {}
+        self.devices: dict[str, Device] = {}
+        self.flashes: dict[str, tuple[VirtualFlash, VirtualFlash]] = {}
+        self.boards: dict[str, SteadyBoard] = {}
+        self.transports: dict[str, FaultyTransport] = {}
+        # These devices are on their chargers at night.
+        self.eligibility = EligibilityConfig(require_idle=False, require_unmetered=False)
         self.aggregator = self.start_aggregator()
         for index in range(devices):
             self.start_device(f"watch-{index}")
@@ -234,73 +238,81 @@ class VirtualFleet:
         self._starts[name] = self._starts.get(name, 0) + 1
         return f"{self.seed} {name} {self._starts[name]}"
 
-    def start_device(
-        self,
-        name: str,
-        *,
-        role: Role = "train",
-        floors: Floors | None = None,
-        store_type: type[EncryptedFiles] = EncryptedFiles,
-    ) -> DeviceDaemon:
-        """Start a device, or start it again after `kill_device`, on the same store."""
-        life = self._life(name)
-        entropy = SeededEntropy(life)
-        store = store_type(self.folder / name, hashlib.sha256(name.encode()).digest())
-        key = create_identity(store, entropy)
-        self.aggregator.store.add_device(name, key.public_key().public_bytes_raw(), self.clock.now_s())
-        participant = Participant(
-            device=name,
-            signing_key=key,
-            ledger=PrivacyLedger(store, self.budget),
-            graph=self._graph,
-            records=self._records(int(name.rsplit("-", 1)[1])),
-            personal=PersonalLayers(
-                store, task=TASK, initial=self.bundle.params[self.bundle.manifest.num_shared_parameters :]
-            ),
-            outbox=Outbox(store),
-            entropy=entropy,
-        )
-        config = SessionConfig(
+    def device_config(self, name: str, *, role: Role = "train", **privacy: Any) -> DeviceConfig:
+        """A device's configuration; `privacy` are floors."""
+        study = StudyConfig(
             tenant=TENANT,
             task=TASK,
-            device=name,
+            broker=BrokerConfig("virtual", 1),
+            bundle="unused",
+            publisher_key="unused",
+            aggregator_key="unused",
+            id=name,
             role=role,
+        )
+        return DeviceConfig(
+            studies=(study,),
+            device=DeviceSection(store="unused", store_key="unused"),
+            privacy=PrivacyConfig(epsilon=self.budget.epsilon, delta=self.budget.delta, **privacy),
+            eligibility=self.eligibility,
+            records=RecordsConfig(held_out_fraction=0.0),
+        )
+
+    def start_device(self, name: str, *, role: Role = "train", **privacy: Any) -> Device:
+        """Start a device, or start it again after `kill_device`, on the same flash."""
+        life = self._life(name)
+        is_new = name not in self.flashes
+        flash, counter = self.flashes.setdefault(name, (VirtualFlash(), VirtualFlash()))
+        config = self.device_config(name, role=role, **privacy)
+        hardware = VirtualHardware(
+            flash=flash,
+            counter_flash=counter,
+            store_key=hashlib.sha256(name.encode()).digest(),
+            clock=self.clock,
+            board=self.boards.setdefault(name, SteadyBoard()),
+            entropy=SeededEntropy(life),
+            nonces=SeededEntropy(f"{life} nonces"),
+            # Jitter draws from a stream of its own: how often an update is resent must not change the next one's noise.
+            jitter=SeededEntropy(f"{life} session"),
+            connect=lambda wanted: self._connect(wanted, f"network {life}"),
+            journal=self.journals.setdefault(name, MemoryJournal()),
+        )
+        device = virtual_device(
+            config,
+            hardware,
+            bundle=lambda _study: self.bundle,
+            graph=lambda _bundle: self._graph,
             aggregator_key=AGGREGATOR_KEY.public_key(),
-            graph_digest=self.bundle.graph_digest,
-            num_parameters=self.bundle.manifest.num_shared_parameters,
-            floors=floors if floors is not None else Floors(),
-            software="covey test",
         )
-        # Jitter draws from a stream of its own: how often an update is resent must not change the next one's noise.
-        jitter = SeededEntropy(f"{life} session")
-        session = DeviceSession(config, entropy=jitter, state=load_session(store), outbox=participant.outbox)
-        will = session.offline_presence()
-        daemon = DeviceDaemon(
-            session,
-            participant,
-            store,
-            FaultyTransport(self.broker, will=(will.topic, will.payload), faults=self._faults, seed=f"network {life}"),
-            self.clock,
-            self.journals.setdefault(name, MemoryJournal()),
-        )
-        daemon.transport.open()
-        self.devices[name] = daemon
-        return daemon
+        if is_new:
+            key = create_identity(device.store, STUDY, SeededEntropy(f"{self.seed} {name} identity"))
+            self.aggregator.store.add_device(name, key.public_key().public_bytes_raw(), self.clock.now_s())
+            records = self._records(int(name.rsplit("-", 1)[1]))
+            device.add(records.x, records.y)
+            device.grant(STUDY)
+        self.devices[name] = device
+        return device
+
+    def _connect(self, wanted: Connection, seed: str) -> FaultyTransport:
+        """A device's connection."""
+        will = (wanted.will_topic, wanted.will_payload)
+        transport = FaultyTransport(self.broker, will=will, faults=self._faults, seed=seed)
+        self.transports[wanted.device] = transport
+        return transport
 
     def kill_device(self, name: str) -> None:
-        """What a power cut leaves: the store as it is on disk, and a last will."""
-        daemon = self.devices.pop(name)
-        assert isinstance(daemon.transport, VirtualTransport)
-        daemon.transport.drop("killed")
-        assert isinstance(daemon.store, EncryptedFiles)
-        daemon.store.close()
+        """What SIGKILL leaves: the flash as it is, and a last will."""
+        del self.devices[name]
+        if name in self.transports:
+            self.transports.pop(name).drop("killed")
+        self.flashes[name] = (self.flashes[name][0].after_kill(), self.flashes[name][1].after_kill())
 
     def steps(self, count: int) -> Iterator[None]:
         """Step everybody `count` times."""
         for _ in range(count):
             self.aggregator.step()
-            for daemon in list(self.devices.values()):
-                daemon.step()
+            for device in list(self.devices.values()):
+                device.step()
             yield
 
     def run(self, *, until: Callable[[], bool] | None = None, most_s: float = 600.0) -> None:

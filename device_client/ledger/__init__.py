@@ -9,7 +9,7 @@ from __future__ import annotations
 from device_client.ledger.chain import LOG_NAME, Counter, LogStore
 from device_client.ledger.filters import Budget
 from device_client.ledger.ledger import PrivacyLedger, cost_of, cost_of_count
-from device_client.ledger.lines import Acceptance, Reservation
+from device_client.ledger.lines import Acceptance, Release, Reservation
 
 __all__ = [
     "LOG_NAME",
@@ -18,6 +18,7 @@ __all__ = [
     "Counter",
     "LogStore",
     "PrivacyLedger",
+    "Release",
     "Reservation",
     "cost_of",
     "cost_of_count",

@@ -112,8 +112,7 @@ class CountedLog:
             LedgerError: the log lost lines while it was open.
         """
         self._cut_off_what_was_torn()
-        if not self._is_counted:
-            self.count()  # so that the log is never ahead by more than one line
+        self.settle()  # so that the log is never ahead by more than one line
         self._append(line)
 
     def write_acceptance(self, line: Acceptance) -> None:
@@ -121,6 +120,11 @@ class CountedLog:
         self._cut_off_what_was_torn()
         self._append(line)
         self.count()
+
+    def settle(self) -> None:
+        """Durably count what is written, if it is not yet. Raises StoreError."""
+        if not self._is_counted:
+            self.count()
 
     def count(self) -> None:
         """Durably count all lines that are written. Raises StoreError; the next `write` then counts them first."""

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 
 from device_client.accounting import Vector, poisson_gaussian_rdp
 from device_client.errors import BudgetSpentError, LedgerError
+from device_client.events import PendingUpdate
 from device_client.ledger.chain import CountedLog, Counter, LogStore, open_log, read_log
 from device_client.ledger.filters import Budget
-from device_client.ledger.lines import FORMAT, Acceptance, Purpose, Reservation
+from device_client.ledger.lines import FORMAT, Acceptance, Purpose, Release, Reservation
 from device_client.ledger.spending import Period, Refusal, Spending
 from device_client.ledger.times import RoundTimes, utc
 from fl_protocol.messages import TrainingPlanMsg
@@ -157,6 +158,56 @@ class PrivacyLedger:
             steps=1,
             times=RoundTimes(now_s, earliest_s, latest_s),
         )
+
+    def record_release(self, pending: PendingUpdate, *, now_s: float) -> None:
+        """Durably note that a sealed update leaves the device; once noted, only these bytes may be its round's.
+
+        Args:
+            pending: the sealed update; noting it again does nothing.
+            now_s: the device's clock, Unix seconds.
+
+        Raises:
+            LedgerError: its round was not charged, or another update was released for it.
+            StoreError: a disk did not take it; nothing may be sent.
+        """
+        known = self._spending.releases.get((pending.study, pending.round))
+        if known is not None:
+            if known.sealed_digest != pending.sealed_digest.hex():
+                raise LedgerError(
+                    f"round {pending.round} of {pending.study} was released before, with other bytes: an old copy of "
+                    "the store was put back; nothing is sent for it"
+                )
+            self._log.settle()
+            return
+        last_s = self._spending.at_s
+        if last_s is None or not self.was_charged(pending.study, pending.round):
+            raise LedgerError(f"round {pending.round} of {pending.study} was never charged; nothing is sent for it")
+        line = Release(
+            format=FORMAT,
+            at_s=last_s,
+            said_s=now_s,
+            task=pending.study,
+            round=pending.round,
+            device=pending.device,
+            update_id=pending.update_id.hex(),
+            sealed_digest=pending.sealed_digest.hex(),
+            num_bytes=len(pending.envelope),
+            recipient_key=pending.recipient_key,
+            epsilon=self.spent_epsilon if math.isfinite(self.spent_epsilon) else None,
+            previous=self._log.head,
+        )
+        self._log.write(line)
+        self._spending.take(line)
+        self._log.count()
+
+    def was_released(self, task: str, round_number: int) -> bool:
+        """Whether an update of this round may have left the device."""
+        return (task, round_number) in self._spending.releases
+
+    @property
+    def releases(self) -> Sequence[Release]:
+        """All updates that ever left, or were about to, oldest first."""
+        return list(self._spending.releases.values())
 
     @property
     def reservations(self) -> Sequence[Reservation]:

@@ -65,8 +65,39 @@ class Acceptance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
     previous: str
 
 
-Line = Reservation | Acceptance
-_DECODER = msgspec.json.Decoder(Reservation | Acceptance)
+class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="release"):
+    """An update that was sealed and may leave the device; it costs nothing, since its round was charged before.
+
+    Args:
+        at_s: of the line before: a release moves no period.
+        said_s: what the device's clock said, Unix seconds.
+        task: the study.
+        round: that was charged.
+        device: the name on the wire.
+        update_id: 32 hex digits.
+        sealed_digest: SHA-256 of the sealed bytes, hex; what the receipt must name.
+        num_bytes: of the envelope.
+        recipient_key: which key it was sealed to (`device_client.events.PendingUpdate`).
+        epsilon: spent in the period by then, over all studies.
+        previous: hash of the line before, hex.
+    """
+
+    format: Literal[1]
+    at_s: float
+    said_s: float
+    task: str
+    round: int
+    device: str
+    update_id: str
+    sealed_digest: str
+    num_bytes: int
+    recipient_key: str
+    epsilon: float | None
+    previous: str
+
+
+Line = Reservation | Acceptance | Release
+_DECODER = msgspec.json.Decoder(Reservation | Acceptance | Release)
 
 
 def encode_line(line: Line) -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 
 from device_client.accounting import ORDERS, Vector, rdp_to_epsilon
 from device_client.ledger.filters import Budget, RenyiFilter
-from device_client.ledger.lines import Acceptance, Line, Purpose, Reservation
+from device_client.ledger.lines import Acceptance, Line, Purpose, Release, Reservation
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Spending:
         self._budget = budget
         self.reservations: list[Reservation] = []
         self.acceptances: list[Acceptance] = []
+        self.releases: dict[tuple[str, int], Release] = {}
         self.at_s: float | None = None  # of the last line
         self.period: Period | None = None  # of the last line
         self._first_s = math.nan
@@ -110,6 +111,9 @@ class Spending:
         if isinstance(line, Acceptance):
             self.acceptances.append(line)
             self.period.closed_by = line
+            return
+        if isinstance(line, Release):
+            self.releases[line.task, line.round] = line
             return
         cost = line.rdp()
         self.reservations.append(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fl_protocol.adapters.config_files import BrokerConfig, relative_to_config
@@ -12,7 +13,13 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 def make_transport(
-    broker: BrokerConfig, *, config: Path, client_id: str, will: LastWill | None = None
+    broker: BrokerConfig,
+    *,
+    config: Path,
+    client_id: str,
+    will: LastWill | None = None,
+    wake: Callable[[], None] = lambda: None,
+    tls: TlsFiles | None = None,
 ) -> MqttTransport:
     """The transport that a broker section describes.
 
@@ -21,13 +28,16 @@ def make_transport(
         config: path of the file it came from.
         client_id: MQTT client id; the broker requires it to equal the certificate's common name.
         will: last will, if any.
+        wake: as `MqttTransport` takes it.
+        tls: in place of the files that the section names.
 
     Raises:
         ConfigError: only some of the TLS files are named, or none for a broker that is not on this machine.
     """
     named = [broker.ca, broker.certificate, broker.key]
-    tls = None
-    if all(named):
+    if tls is not None:
+        pass  # a pseudonym's own
+    elif all(named):
         ca, certificate, key = (relative_to_config(config, str(name)) for name in named)
         tls = TlsFiles(ca=ca, certificate=certificate, key=key)
     elif any(named):
@@ -37,4 +47,4 @@ def make_transport(
         raise ConfigError(
             f"configuration {config}: broker {broker.host} is not on this machine, so it needs ca, certificate and key"
         )
-    return MqttTransport(host=broker.host, port=broker.port, client_id=client_id, tls=tls, will=will)
+    return MqttTransport(host=broker.host, port=broker.port, client_id=client_id, tls=tls, will=will, wake=wake)

@@ -13,12 +13,13 @@ import queue
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -53,7 +54,17 @@ class LastWill:
 
 
 class MqttTransport:
-    """`fl_protocol.transport.Transport` over one paho client with its own network thread."""
+    """`fl_protocol.transport.Transport` over one paho client with its own network thread.
+
+    Args:
+        host, port: of the broker.
+        client_id: which the broker requires to equal the certificate's common name.
+        tls: for mutual TLS.
+        will: last will.
+        keepalive_s: after which a silent connection is taken for dead.
+        max_back_off_s: longest wait between attempts to connect.
+        wake: called, from the network thread, when there is an event or the backlog has shrunk; must not block.
+    """
 
     def __init__(
         self,
@@ -65,6 +76,7 @@ class MqttTransport:
         will: LastWill | None = None,
         keepalive_s: int = 30,
         max_back_off_s: int = 60,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         try:
             host.encode("idna")
@@ -74,6 +86,8 @@ class MqttTransport:
         self._keepalive_s = keepalive_s
         self._events: queue.Queue[TransportEvent] = queue.Queue(MAX_QUEUED_EVENTS)
         self._queued_bytes = 0
+        self._handed_over = self._acknowledged = 0  # each is written by one thread only
+        self._wake = wake
         self._counting = threading.Lock()
         client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
         client.max_inflight_messages_set(MAX_INFLIGHT_MESSAGES)
@@ -86,6 +100,7 @@ class MqttTransport:
         client.on_connect_fail = self._on_connect_fail
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
+        client.on_publish = self._on_publish
         client.on_socket_open = _set_nodelay
         self._client = client
 
@@ -125,7 +140,14 @@ class MqttTransport:
         if expires_s is not None:
             properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
             properties.MessageExpiryInterval = max(1, expires_s)
-        self._client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+        # Not under a lock of ours: paho calls back while it holds one that this call takes.
+        sent = self._client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+        if sent.rc is MQTTErrorCode.MQTT_ERR_SUCCESS:
+            self._handed_over += 1
+
+    def backlog(self) -> int:
+        """Messages that the broker has not acknowledged."""
+        return max(0, self._handed_over - self._acknowledged)
 
     def close(self) -> None:
         """Disconnect cleanly (the last will is not sent) and end the network thread."""
@@ -133,7 +155,12 @@ class MqttTransport:
         self._client.loop_stop()
 
     def _put(self, event: TransportEvent) -> None:
-        """Queue an event, or drop it when the consumer is hopelessly behind."""
+        """Queue an event, or drop it when the consumer is hopelessly behind; then wake the consumer."""
+        self._queue(event)
+        self._wake()
+
+    def _queue(self, event: TransportEvent) -> None:
+        """Queue an event, if there is room."""
         if isinstance(event, Received) and self._queued_bytes + len(event.payload) > MAX_QUEUED_BYTES:
             return
         self._count(event, 1)
@@ -158,13 +185,19 @@ class MqttTransport:
             self._put(Disconnected(f"broker refused the connection: {reason}"))
         else:
             self._client.drop_out_messages()
+            self._acknowledged = self._handed_over
             self._put(Connected(getattr(properties, "MaximumPacketSize", None)))
+
+    def _on_publish(self, _c: Any, _u: Any, _mid: int, _reason: ReasonCode, _properties: Any) -> None:
+        self._acknowledged += 1
+        self._wake()
 
     def _on_connect_fail(self, _client: Any, _userdata: Any) -> None:
         host, port = self._address
         self._put(Disconnected(f"no broker reachable at {host}:{port}"))
 
     def _on_disconnect(self, _c: Any, _u: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+        self._acknowledged = self._handed_over
         self._put(Disconnected(f"connection to the broker ended: {reason}"))
 
     def _on_message(self, _client: Any, _userdata: Any, message: paho.MQTTMessage) -> None:

@@ -1,0 +1,92 @@
+"""What the wearer agreed to: a study runs on this device only while it is granted, under the terms that were granted.
+
+Runs on the device; nothing of it goes on the wire. Withdrawing never gives budget back: what was released stays so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from device_client.config import PrivacyConfig, StudyConfig
+from device_client.device_store import study_blob
+from device_client.errors import StoreError
+from device_client.ports import Store
+
+
+class Consent(msgspec.Struct, frozen=True):
+    """The wearer's last word on one study.
+
+    Args:
+        granted_s: when it was granted, Unix seconds.
+        terms: digest of what was agreed to (`terms_digest`).
+        withdrawn_s: when it was withdrawn; None while it holds.
+    """
+
+    study: str
+    granted_s: float
+    terms: str
+    withdrawn_s: float | None = None
+
+
+def terms_of(study: StudyConfig, privacy: PrivacyConfig) -> dict[str, str]:
+    """What a wearer agrees to, in words; a study whose terms change has to be granted again."""
+    share = f"{study.epsilon:g} of {privacy.epsilon:g}" if study.epsilon is not None else f"{privacy.epsilon:g}"
+    period = f"every {privacy.period_days:g} days" if privacy.period_days is not None else "in all"
+    clip = f"{privacy.maximum_l2_norm_clip:g}" if privacy.maximum_l2_norm_clip is not None else "any"
+    return {
+        "study": study.study,
+        "what it does": "trains on the recordings" if study.role == "train" else "measures models, sends nothing",
+        "recordings": study.stream,
+        "privacy": f"epsilon at most {share} {period}, at delta {privacy.delta:g}",
+        "least noise multiplier": f"{privacy.minimum_noise_multiplier:g}",
+        "never combined with fewer devices than": f"{privacy.minimum_cohort}",
+        "largest clip": clip,
+        "run by (aggregator key)": study.aggregator_key,
+        "model from (publisher key)": study.publisher_key,
+    }
+
+
+def terms_digest(terms: dict[str, str]) -> str:
+    """What identifies terms: SHA-256 of their JSON, hexadecimal."""
+    return hashlib.sha256(msgspec.json.encode(terms)).hexdigest()
+
+
+class Consents:
+    """All consents of this device, in its store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def of(self, study: str) -> Consent | None:
+        """The wearer's last word, None if there never was one. Raises StoreError."""
+        raw = self._store.read(study_blob("consent", study))
+        if raw is None:
+            return None
+        try:
+            return msgspec.msgpack.decode(raw, type=Consent)
+        except msgspec.DecodeError as error:
+            raise StoreError(f"the consent for {study} cannot be read ({error})") from error
+
+    def grant(self, study: str, *, terms: str, now_s: float) -> None:
+        """Durably agree. Raises StoreError."""
+        self._write(Consent(study, now_s, terms))
+
+    def withdraw(self, study: str, *, now_s: float) -> None:
+        """Durably disagree; a study that was never granted stays so. Raises StoreError."""
+        known = self.of(study)
+        if known is not None:
+            self._write(msgspec.structs.replace(known, withdrawn_s=now_s))
+
+    def problem(self, study: str, *, terms: str) -> str:
+        """Why the study may not run, in words; empty when it may. Raises StoreError."""
+        known = self.of(study)
+        if known is None:
+            return "not granted: covey-device consent grant says what it would do"
+        if known.withdrawn_s is not None:
+            return "consent was withdrawn"
+        return "" if known.terms == terms else "its terms have changed since they were granted; grant it again"
+
+    def _write(self, consent: Consent) -> None:
+        self._store.write(study_blob("consent", consent.study), msgspec.msgpack.encode(consent))

@@ -1,0 +1,429 @@
+"""One device: its studies, records, ledger and outbox, bound together over ports; and what an embedding program calls.
+
+`Device.open` takes the real adapters; the simulator and the tests hand in virtual ones. One thread uses a `Device`:
+nothing here is called from another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from numpy.typing import ArrayLike
+
+from device_client.config import DeviceConfig, StudyConfig
+from device_client.consent import Consents, terms_digest, terms_of
+from device_client.daemon import DeviceDaemon
+from device_client.device_store import kept_chunks, load_identity, load_session, study_blob
+from device_client.floors import Floors
+from device_client.kept_vector import KeptVector
+from device_client.ledger import Budget, Counter, PrivacyLedger
+from device_client.new_records import NewRecords
+from device_client.noise import Entropy
+from device_client.outbox import Outbox
+from device_client.participation import LocalWork, Participant
+from device_client.ports import Bell, Board, Clock, Graph, Store, Transport, Watchdog
+from device_client.pseudonyms import NoPseudonym, Pseudonym, Pseudonyms
+from device_client.readiness import Readiness
+from device_client.recordings.ingestion import StreamTarget
+from device_client.recordings.window_store import Retention, WindowFiles, WindowStore
+from device_client.session import DeviceSession, SessionConfig
+from device_client.status import Status, status_of
+from device_client.studies import NoNameError, Studies, WireName
+from device_client.study_runner import StudyRunner
+from device_client.training import Records
+from fl_protocol.adapters.journal import Journal
+from fl_protocol.bundle import ModelBundle
+from fl_protocol.errors import ConfigError, CoveyError
+from fl_protocol.messages import RoundManifestMsg
+from fl_protocol.model_manifest import label_array
+
+if TYPE_CHECKING:
+    from device_client.assembly import RealDevice
+
+_DAY_S = 86_400.0
+_HOUR_S = 3600.0
+
+
+class DeviceStore(WindowFiles, Store, Protocol):
+    """The encrypted store: blobs, logs, frames, and their destruction."""
+
+    def shred(self, scope: str) -> None:
+        """Destroy the key of a scope's data, then the data. Raises StoreError."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What is needed to connect for a study.
+
+    Args:
+        device: name on the wire, and MQTT client id.
+        pseudonym: with its certificate; None for a study with a fixed name.
+        will_topic, will_payload: the last will.
+    """
+
+    study: StudyConfig
+    device: str
+    pseudonym: Pseudonym | None
+    will_topic: str
+    will_payload: bytes
+
+
+@dataclass(frozen=True)
+class DevicePorts:
+    """All that a device needs of the outside.
+
+    Args:
+        store: encrypted blobs, logs and frames.
+        counter: the ledger's, kept apart from the store.
+        bundle: a study's verified bundle. Raises CoveyError.
+        graph: the bundle's graph, loaded; called when a study starts. Raises CoveyError.
+        aggregator_key: that a study is pinned to. Raises CoveyError.
+        connect: a transport that is opened by the caller. Raises CoveyError.
+        software: name and version, for presence.
+    """
+
+    store: DeviceStore
+    counter: Counter
+    clock: Clock
+    board: Board
+    bell: Bell
+    watchdog: Watchdog
+    journal: Journal
+    entropy: Entropy
+    jitter: Entropy
+    bundle: Callable[[StudyConfig], ModelBundle]
+    graph: Callable[[ModelBundle], Graph]
+    aggregator_key: Callable[[StudyConfig], Ed25519PublicKey]
+    connect: Callable[[Connection], Transport]
+    software: str
+
+
+class Device:
+    """One device; see the module docstring.
+
+    Args:
+        config: a whole ``device.toml``.
+        ports: the outside.
+
+    Raises:
+        ConfigError: two studies want different records of one stream.
+        LedgerError, StoreError: what is stored does not hold together.
+        BundleError: a bundle cannot be used.
+    """
+
+    def __init__(self, config: DeviceConfig, ports: DevicePorts) -> None:
+        self.config, self._ports, self.store = config, ports, ports.store
+        self._stopping = False
+        privacy = config.privacy
+        self.ledger = PrivacyLedger(self.store, ports.counter, budget_of(config))
+        self.outbox = Outbox(self.store, maximum_bytes=config.device.maximum_outbox_bytes)
+        self.consents = Consents(self.store)
+        self.pseudonyms = {
+            study.study: Pseudonyms(self.store, tenant=study.tenant, task=study.task) for study in config.studies
+        }
+        self._bundles = {study.study: ports.bundle(study) for study in config.studies}
+        self.streams = self._open_streams()
+        self._settle_outbox()
+        self.readiness = Readiness(ports.board, ports.clock, config.eligibility)
+        self.studies = Studies(
+            config.studies,
+            privacy=privacy,
+            consents=self.consents,
+            wire_name=self._wire_name,
+            start=self._start,
+            clock=ports.clock,
+            journal=ports.journal,
+        )
+        self.daemon = DeviceDaemon(
+            self.studies,
+            self.readiness,
+            ports.clock,
+            ports.bell,
+            ports.watchdog,
+            ports.journal,
+            prune=lambda now_s: sum(stream.prune(now_s) for stream in self.streams.values()),
+        )
+
+    @staticmethod
+    def open(config: Path | str, *, journal: Journal | None = None) -> RealDevice:
+        """The device that a ``device.toml`` describes, on this machine's hardware.
+
+        Args:
+            config: path of the file.
+            journal: where events are told; by default nowhere.
+
+        Raises:
+            CoveyError: one sentence about what is missing or wrong.
+        """
+        from device_client.assembly import RealDevice  # noqa: PLC0415 - the simulator needs no real adapters
+
+        return RealDevice.open(Path(config), journal=journal)
+
+    def add(self, x: ArrayLike, label: object, *, stream: str = "default", at_s: float | None = None) -> int:
+        """Store labelled windows, encrypted and durable on return.
+
+        Args:
+            x: one window as the model takes it, or several with the number of windows first, float32.
+            label: of the one window, or one for each: class indices, or numbers as the model's labels are.
+            stream: which stream of records.
+            at_s: when they were recorded, Unix seconds; now by default.
+
+        Returns:
+            How many were stored.
+
+        Raises:
+            StoreError: they do not fit the model, hold numbers that are not finite, or the disk does not take them.
+            ConfigError: there is no such stream.
+        """
+        target = self._target(stream)
+        windows = np.asarray(x, np.float32)
+        single = windows.shape == target.input.shape
+        try:
+            labels = label_array(np.asarray([label]) if single else label, len(windows), label=target.label)
+        except (KeyError, ValueError, TypeError) as error:
+            raise ConfigError(f"label: expected labels for {len(windows)} window(s) ({error})") from error
+        now_s = self._ports.clock.now_s()
+        return target.append(windows[None] if single else windows, labels, at_s=now_s if at_s is None else at_s)
+
+    def targets(self) -> dict[str, StreamTarget]:
+        """Where ingested recordings go, by stream."""
+        return {name: self._target(name) for name in self.streams}
+
+    def status(self) -> Status:
+        """What the device is doing and why, for people and for programs."""
+        return status_of(self)
+
+    def grant(self, study: str) -> None:
+        """Agree to a study (``tenant/task``) under its present terms. Raises ConfigError, StoreError."""
+        terms = terms_digest(self.terms(study))
+        self.consents.grant(study, terms=terms, now_s=self._ports.clock.now_s())
+        self.studies.look_again()
+
+    def withdraw(self, study: str) -> int:
+        """Leave a study at once; what it has not delivered is dropped. Raises ConfigError, StoreError.
+
+        Returns:
+            How many updates and pieces of work were dropped.
+        """
+        self.study_config(study)
+        self.consents.withdraw(study, now_s=self._ports.clock.now_s())
+        self.studies.stop(study, "consent was withdrawn")
+        return self.outbox.drop(study)
+
+    def erase_data(self) -> None:
+        """Destroy the key of all recordings and of what was computed from them here, then the files.
+
+        What is kept: identities, consents and the ledger, since what was released stays released. Raises StoreError.
+        """
+        self.studies.stop_all()
+        self.store.shred("data")
+        self.outbox = Outbox(self.store, maximum_bytes=self.config.device.maximum_outbox_bytes)
+        self.streams = self._open_streams()
+
+    def consent_problem(self, study: str) -> str:
+        """Why a study may not run, in words; empty when it may. Raises ConfigError, StoreError."""
+        return self.consents.problem(study, terms=terms_digest(self.terms(study)))
+
+    def terms(self, study: str) -> dict[str, str]:
+        """What granting a study means, in words. Raises ConfigError."""
+        return terms_of(self.study_config(study), self.config.privacy)
+
+    def study_config(self, study: str) -> StudyConfig:
+        """A study's configuration by ``tenant/task``, or by its task where only one has it. Raises ConfigError."""
+        found = [one for one in self.config.studies if study in {one.study, one.task}]
+        if len(found) != 1:
+            known = ", ".join(one.study for one in self.config.studies)
+            raise ConfigError(f"study {study}: expected one of {known}")
+        return found[0]
+
+    def step(self) -> None:
+        """One turn of the daemon's loop; waits at most a minute for something to do."""
+        self.daemon.step()
+
+    def run(self) -> None:
+        """Take part until `stop`."""
+        while not self._stopping:
+            self.step()
+
+    def stop(self) -> None:
+        """End `run`; may be called from any thread, and from a signal handler."""
+        self._stopping = True
+        self._ports.bell.ring()
+
+    def close(self) -> None:
+        """Put training aside and say goodbye to the brokers; what is pending stays in the outbox."""
+        self.daemon.close()
+
+    def _target(self, stream: str) -> StreamTarget:
+        """A stream's schema and store. Raises ConfigError."""
+        if stream not in self.streams:
+            raise ConfigError(f"stream {stream}: expected one of {', '.join(sorted(self.streams))}")
+        first = next(study for study in self.config.studies if study.stream == stream)
+        manifest = self._bundles[first.study].manifest
+        return StreamTarget(manifest.input, manifest.label, self.streams[stream].append)
+
+    def _open_streams(self) -> dict[str, WindowStore]:
+        """One store of windows per stream; studies that share one must want the same."""
+        settings, streams, schemas = self.config.records, {}, dict[str, Any]()
+        retention = Retention(settings.maximum_count, settings.maximum_age_days * _DAY_S)
+        for study in self.config.studies:
+            manifest = self._bundles[study.study].manifest
+            schema = (manifest.input, manifest.label)
+            if schemas.setdefault(study.stream, schema) != schema:
+                raise ConfigError(
+                    f"study {study.study}: its model takes other recordings than another study of stream "
+                    f"{study.stream}; give it a stream of its own"
+                )
+            if study.stream not in streams:
+                streams[study.stream] = WindowStore(
+                    self.store,
+                    study.stream,
+                    window_shape=manifest.input.shape,
+                    label=manifest.label,
+                    retention=retention,
+                    held_out_fraction=settings.held_out_fraction,
+                )
+        return streams
+
+    def _settle_outbox(self) -> None:
+        """After a power cut: note releases that were sealed but not noted, drop work that was already released."""
+        now_s = self._ports.clock.now_s()
+        for pending in self.outbox:
+            self.ledger.record_release(pending, now_s=now_s)
+        for study in self.config.studies:
+            work = self.outbox.work(study.study)
+            # Security: an old copy of the store may hold the work of an update that was sent since.
+            if work is not None and self.ledger.was_released(study.study, work.decoded_manifest().round):
+                self.outbox.discard(work.update_id)
+
+    def _wire_name(self, study: StudyConfig, now_s: float) -> WireName:
+        """The present name of a study. Raises NoNameError."""
+        if study.id is not None:
+            return WireName(study.id, np.inf, np.inf)
+        current = self.pseudonyms[study.study].current(now_s)
+        if isinstance(current, NoPseudonym):
+            raise NoNameError(current.words)
+        # What waits under an older name is delivered first, as long as its certificate lasts.
+        for name in dict.fromkeys(pending.device for pending in self.outbox.of(study.study)):
+            older = self.pseudonyms[study.study].get(name)
+            if older is not None and older.id != current.id and older.is_valid(now_s):
+                return WireName(older.id, now_s, older.not_after_s)
+        return WireName(current.id, current.period.ends_s, current.not_after_s)
+
+    def _start(self, study: StudyConfig, name: WireName) -> StudyRunner:
+        """A runner for a study, connecting. Raises CoveyError."""
+        ports, bundle = self._ports, self._bundles[study.study]
+        participant = self._participant(study, name.device, bundle)
+        work, manifest = self._interrupted(study.study, participant)
+        session = DeviceSession(
+            self._session_config(study, name.device, bundle),
+            entropy=ports.jitter,
+            state=load_session(self.store, study.study),
+            outbox=[pending for pending in self.outbox.of(study.study) if pending.device == name.device],
+            kept_chunks=kept_chunks(self.store),
+            working_on=manifest,
+        )
+        will = session.offline_presence()
+        pseudonym = self.pseudonyms[study.study].get(name.device)
+        transport = ports.connect(Connection(study, name.device, pseudonym, will.topic, will.payload))
+        transport.open()
+        return StudyRunner(
+            study=study.study,
+            session=session,
+            participant=participant,
+            store=self.store,
+            transport=transport,
+            clock=ports.clock,
+            journal=ports.journal,
+            new_records=self._new_records(study),
+            work=work,
+        )
+
+    def _participant(self, study: StudyConfig, device: str, bundle: ModelBundle) -> Participant:
+        """What participations in a study need."""
+        store, stream, shared = self.store, self.streams[study.stream], bundle.manifest.num_shared_parameters
+        pseudonym = self.pseudonyms[study.study].get(device)
+        key: Ed25519PrivateKey = pseudonym.signing_key if pseudonym is not None else load_identity(store, study.study)
+        measures_all = study.role == "evaluate"
+        return Participant(
+            study=study.study,
+            device=device,
+            signing_key=key,
+            ledger=self.ledger,
+            graph=self._ports.graph(bundle),
+            training_records=stream.training,
+            held_out_records=(lambda: _all_records(stream)) if measures_all else stream.held_out,
+            personal=KeptVector(store, name=study_blob("personal", study.study), initial=bundle.params[shared:]),
+            control=KeptVector(
+                store, name=study_blob("control", study.study), initial=np.zeros(shared, dtype=np.float32)
+            ),
+            outbox=self.outbox,
+            entropy=self._ports.entropy,
+        )
+
+    def _interrupted(self, study: str, participant: Participant) -> tuple[LocalWork | None, RoundManifestMsg | None]:
+        """Training that the last process was in the middle of."""
+        work = self.outbox.work(study)
+        if work is None:
+            return None, None
+        now_s, manifest = self._ports.clock.now_s(), work.decoded_manifest()
+        try:
+            if work.device != participant.device:
+                raise NoNameError("the name on the wire has changed since")
+            return participant.go_on(work, now_s=now_s), manifest
+        except CoveyError as error:
+            self._ports.journal.write("work_given_up", at_s=now_s, study=study, reason=str(error))
+            self.outbox.discard(work.update_id)
+            return None, None
+
+    def _session_config(self, study: StudyConfig, device: str, bundle: ModelBundle) -> SessionConfig:
+        """Who the device is in a study."""
+        privacy, eligibility = self.config.privacy, self.config.eligibility
+        clip = privacy.maximum_l2_norm_clip
+        return SessionConfig(
+            tenant=study.tenant,
+            task=study.task,
+            device=device,
+            role=study.role,
+            aggregator_key=self._ports.aggregator_key(study),
+            graph_digest=bundle.graph_digest,
+            num_parameters=bundle.manifest.num_shared_parameters,
+            floors=Floors(privacy.minimum_noise_multiplier, privacy.minimum_cohort, np.inf if clip is None else clip),
+            software=self._ports.software,
+            minimum_separation_s=eligibility.minimum_separation_hours * _HOUR_S,
+            counts_records=eligibility.minimum_new_records > 0,
+        )
+
+    def _new_records(self, study: StudyConfig) -> NewRecords | None:
+        """The wearer's rule about new records, if there is one."""
+        eligibility, stream = self.config.eligibility, self.streams[study.stream]
+        if not eligibility.minimum_new_records:
+            return None
+        return NewRecords(
+            minimum=eligibility.minimum_new_records,
+            noise=eligibility.new_records_noise,
+            appended=lambda: stream.appended,
+            ledger=self.ledger,
+            entropy=self._ports.entropy,
+            store=self.store,
+            name=study_blob("counted", study.study),
+        )
+
+
+def budget_of(config: DeviceConfig) -> Budget:
+    """The wearer's budget, with the studies' shares."""
+    privacy = config.privacy
+    shares: Mapping[str, float] = {study.study: study.epsilon for study in config.studies if study.epsilon is not None}
+    period_s = None if privacy.period_days is None else privacy.period_days * _DAY_S
+    return Budget(privacy.epsilon, privacy.delta, period_s=period_s, per_task=shares)
+
+
+def _all_records(stream: WindowStore) -> Records:
+    """Every record, on a device that trains on none."""
+    parts = stream.training(), stream.held_out()
+    return Records(np.concatenate([part.x for part in parts]), np.concatenate([part.y for part in parts]))

@@ -1,0 +1,152 @@
+"""The outbox: one entry a participation, from before it is charged until its receipt. Durable; bounded.
+
+An entry is `Work` until the update is sealed and `PendingUpdate` from then on, under one name that is replaced in one
+atomic write. So after a power cut there is work to go on with or an update to send, never both: a second update with
+other noise cannot come from one charge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+
+from device_client.errors import DeviceError, StoreError
+from device_client.events import PendingUpdate
+from device_client.local_optimiser import Control, LocalProgress
+from device_client.ports import Float32, Store
+from fl_protocol.errors import ProtocolError
+from fl_protocol.limits import MAX_TRANSFER_BYTES
+from fl_protocol.messages import RoundManifestMsg, decode
+
+PREFIX = "outbox/"
+_SEALING_BYTES = 8192
+"""More than sealing, signing and the entry itself add to an update."""
+
+
+class OutboxFullError(DeviceError):
+    """The updates that wait for their receipts leave no room for another."""
+
+
+class Work(msgspec.Struct, frozen=True, tag="work", kw_only=True):
+    """A participation that is charged for and trained, or about to be; vectors are little-endian float32.
+
+    Args:
+        device: the name on the wire that it will be sealed under.
+        manifest: the verified round manifest, encoded.
+        start: parameters that training starts from, the personal ones at the end, as they were before the round.
+        server_control, own_control: SCAFFOLD's c and c_i; empty in a plan without.
+        progress: how far it came; None before the first step.
+    """
+
+    update_id: bytes
+    study: str
+    device: str
+    manifest: bytes
+    start: bytes
+    server_control: bytes = b""
+    own_control: bytes = b""
+    progress: LocalProgress | None = None
+
+    def decoded_manifest(self) -> RoundManifestMsg:
+        """The manifest. Raises StoreError."""
+        try:
+            return decode(self.manifest, RoundManifestMsg)
+        except ProtocolError as error:
+            raise StoreError(f"the work in the outbox names a manifest that cannot be read ({error})") from error
+
+    def start_params(self) -> Float32:
+        """What training starts from, float32 [d]."""
+        return _floats(self.start)
+
+    def control(self) -> Control | None:
+        """SCAFFOLD's control variates."""
+        return (_floats(self.server_control), _floats(self.own_control)) if self.server_control else None
+
+
+class Outbox:
+    """All entries of this device, in its store.
+
+    Args:
+        store: where they are.
+        maximum_bytes: of all entries together.
+    """
+
+    def __init__(self, store: Store, *, maximum_bytes: int = 4 * MAX_TRANSFER_BYTES) -> None:
+        self._store, self._maximum_bytes = store, maximum_bytes
+        self._sizes: dict[bytes, int] = {}
+        self._entries = {entry.update_id: entry for entry in self._load()}
+
+    def __iter__(self) -> Iterator[PendingUpdate]:
+        """Updates that wait for their receipts, in the order of their names."""
+        return (entry for _, entry in sorted(self._entries.items()) if isinstance(entry, PendingUpdate))
+
+    def of(self, study: str) -> list[PendingUpdate]:
+        """A study's updates that wait for their receipts."""
+        return [pending for pending in self if pending.study == study]
+
+    def work(self, study: str) -> Work | None:
+        """A study's work in progress; there is at most one."""
+        works = (entry for entry in self._entries.values() if isinstance(entry, Work) and entry.study == study)
+        return next(works, None)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all entries."""
+        return sum(self._sizes.values())
+
+    def begin(self, work: Work) -> None:
+        """Durably note what is about to be charged and trained; call before the charge.
+
+        Raises:
+            OutboxFullError: no room for the update that will come of it.
+            StoreError: the disk does not take it.
+        """
+        needed = 2 * len(work.start) + _SEALING_BYTES
+        if self.size_bytes + needed > self._maximum_bytes:
+            raise OutboxFullError(
+                f"{len(self._entries)} update(s) of {self.size_bytes} bytes wait for their receipts, and "
+                f"maximum_outbox_bytes is {self._maximum_bytes}: nothing is trained until some are delivered"
+            )
+        self.put(work)
+
+    def put(self, entry: Work | PendingUpdate) -> None:
+        """Durably replace an entry: progress, or the sealed update. Raises StoreError, the old entry untouched."""
+        data = msgspec.msgpack.encode(entry)
+        self._store.write(_name(entry.update_id), data)
+        self._entries[entry.update_id], self._sizes[entry.update_id] = entry, len(data)
+
+    def discard(self, update_id: bytes) -> None:
+        """Durably forget an entry. Raises StoreError."""
+        self._store.delete(_name(update_id))
+        self._entries.pop(update_id, None)
+        self._sizes.pop(update_id, None)
+
+    def drop(self, study: str) -> int:
+        """Durably forget a study's work and updates, because the wearer left it; how many. Raises StoreError."""
+        entries = [entry for entry in self._entries.values() if entry.study == study]
+        for entry in entries:
+            self.discard(entry.update_id)
+        return len(entries)
+
+    def _load(self) -> Iterator[Work | PendingUpdate]:
+        """What the store holds."""
+        for name in self._store.names(PREFIX):
+            data = self._store.read(name)
+            if data is None:
+                continue
+            try:
+                entry = msgspec.msgpack.decode(data, type=Work | PendingUpdate)
+            except msgspec.DecodeError as error:
+                raise StoreError(f"the outbox entry {name} cannot be read ({error})") from error
+            self._sizes[entry.update_id] = len(data)
+            yield entry
+
+
+def _name(update_id: bytes) -> str:
+    return PREFIX + update_id.hex()
+
+
+def _floats(raw: bytes) -> Float32:
+    return np.frombuffer(raw, "<f4").astype(np.float32)

@@ -1,0 +1,56 @@
+"""Whether the device may train now: the board's readings, the rules over them, and how often they are looked at."""
+
+from __future__ import annotations
+
+import math
+
+from device_client.config import EligibilityConfig
+from device_client.eligibility import Blocked, Conditions, Eligibility, EligibilityPolicy, parse_window
+from device_client.ports import Board, Clock
+
+READ_EVERY_S = 15.0
+"""How old a reading may be while a study waits or trains."""
+
+
+class Readiness:
+    """Reads the board when it matters and is long enough ago.
+
+    Args:
+        board: the readings.
+        clock: for times of day.
+        config: the wearer's rules.
+
+    Raises:
+        LocalMisuseError: a time window cannot be read.
+    """
+
+    def __init__(self, board: Board, clock: Clock, config: EligibilityConfig) -> None:
+        self._board, self._clock = board, clock
+        self._eligibility = Eligibility(policy_of(config))
+        self._read_s = -math.inf
+        self.conditions = Conditions()
+        self.blocked: tuple[Blocked, ...] = ()
+
+    def look(self) -> tuple[str, ...]:
+        """Why the device may not train, in words, from a reading that is at most `READ_EVERY_S` old."""
+        now_s = self._clock.now_s()
+        if not 0 <= now_s - self._read_s < READ_EVERY_S:  # also when the clock was set back
+            self._read_s = now_s
+            self.conditions = self._board.read()
+            self.blocked = self._eligibility.update(
+                self.conditions, now_s=now_s, local_time_s=self._clock.local_time_s()
+            )
+        return tuple(blocked.reason for blocked in self.blocked)
+
+
+def policy_of(config: EligibilityConfig) -> EligibilityPolicy:
+    """The rules that a configuration asks for. Raises LocalMisuseError."""
+    return EligibilityPolicy(
+        minimum_battery_percent=config.minimum_battery_percent,
+        charging_lifts_battery_floor=config.charging_lifts_battery_floor,
+        require_charging=config.require_charging,
+        require_idle=config.require_idle,
+        require_unmetered=config.require_unmetered,
+        maximum_temperature_celsius=config.maximum_temperature_celsius,
+        windows=tuple(parse_window(text) for text in config.windows),
+    )

@@ -1,0 +1,176 @@
+"""What a device is doing and why, as data and in words: the answer to "why is it not training?"."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from device_client.study_runner import StudyRunner
+from device_client.training import Evaluation
+
+if TYPE_CHECKING:
+    from device_client.device import Device
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """How a model does on the held-out records; it never leaves the device."""
+
+    model: str
+    round: int
+    correct: int
+    count: int
+    mean_loss: float
+
+
+class StudyStatus(msgspec.Struct, frozen=True):
+    """One study.
+
+    Args:
+        study: ``tenant/task``.
+        running: whether the wearer granted it and it has a name on the wire.
+        connected: whether its broker is there.
+        doing: what it does, or why it does nothing, in words.
+        refused: why its newest manifest was refused; empty if it was not.
+        problem: what went wrong last; empty if nothing did.
+        device: its present name on the wire.
+        round: newest round seen.
+        pending: updates that wait for their receipts.
+        spent_epsilon: of this study in this period.
+        measured: the newest measurements.
+    """
+
+    study: str
+    running: bool
+    connected: bool
+    doing: str
+    refused: str
+    problem: str
+    device: str
+    round: int
+    pending: int
+    spent_epsilon: float
+    measured: tuple[Measured, ...] = ()
+
+
+class StreamStatus(msgspec.Struct, frozen=True):
+    """One stream of records."""
+
+    stream: str
+    records: int
+    held_out: int
+
+
+class Status(msgspec.Struct, frozen=True):
+    """A device.
+
+    Args:
+        may_train: whether the conditions allow it.
+        blocked: why not, in words.
+        spent_epsilon: in this period, over all studies, at `delta`.
+        budget_epsilon: that the wearer allows; None for no limit.
+        spent_epsilon_ever: over all periods.
+        outbox_bytes: held for updates on their way.
+    """
+
+    may_train: bool
+    blocked: tuple[str, ...]
+    spent_epsilon: float
+    budget_epsilon: float | None
+    delta: float
+    spent_epsilon_ever: float
+    outbox_bytes: int
+    studies: tuple[StudyStatus, ...]
+    streams: tuple[StreamStatus, ...]
+
+
+def status_of(device: Device) -> Status:
+    """The present status; reads the board if the last reading is old."""
+    blocked, ledger, budget = device.readiness.look(), device.ledger, device.ledger.budget
+    runners = {runner.study: runner for runner in device.studies.running}
+    still = device.studies.standing_still
+    studies = []
+    for study in device.config.studies:
+        runner, spent = runners.get(study.study), ledger.spent_on(study.study)
+        if runner is not None:
+            studies.append(_running(runner, spent))
+        else:
+            doing = still.get(study.study) or "not started yet"
+            waiting = len(device.outbox.of(study.study))
+            studies.append(
+                StudyStatus(
+                    study=study.study,
+                    running=False,
+                    connected=False,
+                    doing=doing,
+                    refused="",
+                    problem="",
+                    device="",
+                    round=0,
+                    pending=waiting,
+                    spent_epsilon=spent,
+                )
+            )
+    return Status(
+        may_train=not blocked,
+        blocked=blocked,
+        spent_epsilon=ledger.spent_epsilon,
+        budget_epsilon=None if math.isinf(budget.epsilon) else budget.epsilon,
+        delta=budget.delta,
+        spent_epsilon_ever=ledger.spent_epsilon_ever,
+        outbox_bytes=device.outbox.size_bytes,
+        studies=tuple(studies),
+        streams=tuple(
+            StreamStatus(name, len(stream), len(stream.held_out())) for name, stream in sorted(device.streams.items())
+        ),
+    )
+
+
+def status_text(status: Status) -> list[str]:
+    """The status in lines for a terminal."""
+    limit = "no limit" if status.budget_epsilon is None else f"{status.budget_epsilon:g}"
+    lines = ["may train: yes" if status.may_train else "may train: no"]
+    lines += [f"  {reason}" for reason in status.blocked]
+    for study in status.studies:
+        lines.append(f"{study.study}: {study.doing}")
+        if study.device:
+            online = "connected" if study.connected else "not connected"
+            lines.append(f"  as {study.device}, {online}, {study.pending} update(s) waiting for a receipt")
+        if study.refused:
+            lines.append(f"  refused: {study.refused}")
+        if study.problem:
+            lines.append(f"  last problem: {study.problem}")
+        lines += [
+            f"  {one.model} model of round {one.round}: {one.correct} of {one.count} held-out records right, "
+            f"mean loss {one.mean_loss:.3f}"
+            for one in study.measured
+        ]
+        lines.append(f"  epsilon spent on it: {study.spent_epsilon:.4f}")
+    lines.append(f"privacy: epsilon {status.spent_epsilon:.4f} of {limit} at delta {status.delta:g} in this period")
+    lines += [f"records {one.stream}: {one.records}, {one.held_out} of them held out" for one in status.streams]
+    return lines
+
+
+def _running(runner: StudyRunner, spent_epsilon: float) -> StudyStatus:
+    """A study that runs."""
+    view = runner.session.view()
+    return StudyStatus(
+        study=runner.study,
+        running=True,
+        connected=view.connected,
+        doing=view.doing,
+        refused=view.refused,
+        problem=runner.last_problem,
+        device=runner.participant.device,
+        round=view.round,
+        pending=view.pending,
+        spent_epsilon=spent_epsilon,
+        measured=tuple(
+            _measured(name, runner.measured_round, found) for name, found in sorted(runner.measured.items())
+        ),
+    )
+
+
+def _measured(model: str, round_number: int, found: Evaluation) -> Measured:
+    return Measured(model, round_number, found.correct, found.count, found.loss_sum / max(1, found.count))

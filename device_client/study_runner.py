@@ -1,0 +1,268 @@
+"""One study at work on a device: carries out what its session asks for, through ports only.
+
+Training goes step by step between messages; what the daemon calls `advance` does one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from device_client.device_store import drop_chunks, keep_chunk, save_session
+from device_client.errors import StoreError
+from device_client.events import (
+    Abandon,
+    Action,
+    ConditionsRead,
+    CountRecords,
+    Discard,
+    DropChunks,
+    Evaluate,
+    Event,
+    KeepChunk,
+    Note,
+    Participate,
+    ParticipationEnded,
+    PendingUpdate,
+    Publish,
+    RecordsCounted,
+    Remember,
+    Subscribe,
+    Tick,
+    Unsubscribe,
+    UpdateReady,
+)
+from device_client.new_records import NewRecords
+from device_client.participation import LocalWork, Participant
+from device_client.ports import Clock, Store, Transport
+from device_client.session import DeviceSession
+from device_client.training import Evaluation
+from fl_protocol.adapters.journal import Journal
+from fl_protocol.errors import CoveyError
+from fl_protocol.messages import RoundManifestMsg
+
+DELIVERIES_LOG = "deliveries.jsonl"
+MOST_EVENTS = 64
+"""Messages taken in one go, before training gets its turn."""
+RETRY_SEALING_S = 60.0
+"""A disk that did not take the sealed update is tried again after this long."""
+
+
+class DeliveryEntry(msgspec.Struct, frozen=True):
+    """One line of the log of what became of the updates."""
+
+    at_s: float
+    update_id: str
+    outcome: str
+
+
+@dataclass
+class StudyRunner:
+    """See the module docstring.
+
+    Args:
+        new_records: the rule about new records; None without.
+        work: what was interrupted and goes on.
+    """
+
+    study: str
+    session: DeviceSession
+    participant: Participant
+    store: Store
+    transport: Transport
+    clock: Clock
+    journal: Journal
+    new_records: NewRecords | None = None
+    work: LocalWork | None = None
+    measured: dict[str, Evaluation] = field(default_factory=dict)
+    measured_round: int = 0
+    last_problem: str = ""
+    _seal_again_s: float = 0.0
+
+    def take_events(self) -> int:
+        """Hand what came from the broker to the session; how many messages that was."""
+        for count in range(MOST_EVENTS):
+            event = self.transport.poll(0.0)
+            if event is None:
+                return count
+            self.tell(event)
+        return MOST_EVENTS
+
+    def tell(self, event: Event) -> None:
+        """Hand one event to the session and do what it asks for."""
+        self._execute(self.session.handle(event, self.clock.now_s(), backlog=self.transport.backlog()))
+
+    def tick(self, blocked: tuple[str, ...] | None) -> None:
+        """Let time pass; `blocked`, if it was looked up, says why the device may not train."""
+        self.tell(Tick() if blocked is None else ConditionsRead(blocked))
+
+    def advance(self) -> bool:
+        """Do one step of the training, or seal it; whether there was anything to do."""
+        work = self.work
+        if work is None or self.clock.now_s() < self._seal_again_s:
+            return False
+        try:
+            if not work.done:
+                work.advance()
+                return True
+            pending = work.finish(self.clock.now_s())
+        except StoreError as error:  # the change is still here: nothing is computed or charged again
+            self._seal_again_s = self.clock.now_s() + RETRY_SEALING_S
+            self._store_failed(error)
+            return False
+        except CoveyError as error:  # whatever a signed plan asks for, it must not stop the daemon
+            self._give_up(work, str(error))
+            return True
+        self._finished(work, pending)
+        return True
+
+    def put_aside(self) -> None:
+        """Keep the training's progress, because it may not go on now or the process ends."""
+        if self.work is not None and not self.work.done:
+            try:
+                self.work.put_aside()
+            except CoveyError as error:
+                self._store_failed(error)
+            else:
+                done, steps = self.work.steps
+                self.note("training_paused", round=self.work.manifest.round, step=done, steps=steps)
+
+    def leave(self) -> None:
+        """Say goodbye to the broker; what is pending stays in the outbox."""
+        self.put_aside()
+        goodbye = self.session.offline_presence()
+        self.transport.publish(goodbye.topic, goodbye.payload, retain=goodbye.retain)
+        self.transport.close()
+
+    def note(self, event: str, **fields: object) -> None:
+        """Write to the journal."""
+        self.journal.write(event, at_s=self.clock.now_s(), study=self.study, **fields)
+
+    def _execute(self, actions: list[Action]) -> None:
+        """Do a batch in order; when the disk fails, the rest is dropped, and the session retries what it sends."""
+        try:
+            for action in actions:
+                self._do(action)
+        except StoreError as error:
+            self._store_failed(error)
+
+    def _do(self, action: Action) -> None:
+        """Carry out one action."""
+        handlers: dict[type, Callable[..., None]] = {
+            Publish: lambda a: self.transport.publish(a.topic, a.payload, retain=a.retain, expires_s=a.expires_s),
+            Subscribe: lambda a: self.transport.subscribe(a.topic_filter),
+            Unsubscribe: lambda a: self.transport.unsubscribe(a.topic_filter),
+            Remember: lambda a: save_session(self.store, a.state),
+            KeepChunk: lambda a: keep_chunk(self.store, a.digest, a.index, a.payload),
+            DropChunks: lambda a: drop_chunks(self.store, a.digests),
+            Note: lambda a: self._session_note(a),
+            Discard: self._discard,
+            CountRecords: self._count_records,
+            Participate: self._participate,
+            Abandon: self._abandon,
+            Evaluate: lambda a: self._measure(a.manifest, a.params),
+        }
+        handlers[type(action)](action)
+
+    def _session_note(self, note: Note) -> None:
+        """Into the journal; what went wrong last is kept for `status`."""
+        if note.event in {"broker_unusable", "message_refused", "model_refused", "update_refused", "disconnected"}:
+            self.last_problem = f"{note.event.replace('_', ' ')}: {note.fields.get('reason', '')}"
+        self.note(note.event, **note.fields)
+
+    def _discard(self, action: Discard) -> None:
+        """The log first: what became of an update is not lost, and a second line does no harm."""
+        entry = DeliveryEntry(self.clock.now_s(), action.update_id.hex(), action.outcome)
+        self.store.append_log(DELIVERIES_LOG, msgspec.json.encode(entry))
+        self.participant.outbox.discard(action.update_id)
+
+    def _count_records(self, action: CountRecords) -> None:
+        """Charge for a noisy count, and compare it."""
+        manifest, reason = action.manifest, ""
+        if self.new_records is not None:
+            try:
+                reason = self.new_records.problem(manifest, study=self.study, now_s=self.clock.now_s())
+            except CoveyError as error:
+                reason = str(error)
+        self.tell(RecordsCounted(manifest.round, reason))
+
+    def _participate(self, action: Participate) -> None:
+        """Begin to take part in a round."""
+        manifest = action.manifest
+        self._measure(manifest, action.params)
+        try:
+            self.work = self.participant.begin(manifest, action.params, action.control, now_s=self.clock.now_s())
+        except CoveyError as error:
+            self.tell(ParticipationEnded(manifest.round, str(error)))
+            return
+        ledger = self.participant.ledger
+        self.note(
+            "charged",
+            round=manifest.round,
+            epsilon=ledger.spent_epsilon,
+            budget_epsilon=ledger.budget.epsilon,
+            delta=ledger.budget.delta,
+        )
+
+    def _finished(self, work: LocalWork, pending: PendingUpdate) -> None:
+        """An update is ready to be sent."""
+        self.work = None
+        ledger, records = self.participant.ledger, self.new_records
+        self.note(
+            "trained",
+            round=work.manifest.round,
+            steps=work.steps[1],
+            epsilon=ledger.spent_epsilon,
+            budget_epsilon=ledger.budget.epsilon,
+            delta=ledger.budget.delta,
+        )
+        self.tell(UpdateReady(pending))
+        if records is not None:
+            try:
+                records.took_part()
+            except StoreError as error:
+                self._store_failed(error)
+
+    def _give_up(self, work: LocalWork, reason: str) -> None:
+        """Training gave nothing: forget it, and never try it again from earlier progress."""
+        self.work = None
+        try:
+            work.abandon()
+        except StoreError as error:
+            self._store_failed(error)
+        self.tell(ParticipationEnded(work.manifest.round, reason))
+
+    def _abandon(self, action: Abandon) -> None:
+        """The session gave the round up."""
+        work, self.work = self.work, None
+        if work is not None:
+            work.abandon()
+
+    def _measure(self, manifest: RoundManifestMsg, params: object) -> None:
+        """Measure a global model on the device's own records; only this device's journal and status learn it."""
+        try:
+            found = self.participant.measure(params)  # type: ignore[arg-type]
+        except CoveyError as error:
+            self.note("evaluation_failed", round=manifest.round, reason=str(error))
+            return
+        if not found:
+            return
+        self.measured, self.measured_round = found, manifest.round
+        best = found.get("personal", found["global"])
+        self.note(
+            "evaluated",
+            round=manifest.round,
+            status=manifest.status,
+            model_digest=manifest.model_digest.hex(),
+            loss_sum=best.loss_sum,
+            correct=best.correct,
+            count=best.count,
+            **({"global_correct": found["global"].correct} if "personal" in found else {}),
+        )
+
+    def _store_failed(self, error: CoveyError) -> None:
+        """Say that the disk does not take what must be durable."""
+        self.last_problem = str(error)
+        self.note("store_failed", reason=str(error))

@@ -1,0 +1,138 @@
+"""The real device code on virtual hardware: a `Device` over a virtual flash, board, clock and broker connection.
+
+Nothing here stands in for code of the device; only its ports are virtual. Time moves only when it is told to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from device_client.adapters.counter_file import CounterFile
+from device_client.adapters.encrypted_files import EncryptedFiles
+from device_client.config import DeviceConfig, StudyConfig
+from device_client.device import Connection, Device, DevicePorts
+from device_client.eligibility import Conditions
+from device_client.noise import Entropy
+from device_client.ports import Board, Clock, Graph, Transport
+from fl_protocol.adapters.journal import Journal
+from fl_protocol.bundle import ModelBundle
+from fl_protocol.durable import Disk
+
+_DAY_S = 86_400.0
+
+
+@dataclass
+class VirtualClock:
+    """`device_client.ports.Clock` that moves only when it is told to; local time is UTC.
+
+    Args:
+        time_s: Unix seconds.
+    """
+
+    time_s: float = 1_000_000.0
+
+    def now_s(self) -> float:
+        """Unix seconds."""
+        return self.time_s
+
+    def local_time_s(self) -> float:
+        """Seconds since midnight."""
+        return self.time_s % _DAY_S
+
+
+class VirtualBell:
+    """`device_client.ports.Bell`: virtual time does not pass while somebody waits."""
+
+    def ring(self) -> None:
+        """Nothing waits."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Return at once."""
+
+
+class VirtualWatchdog:
+    """`device_client.ports.Watchdog` that nobody reads."""
+
+    longest_wait_s = 3600.0
+
+    def alive(self, status: str) -> None:
+        """Nothing."""
+
+
+class SteadyBoard:
+    """`device_client.ports.Board` whose readings are what they were set to."""
+
+    def __init__(self, conditions: Conditions | None = None) -> None:
+        self.conditions = conditions if conditions is not None else Conditions()
+
+    def read(self) -> Conditions:
+        """The readings."""
+        return self.conditions
+
+
+@dataclass(frozen=True)
+class VirtualHardware:
+    """What one device consists of, beside its code.
+
+    Args:
+        flash: holds the store; `device_client.adapters.encrypted_files.EncryptedFiles` over it.
+        counter_flash: holds the ledger's counter, kept apart.
+        store_key: 32 bytes.
+        entropy: for training, sealing and identities.
+        nonces: for the store's encryption.
+        jitter: for coins and back-off; a stream of its own, so that resending does not change later noise.
+        connect: a connection to the broker, not opened yet.
+    """
+
+    flash: Disk
+    counter_flash: Disk
+    store_key: bytes
+    clock: Clock
+    board: Board
+    entropy: Entropy
+    nonces: Entropy
+    jitter: Entropy
+    connect: Callable[[Connection], Transport]
+    journal: Journal
+
+
+def virtual_device(
+    config: DeviceConfig,
+    hardware: VirtualHardware,
+    *,
+    bundle: Callable[[StudyConfig], ModelBundle],
+    graph: Callable[[ModelBundle], Graph],
+    aggregator_key: Ed25519PublicKey,
+) -> Device:
+    """Start a device, as after a reboot: whatever its flash holds is there.
+
+    Args:
+        config: its ``device.toml``.
+        hardware: what it runs on.
+        bundle: a study's verified bundle.
+        graph: the bundle's graph, loaded; may be shared by devices that do not run at the same time.
+        aggregator_key: that all its studies are pinned to.
+
+    Raises:
+        CoveyError: as `Device` does.
+    """
+    ports = DevicePorts(
+        store=EncryptedFiles(hardware.flash, hardware.store_key, entropy=hardware.nonces, where="the virtual flash"),
+        counter=CounterFile(hardware.counter_flash, "counter", hardware.store_key, entropy=hardware.nonces),
+        clock=hardware.clock,
+        board=hardware.board,
+        bell=VirtualBell(),
+        watchdog=VirtualWatchdog(),
+        journal=hardware.journal,
+        entropy=hardware.entropy,
+        jitter=hardware.jitter,
+        bundle=bundle,
+        graph=graph,
+        aggregator_key=lambda _study: aggregator_key,
+        connect=hardware.connect,
+        software="covey virtual",
+    )
+    return Device(config, ports)
