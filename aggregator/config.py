@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from fl_protocol.adapters.config_files import BrokerConfig
+from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.messages import KemName, Name, TrainingPlanMsg
 
 Fraction = Annotated[float, Meta(ge=0, le=1)]

@@ -23,6 +23,8 @@ _EXIT_CODES: list[tuple[type[CoveyError], int]] = [
 _EPILOG = """examples:
   covey-device init    --config device.toml               make the store's key and this device's keys
   covey-device import  --config device.toml walk.csv      store labelled recordings, encrypted (.csv or .npz)
+  covey-device pseudonyms --config device.toml request --out request.json     ask the operator for names on the wire
+  covey-device pseudonyms --config device.toml install answer.json            and take them
   covey-device consent --config device.toml list          what each study would do
   covey-device consent --config device.toml grant steps   agree to it
   covey-device run     --config device.toml               take part until stopped; one JSON line per event
@@ -90,8 +92,9 @@ def _import_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _pseudonym_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("action", choices=["request", "install", "list"])
-    sub.add_argument("study", nargs="?", help="task, or tenant/task; needed where there are several studies")
-    sub.add_argument("--file", type=Path, help="request: where to write it; install: the operator's answer")
+    sub.add_argument("file", nargs="?", type=Path, help="install: the operator's answer")
+    sub.add_argument("--study", help="task, or tenant/task; needed where there are several studies")
+    sub.add_argument("--out", type=Path, help="request: file for the study's operator")
     sub.add_argument("--count", type=int, default=12, help="request: how many names (default 12)")
     sub.add_argument("--anew", action="store_true", help="request: forget a request that was not answered")
 

@@ -16,7 +16,7 @@ from device_client.cli_ask import question
 from device_client.config import StudyConfig
 from device_client.device_store import create_identity
 from device_client.errors import StoreError
-from device_client.pseudonyms import Pseudonyms
+from device_client.pseudonyms import NoPseudonym, Pseudonyms, date_text
 from device_client.recordings.csv_header import CsvFormat
 from device_client.recordings.csv_import import CsvProgress, store_csv
 from device_client.recordings.npz_import import read_npz
@@ -25,6 +25,9 @@ from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.journal import JsonLines
 from fl_protocol.errors import ConfigError
 from fl_protocol.signing import public_key_hex
+
+_ASK_FOR_MORE_S = 60 * 86_400.0
+"""How long before the last pseudonym ends others should be asked for."""
 
 
 def init(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
@@ -66,28 +69,54 @@ def import_records(files: DeviceFiles, arguments: argparse.Namespace) -> int:
 
 
 def pseudonyms(files: DeviceFiles, arguments: argparse.Namespace) -> int:
-    """Ask for names, install the answer, or list them."""
+    """Ask for names on the wire, install the answer, or list them."""
     study = _one_study(files, arguments.study)
+    action = {"request": _request_names, "install": _install_names, "list": _list_names}[arguments.action]
     with closing(files.open_store()) as store:
-        names = Pseudonyms(store, tenant=study.tenant, task=study.task)
-        if arguments.action == "list":
-            print("\n".join(names.describe(time.time())))
-            return 0
-        if arguments.file is None:
-            raise ConfigError(f"pseudonyms {arguments.action}: expected --file FILE")
-        if arguments.action == "request":
-            request = names.prepare(count=arguments.count, entropy=system_entropy, anew=arguments.anew)
-            try:
-                write_atomic(arguments.file, request, mode=0o644)
-            except OSError as error:
-                raise ConfigError(f"--file {arguments.file}: cannot be written ({error.strerror})") from error
-            print(f"{names.waiting} names asked for; hand {arguments.file} to the operator of {study.study}")
-            return 0
-        key = pinned_key(files.path, "study.aggregator_key", study.aggregator_key)
-        new = names.install(read_file(arguments.file, "--file"), aggregator_key=key)
-        print(f"{len(new)} names installed")
-        print("\n".join(names.describe(time.time())))
+        action(files, study, Pseudonyms(store, tenant=study.tenant, task=study.task), arguments)
     return 0
+
+
+def _request_names(_files: DeviceFiles, study: StudyConfig, names: Pseudonyms, arguments: argparse.Namespace) -> None:
+    """Write the request for the operator."""
+    if arguments.out is None:
+        raise ConfigError("pseudonyms request: expected --out FILE")
+    if names.waiting and not arguments.anew:
+        print("the request of before is still open and was written again; --anew makes another")
+    request = names.prepare(count=arguments.count, entropy=system_entropy, anew=arguments.anew)
+    try:
+        write_atomic(arguments.out, request)
+    except OSError as error:
+        raise ConfigError(f"--out {arguments.out}: cannot be written ({error.strerror})") from error
+    print(
+        f"{arguments.out}: a request for {names.waiting} pseudonyms in {study.study}; hand it to the study's operator, "
+        "who runs covey-aggregator device admit"
+    )
+
+
+def _install_names(files: DeviceFiles, study: StudyConfig, names: Pseudonyms, arguments: argparse.Namespace) -> None:
+    """Check and take the operator's answer."""
+    if arguments.file is None:
+        raise ConfigError("pseudonyms install: expected the file with the operator's answer")
+    key = pinned_key(files.path, "study.aggregator_key", study.aggregator_key)
+    new = names.install(read_file(arguments.file, "the answer"), aggregator_key=key)
+    first, last = date_text(new[0].period.begins_s), date_text(new[-1].period.ends_s)
+    print(f"{study.study}: {len(new)} pseudonyms, one after the other, {first} to {last}")
+    print(f"delete {arguments.file}: it tells which pseudonyms are this device's")
+
+
+def _list_names(_files: DeviceFiles, study: StudyConfig, names: Pseudonyms, _arguments: argparse.Namespace) -> None:
+    """One line for each, and what to do."""
+    now_s = time.time()
+    print("\n".join(names.describe(now_s)))
+    current, lasts_s = names.current(now_s), names.lasts_until_s()
+    if isinstance(current, NoPseudonym):
+        print(current.words)
+    elif lasts_s is not None and lasts_s - now_s < _ASK_FOR_MORE_S and not names.waiting:
+        print(
+            f"{study.study}: the last pseudonym ends on {date_text(lasts_s)}; make a request with covey-device "
+            "pseudonyms request"
+        )
 
 
 def run(files: DeviceFiles, _arguments: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from fl_protocol.adapters.config_files import BrokerConfig
+from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.topics import NAME_PATTERN
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
@@ -32,8 +32,8 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         publisher_key: Ed25519 key of the bundle's publisher, 64 hex digits.
         aggregator_key: Ed25519 key that signs manifests and receipts, 64 hex digits.
         minimum_bundle_version: refuse an older bundle.
-        id: a fixed name on the wire, for trying things out; without it the device uses pseudonyms that change.
-        pseudonyms: folder of the pseudonyms' certificates (``covey-device pseudonyms``).
+        id: a fixed name on the wire, for trying things out; its certificate is named in `broker`. Without it the device
+            goes by pseudonyms that change and bring their certificates with them (``covey-device pseudonyms``).
         role: ``train``, or ``evaluate`` to only measure each global model on the device's own records.
         stream: the stream of records that it trains on.
         epsilon: share of the wearer's budget that this study may spend in a period; all of it by default.
@@ -47,7 +47,6 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     aggregator_key: str
     minimum_bundle_version: int = 0
     id: Name | None = None
-    pseudonyms: str = "pseudonyms"
     role: Literal["train", "evaluate"] = "train"
     stream: Name = "default"
     epsilon: Epsilon | None = None

@@ -34,6 +34,8 @@ ASK_FIRST_CHUNKS = 4
 """An update of more chunks than this is asked about before it is sent again."""
 ANSWER_WITHIN_S = 15.0
 """How long the aggregator may take to say what it misses (it answers about 10 s after the chunk)."""
+LONGEST_EXPIRY_S = 2**32 - 1
+"""The most that MQTT can say; a clock that is years behind would ask for more."""
 
 RETRYABLE = frozenset(
     {RefusalReason.MALFORMED, RefusalReason.OVERSIZED, RefusalReason.BAD_SIGNATURE, RefusalReason.UNSEALABLE}
@@ -48,10 +50,21 @@ class _Delivery:
     pending: PendingUpdate
     begun_before: bool  # parts of it may be at the aggregator
     attempts: int = 0
-    next_send_s: float = 0.0
+    next_send_s: float = -math.inf
+    wait_s: float = 0.0  # from when the last chunk has left to the next attempt
     queue: deque[int] = field(default_factory=deque)  # chunks of this attempt that are not handed over yet
+    is_leaving: bool = False  # handed over, and not seen to have left
     answered_s: float = -math.inf  # when a NACK last had missing chunks sent
-    refused: str = ""
+    answers: int = 0  # NACKs in a row that were answered and told of no progress
+    least_missing: float = math.inf
+    garbled: tuple[int, str] = (0, "")  # the attempt that was last refused for changed bytes, and how
+
+    def look_at_line(self, now_s: float, *, backlog: int) -> None:
+        """The wait for an answer begins when the last chunk has left."""
+        self.next_send_s = min(self.next_send_s, now_s + LONGEST_RETRY_S)  # the clock may have been set back by years
+        if self.is_leaving and (backlog or now_s < self.next_send_s):
+            self.next_send_s = now_s + self.wait_s
+        self.is_leaving &= bool(backlog)
 
 
 class Deliveries:
@@ -62,6 +75,7 @@ class Deliveries:
         self._open = {pending.update_id: _Delivery(pending, begun_before=True) for pending in outbox}
         self._chunk_bytes: int | None = None
         self._cut: tuple[bytes, list[ChunkMsg]] = (b"", [])  # the update that is being sent now, in chunks
+        self._line_busy_s = -math.inf  # until when it is not asked whether the line is free, unless something happens
 
     def __len__(self) -> int:
         return len(self._open)
@@ -74,7 +88,7 @@ class Deliveries:
         self._chunk_bytes = chunk_data_bytes(maximum_packet_bytes)
         self._cut = (b"", [])
         for delivery in self._open.values():
-            delivery.next_send_s = 0.0
+            delivery.next_send_s, delivery.least_missing, delivery.is_leaving = -math.inf, math.inf, False
             delivery.queue.clear()
 
     def disconnected(self) -> None:
@@ -87,10 +101,10 @@ class Deliveries:
         self._open[pending.update_id] = _Delivery(pending, begun_before=False)
 
     def next_wake_s(self) -> float:
-        """When `due` next has something to do; while chunks are queued, the transport's progress wakes it."""
-        if self._chunk_bytes is None:
+        """When `due` next has something to do; while the line is busy, its progress wakes it earlier."""
+        if self._chunk_bytes is None or not self._open:
             return math.inf
-        return min((d.next_send_s for d in self._open.values() if not d.queue), default=math.inf)
+        return max(self._line_busy_s, min(delivery.next_send_s for delivery in self._open.values()))
 
     def due(self, now_s: float, *, backlog: int) -> list[Action]:
         """Send what is due; give up what is hopelessly late.
@@ -104,16 +118,17 @@ class Deliveries:
             return actions
         for delivery in list(self._open.values()):
             pending = delivery.pending
-            if now_s > pending.deadline_s + GRACE_S and delivery.attempts >= LEAST_ATTEMPTS:
-                actions += self._close(pending.update_id, "expired", round=pending.round)
-                continue
+            delivery.look_at_line(now_s, backlog=backlog)
             if not delivery.queue and not backlog and now_s >= delivery.next_send_s:
+                if now_s > pending.deadline_s + GRACE_S and delivery.attempts >= LEAST_ATTEMPTS:
+                    actions += self._close(pending.update_id, "expired", round=pending.round)
+                    continue
                 actions.append(self._begin_attempt(delivery, now_s))
             sent = self._hand_over(delivery, now_s, room=WINDOW - backlog)
+            delivery.is_leaving |= bool(sent)
             backlog += len(sent)
             actions += sent
-            if backlog and delivery.attempts:  # the wait for an answer begins when the last chunk has left
-                delivery.next_send_s = max(delivery.next_send_s, now_s + FIRST_RETRY_S)
+        self._line_busy_s = now_s + FIRST_RETRY_S if backlog else -math.inf
         return actions
 
     def receipt(self, message: ReceiptMsg) -> list[Action]:
@@ -131,28 +146,46 @@ class Deliveries:
         delivery = self._open.get(message.update_id)
         if delivery is None or message.device != delivery.pending.device:
             return []
-        fields = {"round": delivery.pending.round, "reason": message.reason.value, "detail": message.detail}
         if message.reason is RefusalReason.TRUNCATED:
-            # A NACK can be replayed by the broker; answering each would let it drain the battery.
-            if self._chunk_bytes is not None and now_s >= delivery.answered_s + FIRST_RETRY_S:
-                delivery.answered_s = now_s
-                chunks = self._chunks(delivery.pending)
-                delivery.queue = deque(missing_indices(message.missing, len(chunks)))
-                delivery.next_send_s = now_s + self._back_off_s(delivery.attempts)
+            self._send_missing(delivery, message.missing, now_s)
             return []
-        if message.reason in RETRYABLE:
-            # Somebody changed bytes on the way; giving up here would let a broker throw updates away for good.
-            delivery.queue.clear()
-            delivery.begun_before = False  # whatever the aggregator holds of it is not worth asking about
-            delivery.next_send_s = max(delivery.next_send_s, now_s + self._back_off_s(delivery.attempts))
-            known, delivery.refused = delivery.refused, message.reason.value
-            return [] if known == delivery.refused else [Note("update_garbled", fields)]
-        return self._close(message.update_id, "refused", **fields)
+        fields = {"round": delivery.pending.round, "reason": message.reason.value, "detail": message.detail}
+        if message.reason not in RETRYABLE:
+            return self._close(message.update_id, "refused", **fields)
+        # Somebody changed bytes on the way; giving up here would let a broker throw updates away for good. Once an
+        # attempt: a replay must not put the next one off for ever.
+        known, delivery.garbled = delivery.garbled, (delivery.attempts, message.reason.value)
+        if known[0] == delivery.attempts:
+            return []
+        delivery.queue.clear()
+        delivery.begun_before = False  # whatever the aggregator holds of it is not worth asking about
+        delivery.next_send_s = max(delivery.next_send_s, now_s + self._back_off_s(delivery.attempts))
+        return [] if known[1] == delivery.garbled[1] else [Note("update_garbled", fields)]
+
+    def _send_missing(self, delivery: _Delivery, bitmap: bytes, now_s: float) -> None:
+        """Queue what a NACK asks for.
+
+        A broker can replay NACKs, and answering each would let it drain the battery: one that tells of no progress is
+        answered with back-off, and progress is finite.
+        """
+        if self._chunk_bytes is None:
+            return
+        missing = missing_indices(bitmap, -(-len(delivery.pending.envelope) // self._chunk_bytes))
+        is_progress = len(missing) < delivery.least_missing
+        pause_s = FIRST_RETRY_S if is_progress else _longest_back_off_s(delivery.answers)
+        if abs(now_s - delivery.answered_s) < pause_s:  # either way: the clock may have been set back
+            return
+        delivery.least_missing = min(delivery.least_missing, len(missing))
+        delivery.answered_s, delivery.answers = now_s, 1 if is_progress else delivery.answers + 1
+        delivery.queue = deque(missing)
+        delivery.begun_before = True  # it answers, so it is worth asking again
+        delivery.wait_s = self._back_off_s(delivery.attempts)
+        delivery.next_send_s = now_s + delivery.wait_s
 
     def _close(self, update_id: bytes, outcome: str, **fields: object) -> list[Action]:
         """Take an update out of the outbox and say why."""
-        del self._open[update_id]
-        return [Discard(update_id, outcome), Note(f"update_{outcome}", fields)]
+        number = self._open.pop(update_id).pending.round
+        return [Discard(update_id, number, outcome), Note(f"update_{outcome}", fields)]
 
     def _begin_attempt(self, delivery: _Delivery, now_s: float) -> Note:
         """Queue what this attempt sends: all chunks, or one that asks where a large update stands."""
@@ -162,7 +195,8 @@ class Deliveries:
         delivery.queue = deque([len(chunks) - 1] if asks else range(len(chunks)))
         # What was asked about and not answered is sent as a whole next time; then it is asked about again.
         delivery.begun_before = not asks
-        delivery.next_send_s = now_s + (ANSWER_WITHIN_S if asks else self._back_off_s(delivery.attempts))
+        delivery.wait_s = ANSWER_WITHIN_S if asks else self._back_off_s(delivery.attempts)
+        delivery.next_send_s = now_s + delivery.wait_s
         fields = {"round": pending.round, "attempt": delivery.attempts, "bytes": len(pending.envelope)}
         return Note("update_asked_about" if asks else "update_sent", fields)
 
@@ -173,7 +207,7 @@ class Deliveries:
         while delivery.queue and len(actions) < room:
             chunk = self._chunks(pending)[delivery.queue.popleft()]
             topic = upload_topic(self._tenant, pending.device, pending.update_id, chunk.index)
-            expires_s = max(1, int(pending.deadline_s - now_s))
+            expires_s = min(max(1, int(pending.deadline_s - now_s)), LONGEST_EXPIRY_S)
             actions.append(Publish(topic, encode(chunk), expires_s=expires_s))
         return actions
 
@@ -186,8 +220,12 @@ class Deliveries:
 
     def _back_off_s(self, attempts: int) -> float:
         """Exponential, with the upper half jittered so that a fleet does not resend in step."""
-        longest = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(attempts - 1, 10))
-        return longest * (0.5 + 0.5 * uniform(self._entropy))
+        return _longest_back_off_s(attempts) * (0.5 + 0.5 * uniform(self._entropy))
+
+
+def _longest_back_off_s(attempts: int) -> float:
+    """Without jitter, after this many attempts."""
+    return min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(max(attempts, 1) - 1, 10))
 
 
 def uniform(entropy: Entropy) -> float:

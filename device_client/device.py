@@ -17,7 +17,9 @@ from numpy.typing import ArrayLike
 
 from device_client.config import DeviceConfig, StudyConfig
 from device_client.consent import Consents, terms_digest, terms_of
+from device_client.control_variate import ControlVariate
 from device_client.daemon import DeviceDaemon
+from device_client.delivery import uniform
 from device_client.device_store import kept_chunks, load_identity, load_session, study_blob
 from device_client.floors import Floors
 from device_client.kept_vector import KeptVector
@@ -33,7 +35,7 @@ from device_client.recordings.ingestion import StreamTarget
 from device_client.recordings.window_store import Retention, WindowFiles, WindowStore
 from device_client.session import DeviceSession, SessionConfig
 from device_client.status import Status, status_of
-from device_client.studies import NoNameError, Studies, WireName
+from device_client.studies import LONGEST_ABSENCE_S, NoNameError, Studies, WireName
 from device_client.study_runner import StudyRunner
 from device_client.training import Records
 from fl_protocol.adapters.journal import Journal
@@ -136,6 +138,8 @@ class Device:
             consents=self.consents,
             wire_name=self._wire_name,
             start=self._start,
+            connected=self._forget_old_names,
+            change_delay_s=lambda: LONGEST_ABSENCE_S * uniform(ports.jitter),
             clock=ports.clock,
             journal=ports.journal,
         )
@@ -315,6 +319,10 @@ class Device:
                 return WireName(older.id, now_s, older.not_after_s)
         return WireName(current.id, current.period.ends_s, current.not_after_s)
 
+    def _forget_old_names(self, study: StudyConfig) -> None:
+        """The broker accepted the present name, so the clock is right: names whose time is over go, with their keys."""
+        self.pseudonyms[study.study].forget_expired(self._ports.clock.now_s())
+
     def _start(self, study: StudyConfig, name: WireName) -> StudyRunner:
         """A runner for a study, connecting. Raises CoveyError."""
         ports, bundle = self._ports, self._bundles[study.study]
@@ -359,9 +367,7 @@ class Device:
             training_records=stream.training,
             held_out_records=(lambda: _all_records(stream)) if measures_all else stream.held_out,
             personal=KeptVector(store, name=study_blob("personal", study.study), initial=bundle.params[shared:]),
-            control=KeptVector(
-                store, name=study_blob("control", study.study), initial=np.zeros(shared, dtype=np.float32)
-            ),
+            control=ControlVariate(self.store, name=study_blob("control", study.study), length=shared),
             outbox=self.outbox,
             entropy=self._ports.entropy,
         )

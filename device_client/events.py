@@ -185,10 +185,12 @@ class Discard:
     """Remove an update from the outbox.
 
     Args:
+        round: its round.
         outcome: ``delivered``, ``refused`` or ``expired``.
     """
 
     update_id: bytes
+    round: int
     outcome: str
 
 

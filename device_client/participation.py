@@ -16,6 +16,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
+from device_client.control_variate import ControlVariate
 from device_client.events import PendingUpdate
 from device_client.kept_vector import KeptVector
 from device_client.ledger import PrivacyLedger
@@ -51,7 +52,7 @@ class Participant:
     training_records: Callable[[], Records]
     held_out_records: Callable[[], Records]
     personal: KeptVector
-    control: KeptVector
+    control: ControlVariate
     outbox: Outbox
     entropy: Entropy
 
@@ -73,7 +74,7 @@ class Participant:
             # personal ones are those from before the round, however often it is begun again.
             start=_bytes(np.concatenate([params, self.personal.values])),
             server_control=_bytes(control) if control is not None else b"",
-            own_control=_bytes(self.control.values) if control is not None else b"",
+            own_control=_bytes(self.control.at(manifest)) if control is not None else b"",
         )
         self.outbox.begin(work)
         return self.go_on(work, now_s=now_s)
@@ -181,7 +182,7 @@ class LocalWork:
         # Only now: a round that is trained again must start from the same personal layers and control variate.
         one.personal.keep(self._work.start_params()[shared:] + change[shared:])
         if own_control is not None:
-            one.control.keep(own_control)
+            one.control.propose(self.manifest, own_control)
         return pending
 
     def _sealed(self, change: Float32) -> PendingUpdate:

@@ -358,6 +358,7 @@ class DeviceSession:
         digests = [manifest.model_digest]
         if manifest.control_digest is not None and config.role == "train":
             digests.append(manifest.control_digest)
+        # The first control variate and a first model of zeros are one and the same vector.
         self._round.phase = "fetching"
         self._round.downloads = [
             Download(
@@ -367,7 +368,7 @@ class DeviceSession:
                 key=config.aggregator_key,
                 kept=self._kept.pop(digest, ()),
             )
-            for digest in digests
+            for digest in dict.fromkeys(digests)
         ]
         actions: list[Action] = [DropChunks(tuple(self._kept))] if self._kept else []  # of a model nobody wants now
         self._kept.clear()
@@ -393,7 +394,7 @@ class DeviceSession:
             self._idle("the model came too late")
             return [*actions, Note("round_skipped", {"round": manifest.round, "reason": "the model came too late"})]
         here.phase, self._working_on, self._work_ends_s = "training", manifest.round, manifest.deadline_s
-        control = vectors[1] if len(vectors) > 1 else None
+        control = vectors[-1] if manifest.control_digest is not None else None
         return [
             *actions,
             self._remember(participated_s=now_s, willing_round=0),

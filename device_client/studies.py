@@ -21,6 +21,9 @@ from fl_protocol.errors import CoveyError
 LOOK_EVERY_S = 60.0
 """How often it is looked whether a study starts, stops or changes its name."""
 
+LONGEST_ABSENCE_S = 3600.0
+"""How long at most a study stays away when its name changes."""
+
 
 class NoNameError(DeviceError):
     """There is no name on the wire to use now; the text says why and what to do."""
@@ -50,6 +53,7 @@ class _Study:
     runner: StudyRunner | None = None
     name: WireName | None = None
     stands_still: str = ""
+    away_until_s: float = -math.inf
 
 
 class Studies:
@@ -61,6 +65,9 @@ class Studies:
         consents: what was granted.
         wire_name: the present name of a study, given the time. Raises NoNameError.
         start: makes a runner that goes by this name, and opens its connection. Raises CoveyError.
+        connected: told now and then that a study's broker accepted it under its present name.
+        change_delay_s: how long to stay away before coming back under another name, so that the two cannot be told to
+            belong together by the time alone; drawn anew each time.
     """
 
     def __init__(
@@ -71,11 +78,14 @@ class Studies:
         consents: Consents,
         wire_name: Callable[[StudyConfig, float], WireName],
         start: Callable[[StudyConfig, WireName], StudyRunner],
+        connected: Callable[[StudyConfig], None],
+        change_delay_s: Callable[[], float],
         clock: Clock,
         journal: Journal,
     ) -> None:
         self._studies = [_Study(config, terms_digest(terms_of(config, privacy))) for config in configs]
         self._consents, self._wire_name, self._start = consents, wire_name, start
+        self._connected, self._change_delay_s = connected, change_delay_s
         self._clock, self._journal = clock, journal
         self._looked_s = -math.inf
 
@@ -113,10 +123,12 @@ class Studies:
                 if problem:
                     self._stop(study, problem)
                 elif study.runner is None:
-                    self._begin(study, self._wire_name(study.config, now_s))
+                    if not 0 < study.away_until_s - now_s <= LONGEST_ABSENCE_S:  # a clock set back ends it too
+                        self._begin(study, self._wire_name(study.config, now_s))
                 elif self._must_change(study, now_s):
-                    self._stop(study, "its name on the wire changes")
-                    self._begin(study, self._wire_name(study.config, now_s))
+                    self._change_name(study, now_s)
+                elif study.runner.session.view().connected:
+                    self._connected(study.config)
             except CoveyError as error:
                 self._stop(study, str(error))
 
@@ -137,6 +149,14 @@ class Studies:
         if study.name is None or study.runner is None or study.name.ends_s <= now_s:
             return True
         return study.name.changes_s <= now_s and study.runner.session.is_settled
+
+    def _change_name(self, study: _Study, now_s: float) -> None:
+        """Leave under the old name; come back a while later under the next."""
+        if study.runner is not None:
+            study.runner.retire()
+        study.runner = None
+        study.away_until_s = now_s + min(LONGEST_ABSENCE_S, self._change_delay_s())
+        self._stop(study, "its name on the wire changes; it comes back within the hour")
 
     def _stop(self, study: _Study, reason: str) -> None:
         """Stop a study, and say why, once."""

@@ -136,6 +136,13 @@ class StudyRunner:
         self.transport.publish(goodbye.topic, goodbye.payload, retain=goodbye.retain)
         self.transport.close()
 
+    def retire(self) -> None:
+        """Leave a name on the wire for good: its retained presence is forgotten too."""
+        presence = self.session.offline_presence()
+        self.put_aside()
+        self.transport.publish(presence.topic, b"", retain=True)
+        self.transport.close()
+
     def note(self, event: str, **fields: object) -> None:
         """Write to the journal."""
         self.journal.write(event, at_s=self.clock.now_s(), study=self.study, **fields)
@@ -176,6 +183,8 @@ class StudyRunner:
         """The log first: what became of an update is not lost, and a second line does no harm."""
         entry = DeliveryEntry(self.clock.now_s(), action.update_id.hex(), action.outcome)
         self.store.append_log(DELIVERIES_LOG, msgspec.json.encode(entry))
+        if action.outcome == "delivered":
+            self.participant.control.delivered(action.round)
         self.participant.outbox.discard(action.update_id)
 
     def _count_records(self, action: CountRecords) -> None:

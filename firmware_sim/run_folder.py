@@ -35,8 +35,8 @@ from firmware_sim.bundles import bundle_and_publisher, require_watch_model
 from firmware_sim.errors import FleetError
 from firmware_sim.settings import AGGREGATOR, STUDY, TASK, TENANT, DemoSettings
 from firmware_sim.watch_data import Recording, Wrist, windows_of
-from fl_protocol.adapters.config_files import BrokerConfig
 from fl_protocol.adapters.files import write_atomic
+from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.signing import public_key_hex
 
 HOST = "127.0.0.1"

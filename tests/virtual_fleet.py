@@ -34,7 +34,7 @@ from device_client.training import Records
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
 from firmware_sim.virtual_device import SteadyBoard, VirtualClock, VirtualHardware, virtual_device
 from firmware_sim.virtual_flash import VirtualFlash
-from fl_protocol.adapters.config_files import BrokerConfig
+from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.signing import public_key_from_hex
 from fl_protocol.transport import Received, TransportEvent

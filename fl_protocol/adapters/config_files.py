@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from msgspec import Meta
 
 from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.signing import public_key_from_hex
 
 T = TypeVar("T")
-
-
-class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Where the MQTT broker is, and the PEM files for mutual TLS (all three, or none on loopback).
-
-    Args:
-        host, port: address of the broker.
-        ca: certificate of the CA that signed the broker's certificate.
-        certificate, key: this client's own P-256 certificate and private key.
-    """
-
-    host: Annotated[str, Meta(min_length=1)]
-    port: Annotated[int, Meta(ge=1, le=65_535)]
-    ca: str | None = None
-    certificate: str | None = None
-    key: str | None = None
 
 
 def load_toml(path: Path, kind: type[T]) -> T:

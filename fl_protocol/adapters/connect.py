@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fl_protocol.adapters.config_files import BrokerConfig, relative_to_config
+from fl_protocol.adapters.config_files import relative_to_config
 from fl_protocol.adapters.mqtt import LastWill, MqttTransport, TlsFiles
+from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.errors import ConfigError
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}

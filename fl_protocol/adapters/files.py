@@ -61,7 +61,7 @@ class SystemDisk:
         os.truncate(self.folder / name, length)
 
     def sync(self, name: str) -> None:
-        """Fsync."""
+        """Sync its content."""
         with self._open(name, os.O_RDONLY) as descriptor:
             os.fsync(descriptor)
 

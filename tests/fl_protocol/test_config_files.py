@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fl_protocol.adapters.config_files import BrokerConfig, load_toml, read_file, relative_to_config
+from fl_protocol.adapters.config_files import load_toml, read_file, relative_to_config
+from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.adapters.connect import make_transport
 from fl_protocol.adapters.journal import JsonLines
 from fl_protocol.adapters.mqtt import MqttTransport
