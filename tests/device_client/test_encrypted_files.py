@@ -381,6 +381,43 @@ def test_a_full_disk_leaves_the_frames_as_they_were() -> None:
     assert EncryptedFiles(flash, KEY).frames(NAME) == [b"one", b"2"]
 
 
+class FailingFlash(VirtualFlash):
+    """A medium that takes the bytes, reports an error and takes nothing back, while `failing`."""
+
+    failing = False
+
+    def sync(self, name: str) -> None:
+        super().sync(name)
+        if self.failing:
+            raise OSError(5, "Input/output error")
+
+    def truncate(self, name: str, length: int) -> None:
+        if self.failing:
+            raise OSError(5, "Input/output error")
+        super().truncate(name, length)
+
+
+def test_a_frame_that_was_refused_but_cannot_be_taken_back_is_not_read_and_is_written_over() -> None:
+    flash = FailingFlash()
+    store = EncryptedFiles(flash, KEY)
+    store.append_frame(NAME, 0, b"one")
+    flash.failing = True
+    with pytest.raises(StoreError, match="Input/output error"):
+        store.append_frame(NAME, 1, b"refused")
+    flash.failing = False
+    assert store.frames(NAME) == [b"one"]
+    store.append_frame(NAME, 1, b"two")
+    assert EncryptedFiles(flash, KEY).frames(NAME) == [b"one", b"two"]
+
+
+def test_what_is_set_aside_stays_so() -> None:
+    flash, store = with_frames(b"one")
+    store.set_aside(NAME, "damaged/default.00000001")
+    for seed in range(20):
+        after = EncryptedFiles(flash.after_power_cut(seeded(seed)), KEY)
+        assert list(after.names("")) == ["damaged/default.00000001"]
+
+
 def test_a_read_only_disk_can_be_read_and_says_what_it_is() -> None:
     flash, _ = with_frames(b"one")
     flash.read_only = True

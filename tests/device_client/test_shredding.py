@@ -197,6 +197,48 @@ def _broken(name: str) -> None:
     raise OSError(5, "Input/output error")
 
 
+def test_the_key_is_overwritten_in_place_before_it_is_removed(tmp_path: Path) -> None:
+    """Seen through a second name of the same file."""
+    folder = tmp_path / "store"
+    store = EncryptedFiles.in_folder(folder, KEY)
+    fill(store)
+    (tmp_path / "other").hardlink_to(folder / ".data-key")
+    store.shred(DATA_SCOPE)
+    assert not (folder / ".data-key").exists()
+    assert (tmp_path / "other").read_bytes() == bytes(60)
+
+
+class ListingFlash(VirtualFlash):
+    """Notes what is done to the key's file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[str, str]] = []
+
+    def write_at(self, name: str, offset: int, data: bytes) -> None:
+        self.done.append(("write_at", name))
+        super().write_at(name, offset, data)
+
+    def sync(self, name: str) -> None:
+        self.done.append(("sync", name))
+        super().sync(name)
+
+    def remove(self, name: str) -> None:
+        self.done.append(("remove", name))
+        super().remove(name)
+
+
+def test_the_key_is_gone_from_the_medium_before_the_first_file_is_removed() -> None:
+    flash = ListingFlash()
+    store = EncryptedFiles(flash, KEY)
+    fill(store)
+    flash.done.clear()
+    store.shred(DATA_SCOPE)
+    key = ".data-key-shredded"
+    assert flash.done[:2] == [("write_at", key), ("sync", key)]
+    assert [name for kind, name in flash.done if kind == "remove"] == ["outbox/0a", "personal/0a", SEGMENT, key]
+
+
 def test_shredding_needs_no_room() -> None:
     flash, store = filled(EncryptedFiles)
     flash.capacity_bytes = sum(len(raw) for raw in files_of(flash).values())

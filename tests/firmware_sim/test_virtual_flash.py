@@ -279,3 +279,51 @@ def test_the_same_content_is_kept_as_a_real_file_under_random_work() -> None:
             model[name] = data
     assert flash.durable() == model
     assert {name: flash.read(name) for name in flash.names()} == model
+
+
+def forgetful_append(disk: Disk, name: str, data: bytes) -> None:
+    """Broken: it syncs the folder only where no file was, and takes a refused line back in memory only."""
+    before = disk.size(name)
+    try:
+        disk.append(name, data)
+        disk.sync(name)
+    except OSError:
+        if disk.size(name) is not None:
+            disk.truncate(name, before or 0)
+        raise
+    if before is None:
+        disk.sync_folder(name.rpartition("/")[0])
+
+
+def check_refused_lines_stay_away_and_later_ones_stay(append: Callable[[Disk, str, bytes], None]) -> None:
+    flash = VirtualFlash(capacity_bytes=50)
+    with pytest.raises(OSError, match="No space left"):
+        append(flash, "log", b"x" * 51)
+    append(flash, "log", b"first\n")
+    sync = flash.sync
+    flash.sync = _sync_that_fails_once(flash)  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="Input/output error"):
+        append(flash, "log", b"refused\n")
+    flash.sync = sync  # type: ignore[method-assign]
+    assert {after.read("log") for after in outcomes(flash)} == {b"first\n"}, "a line is gone, or a refused one is back"
+
+
+def _sync_that_fails_once(flash: VirtualFlash) -> Callable[[str], None]:
+    """As on a medium that takes the bytes and then reports an error."""
+    sync, failures = flash.sync, [OSError(errno.EIO, "Input/output error")]
+
+    def fail_once(name: str) -> None:
+        sync(name)
+        if failures:
+            raise failures.pop()
+
+    return fail_once
+
+
+def test_refused_lines_stay_away_and_later_ones_stay() -> None:
+    check_refused_lines_stay_away_and_later_ones_stay(append_durably)
+
+
+def test_an_append_that_forgets_its_folder_or_its_refusal_is_caught() -> None:
+    with pytest.raises(AssertionError, match="a line is gone"):
+        check_refused_lines_stay_away_and_later_ones_stay(forgetful_append)

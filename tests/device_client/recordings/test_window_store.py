@@ -372,6 +372,20 @@ def test_damage_under_a_running_device_is_named_and_it_goes_on() -> None:
     assert numbers_in(open_windows(flash).training()) == [*range(10), *range(20, 31)]
 
 
+def test_a_segment_that_the_medium_cannot_read_any_more_is_set_aside() -> None:
+    class WornFlash(VirtualFlash):
+        def read(self, name: str) -> bytes | None:
+            if name == "recordings/default.00000002":
+                raise OSError(5, "Input/output error")
+            return super().read(name)
+
+    flash = with_segments(3)
+    flash.__class__ = WornFlash
+    with pytest.raises(StoreError, match="00000002, now set aside"):
+        open_windows(flash)
+    assert numbers_in(open_windows(flash).training()) == [*range(10), *range(20, 30)]
+
+
 def test_a_segment_set_aside_cannot_be_put_back_in_place_of_a_new_one() -> None:
     flash = with_segments(3)
     last = segments(flash)[2]
@@ -379,8 +393,8 @@ def test_a_segment_set_aside_cannot_be_put_back_in_place_of_a_new_one() -> None:
     flip(flash, last, 17)
     with pytest.raises(StoreError):
         open_windows(flash)
-    add(open_windows(flash), 50, 1)
-    assert last not in segments(flash)
+    add(open_windows(flash, retention=Retention(1000, 16 * DAY_S)), 50, 1, at_s=NOW_S + 7 * DAY_S)
+    assert len(segments(flash)) == 3
     flash.write(last, genuine)
     with pytest.raises(StoreError, match="damaged or incomplete"):
         open_windows(flash)
