@@ -1,6 +1,7 @@
 """The lines of the ledger's log: JSON objects in the clear, each naming the SHA-256 of the line before. Pure.
 
-Whoever can read the disk can read what was spent on which study; nothing else about the wearer is in it.
+Whoever can read the disk can read what was spent on which study, and which updates left under which name on the wire;
+of the wearer's recordings nothing is in it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Final, Literal
 import msgspec
 
 from device_client.accounting import Vector, poisson_gaussian_rdp
+from fl_protocol.errors import LocalMisuseError
 
 FORMAT: Final = 1
 GENESIS = "0" * 64
@@ -101,8 +103,18 @@ _DECODER = msgspec.json.Decoder(Reservation | Acceptance | Release)
 
 
 def encode_line(line: Line) -> bytes:
-    """A line as it stands in the log, without its newline."""
-    return msgspec.json.encode(line)
+    """A line as it stands in the log, without its newline.
+
+    Raises:
+        LocalMisuseError: it could not be read again (JSON has no infinity, say), which would stop the device for good.
+    """
+    data = msgspec.json.encode(line)
+    try:
+        if decode_line(data) == line:
+            return data
+    except (ValueError, OverflowError):
+        pass
+    raise LocalMisuseError(f"a line of the ledger that can be read again was expected, got {data[:200]!r}")
 
 
 def decode_line(data: bytes) -> Line:
