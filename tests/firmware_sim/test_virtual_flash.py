@@ -301,7 +301,7 @@ def check_refused_lines_stay_away_and_later_ones_stay(append: Callable[[Disk, st
         append(flash, "log", b"x" * 51)
     append(flash, "log", b"first\n")
     sync = flash.sync
-    flash.sync = _sync_that_fails_once(flash)  # type: ignore[method-assign]
+    flash.sync = _sync_that_fails_once(flash)  # type: ignore[method-assign,assignment]
     with pytest.raises(OSError, match="Input/output error"):
         append(flash, "log", b"refused\n")
     flash.sync = sync  # type: ignore[method-assign]
