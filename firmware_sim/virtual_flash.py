@@ -21,9 +21,11 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
-from typing import Literal, NamedTuple
+from typing import Literal
+
+from firmware_sim.flash_loss import FileState, NameChange, apply_names, chains_of, surviving_content
 
 PAGE_BYTES = 4096
 
@@ -43,54 +45,6 @@ class PowerCut:
 
     at: int
     moment: Literal["before", "during", "after"] = "before"
-
-
-class _Change(NamedTuple):
-    """One unsynced change of a file: bytes [start, end) were touched; `old` was there, the file had `old_length`."""
-
-    start: int
-    end: int
-    old: bytes
-    old_length: int
-
-
-@dataclass(eq=False)
-class _File:
-    """Content as the process sees it, and how to get back to what was synced."""
-
-    content: bytearray
-    changes: list[_Change] = field(default_factory=list)
-
-    def put(self, start: int, data: bytes) -> None:
-        """Write in place or at the end; a gap is filled with zeros."""
-        length, end = len(self.content), start + len(data)
-        self.changes.append(_Change(min(start, length), end, bytes(self.content[start:end]), length))
-        if start > length:
-            self.content.extend(bytes(start - length))
-        self.content[start:end] = data
-
-    def cut(self, length: int) -> None:
-        """Set the length."""
-        if length > len(self.content):
-            self.put(length, b"")
-        else:
-            before = len(self.content)
-            self.changes.append(_Change(length, before, bytes(self.content[length:]), before))
-            del self.content[length:]
-
-    def synced(self) -> bytearray:
-        """What the last sync made durable."""
-        content = bytearray(self.content)
-        for change in reversed(self.changes):
-            content[change.start : change.start + len(change.old)] = change.old
-            del content[change.old_length :]
-        return content
-
-
-class _NameChange(NamedTuple):
-    """One unsynced change of names: each name's file afterwards, None where there is none."""
-
-    after: dict[str, _File | None]
 
 
 class VirtualFlash:
@@ -121,9 +75,9 @@ class VirtualFlash:
         self.capacity_bytes, self.read_only, self.power_cut = capacity_bytes, read_only, power_cut
         self.page_bytes, self.operations, self.page_writes, self.written_bytes = page_bytes, 0, 0, 0
         self._random = random if random is not None else Random(0)  # noqa: S311 - a simulation repeats itself
-        self._files: dict[str, _File] = {}
-        self._synced_names: dict[str, _File] = {}
-        self._name_changes: list[_NameChange] = []
+        self._files: dict[str, FileState] = {}
+        self._synced_names: dict[str, FileState] = {}
+        self._name_changes: list[NameChange] = []
         self._folders = {""}
         self._synced_folders = {""}
         self._used_bytes, self._off = 0, False
@@ -244,13 +198,13 @@ class VirtualFlash:
 
         def effect() -> None:
             kept = []
-            for chain in _chains(self._name_changes):
+            for chain in chains_of(self._name_changes):
                 # A rename between folders is one journal entry: either folder's sync makes it durable, and with it
                 # what it rests on.
                 here = [any(_folder_of(leaf) == name for leaf in change.after) for change in chain]
                 stop = len(here) - here[::-1].index(True) if True in here else 0
                 for change in chain[:stop]:
-                    _apply(change, self._synced_names)
+                    apply_names(change, self._synced_names)
                 kept += chain[stop:]
             self._name_changes = kept
             self._synced_folders.update(folder for folder in self._folders if folder and _folder_of(folder) == name)
@@ -274,7 +228,7 @@ class VirtualFlash:
         after._folders = self._surviving_folders(random)
         for name, file in self._surviving_names(random).items():
             if _folder_of(name) in after._folders:
-                after._files[name] = _File(_survived(file, random, self.page_bytes))
+                after._files[name] = FileState(surviving_content(file, random, self.page_bytes))
         after._synced_names, after._synced_folders = dict(after._files), set(after._folders)
         after._used_bytes = sum(len(file.content) for file in after._files.values())
         return after
@@ -296,12 +250,12 @@ class VirtualFlash:
                 folders.add(folder)
         return {folder for folder in folders if _ancestors(folder) <= folders}
 
-    def _surviving_names(self, random: Random) -> dict[str, _File]:
+    def _surviving_names(self, random: Random) -> dict[str, FileState]:
         """Synced names, with a beginning of each chain of related changes applied."""
         names = dict(self._synced_names)
-        for chain in _chains(self._name_changes):
+        for chain in chains_of(self._name_changes):
             for change in chain[: random.randint(0, len(chain))]:
-                _apply(change, names)
+                apply_names(change, names)
         return names
 
     def _step(
@@ -325,7 +279,7 @@ class VirtualFlash:
         """A boundary that moves bytes; in its middle a beginning has arrived."""
         self._step(kind, name, lambda: effect(data), half=lambda: effect(data[: self._random.randint(0, len(data))]))
 
-    def _put(self, file: _File, offset: int, data: bytes) -> None:
+    def _put(self, file: FileState, offset: int, data: bytes) -> None:
         """Write what there is room for; raises ENOSPC if that is not all."""
         growth = max(0, offset + len(data) - len(file.content))
         room = growth if self.capacity_bytes is None else max(0, self.capacity_bytes - self._used_bytes)
@@ -339,21 +293,21 @@ class VirtualFlash:
         if len(taken) < len(data):
             raise _error(errno.ENOSPC, "")
 
-    def _created(self, name: str) -> _File:
+    def _created(self, name: str) -> FileState:
         """The file of a name, made where there is none."""
         file = self._files.get(name)
         if file is None:
-            file = _File(bytearray())
+            file = FileState(bytearray())
             self._change_names({name: file})
         return file
 
-    def _change_names(self, after: dict[str, _File | None]) -> None:
+    def _change_names(self, after: dict[str, FileState | None]) -> None:
         """Change names, not durably."""
-        change = _NameChange(after)
-        _apply(change, self._files)
+        change = NameChange(after)
+        apply_names(change, self._files)
         self._name_changes.append(change)
 
-    def _look(self, name: str) -> _File | None:
+    def _look(self, name: str) -> FileState | None:
         """The file of a name, if there is one."""
         self._powered()
         if name in self._folders:
@@ -363,7 +317,7 @@ class VirtualFlash:
                 raise _error(errno.ENOTDIR, name)
         return self._files.get(name)
 
-    def _existing(self, name: str) -> _File:
+    def _existing(self, name: str) -> FileState:
         """The file of a name. Raises FileNotFoundError."""
         file = self._look(name)
         if file is None:
@@ -411,71 +365,3 @@ def _ancestors(name: str) -> set[str]:
     """All folders that a name is in, but the root."""
     parts = name.split("/")
     return {"/".join(parts[:end]) for end in range(1, len(parts))}
-
-
-def _apply(change: _NameChange, names: dict[str, _File]) -> None:
-    """Change names."""
-    for name, file in change.after.items():
-        if file is None:
-            names.pop(name, None)
-        else:
-            names[name] = file
-
-
-def _chains(changes: Sequence[_NameChange]) -> list[list[_NameChange]]:
-    """Changes in groups that share no name, each in order: only within a group does the order hold."""
-    chains: list[tuple[set[str], list[_NameChange]]] = []
-    for change in changes:
-        touched, together = set(change.after), [change]
-        apart = []
-        for names, chain in chains:
-            if names & touched:
-                touched |= names
-                together = chain + together
-            else:
-                apart.append((names, chain))
-        chains = [*apart, (touched, together)]
-    return [chain for _, chain in chains]
-
-
-def _survived(file: _File, random: Random, page_bytes: int) -> bytearray:
-    """A file's content after a power cut: as synced, as last seen, or a mixture page by page."""
-    if not file.changes:
-        return bytearray(file.content)
-    old, new = file.synced(), bytearray(file.content)
-    fate = random.random()
-    if fate < 0.35:
-        return old
-    if fate < 0.6:
-        return new
-    lengths = (len(old), len(new), random.randint(min(len(old), len(new)), max(len(old), len(new))))
-    length = random.choice(lengths)
-    mixed = old[:length] + bytes(max(0, length - len(old)))
-    for start, end in sorted(_touched_pages(file.changes, page_bytes)):
-        _mix(mixed, new, start, min(end, length), random)
-    return mixed
-
-
-def _touched_pages(changes: Sequence[_Change], page_bytes: int) -> set[tuple[int, int]]:
-    """Unsynced bytes, cut at page borders."""
-    pieces = set()
-    for change in changes:
-        start = change.start
-        while start < change.end:
-            end = min(change.end, (start // page_bytes + 1) * page_bytes)
-            pieces.add((start, end))
-            start = end
-    return pieces
-
-
-def _mix(mixed: bytearray, new: bytearray, start: int, end: int, random: Random) -> None:
-    """Decide the fate of one piece: old, new, its beginning new, or garbage."""
-    if end <= start:
-        return
-    fate = random.choice(("old", "new", "beginning", "garbage"))
-    if fate == "garbage":
-        mixed[start:end] = random.randbytes(end - start)
-    elif fate != "old":
-        stop = end if fate == "new" else random.randint(start, end)
-        arrived = new[start:stop]
-        mixed[start : start + len(arrived)] = arrived

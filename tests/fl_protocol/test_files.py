@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -126,11 +127,12 @@ while True:
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
-    for act in (
+    changes: tuple[Callable[[], object], ...] = (
         lambda: write_atomic(tmp_path / "no" / "file", b"x"),
         lambda: append_durably(tmp_path / "no" / "file", b"x"),
         lambda: fsync_folder(tmp_path / "no"),
-    ):
+    )
+    for act in changes:
         with pytest.raises(FileNotFoundError):
             act()
     assert list(tmp_path.iterdir()) == []
