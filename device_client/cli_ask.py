@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from device_client.adapters.line_server import ask
+from device_client.adapters.line_server import ask, is_listening
 from device_client.assembly import DeviceFiles, RealDevice
 from device_client.control import answer
 from device_client.device import budget_of
@@ -22,6 +22,11 @@ _ANSWER_WITHIN_S = 60.0
 """A step of training may have to end before the daemon answers."""
 
 
+def is_running(files: DeviceFiles) -> bool:
+    """Whether the device's daemon runs and can be asked."""
+    return is_listening(files.control_socket)
+
+
 def question(files: DeviceFiles, what: str, *, study: str = "") -> Any:
     """Ask the running daemon; where none runs, open the store and answer here.
 
@@ -30,11 +35,8 @@ def question(files: DeviceFiles, what: str, *, study: str = "") -> Any:
         CoveyError: the store cannot be opened.
     """
     payload = msgspec.json.encode({"ask": what, "study": study})
-    if files.control_socket.exists():
-        try:
-            return _value(ask(files.control_socket, payload, timeout_s=_ANSWER_WITHIN_S))
-        except (ConnectionError, FileNotFoundError):
-            pass  # its daemon was killed
+    if is_running(files):
+        return _value(ask(files.control_socket, payload, timeout_s=_ANSWER_WITHIN_S))
     with RealDevice.open(files.path) as device:
         return _value(answer(device, payload))
 

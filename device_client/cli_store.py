@@ -10,9 +10,10 @@ import sys
 import time
 from contextlib import closing
 
+from device_client.adapters.encrypted_files import DATA_SCOPE
 from device_client.adapters.system_entropy import system_entropy
 from device_client.assembly import DeviceFiles, RealDevice
-from device_client.cli_ask import question
+from device_client.cli_ask import is_running, question
 from device_client.config import StudyConfig
 from device_client.device_store import create_identity
 from device_client.errors import StoreError
@@ -136,18 +137,26 @@ def erase(files: DeviceFiles, arguments: argparse.Namespace) -> int:
         print("nothing was erased")
         return 1
     if arguments.data:
-        question(files, "erase data")
+        _erase_data(files)
         print(
             "erased: recordings, personal layers, pending updates. Kept: identities, consents and the ledger, since "
             "what was released stays released"
         )
         return 0
     with closing(files.open_store()) as store:
-        _destroy_key(files)
-        store.shred_all()
+        store.shred_all(lambda: _destroy_key(files))
     shutil.rmtree(files.store_folder, ignore_errors=True)
     print("erased: the store, its key and the ledger")
     return 0
+
+
+def _erase_data(files: DeviceFiles) -> None:
+    """Through the running daemon, or on the store itself, which works with recordings that cannot be opened."""
+    if is_running(files):
+        question(files, "erase data")
+        return
+    with closing(files.open_store()) as store:
+        store.shred(DATA_SCOPE)
 
 
 def _destroy_key(files: DeviceFiles) -> None:

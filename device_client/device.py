@@ -168,14 +168,13 @@ class Device:
 
         return RealDevice.open(Path(config), journal=journal)
 
-    def add(self, x: ArrayLike, label: object, *, stream: str = "default", at_s: float | None = None) -> int:
+    def add(self, x: ArrayLike, label: object, *, stream: str = "default") -> int:
         """Store labelled windows, encrypted and durable on return.
 
         Args:
             x: one window as the model takes it, or several with the number of windows first, float32.
             label: of the one window, or one for each: class indices, or numbers as the model's labels are.
             stream: which stream of records.
-            at_s: when they were recorded, Unix seconds; now by default.
 
         Returns:
             How many were stored.
@@ -191,8 +190,7 @@ class Device:
             labels = label_array(np.asarray([label]) if single else label, len(windows), label=target.label)
         except (KeyError, ValueError, TypeError) as error:
             raise ConfigError(f"label: expected labels for {len(windows)} window(s) ({error})") from error
-        now_s = self._ports.clock.now_s()
-        return target.append(windows[None] if single else windows, labels, at_s=now_s if at_s is None else at_s)
+        return target.append(windows[None] if single else windows, labels, at_s=self._ports.clock.now_s())
 
     def targets(self) -> dict[str, StreamTarget]:
         """Where ingested recordings go, by stream."""

@@ -319,15 +319,19 @@ def _remove_stale(path: Path) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise ConfigError(f"{path}: expected no file or a socket, got something else; choose another path")
+    if is_listening(path):
+        raise DeviceError(f"{path}: another process listens there; stop that one first")
+    path.unlink(missing_ok=True)
+
+
+def is_listening(path: Path) -> bool:
+    """Whether a living process listens at a socket's path."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except FileNotFoundError:  # its owner has just removed it
-            return
-        except BlockingIOError:  # alive, with many waiting
-            pass
-    raise DeviceError(f"{path}: another process listens there; stop that one first")
+        except (ConnectionRefusedError, FileNotFoundError):  # its process died, or has just removed it
+            return False
+        except OSError:  # alive, with many waiting, or not for this user
+            return True
+    return True

@@ -10,6 +10,7 @@ import numpy as np
 from device_client.errors import StoreError
 from device_client.ports import Float32, Labels
 from device_client.training import Records
+from firmware_sim.virtual_flash import PowerCutError
 from fl_protocol.messages import RoundManifestMsg, TrainingPlanMsg
 from fl_protocol.model_manifest import DropoutMask
 from fl_protocol.sealing import RoundKey, round_key_bytes
@@ -17,10 +18,6 @@ from fl_protocol.sealing import RoundKey, round_key_bytes
 TENANT, TASK, DEVICE = "clinic", "watch", "watch-0"
 GRAPH_DIGEST = b"\x07" * 32
 ROUND_KEY = RoundKey("x25519", b"\x05" * round_key_bytes("x25519"))
-
-
-class PowerCutError(BaseException):
-    """The process ends here: nothing of ours may catch it."""
 
 
 @dataclass
