@@ -105,11 +105,12 @@ def _accept_counter(files: DeviceFiles) -> int:
 def _ledger_lines(found: dict[str, Any]) -> list[str]:
     """The ledger in words."""
     limit = "no limit" if found["epsilon"] is None else f"{found['epsilon']:g}"
-    lines = [f"spent: epsilon {found['spent_epsilon']:.4f} of {limit} at delta {found['delta']:g}"]
+    least = "at least " if found["at_least"] else ""
+    lines = [f"spent: epsilon {least}{found['spent_epsilon']:.4f} of {limit} at delta {found['delta']:g}"]
     if found["period_days"] is not None:
         ends = f", which ends {_when(found['period_ends_s'])}" if found["period_ends_s"] is not None else ""
         lines[0] += f" in this period of {found['period_days']:g} days{ends}"
-        lines.append(f"spent ever: epsilon {found['spent_epsilon_ever']:.4f}")
+        lines.append(f"spent ever: epsilon {least}{found['spent_epsilon_ever']:.4f}")
     lines.append(f"charges: {len(found['lines'])}")
     if found["order"] is not None:
         lines.append(f"enforced at Rényi order {found['order']:g}")

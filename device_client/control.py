@@ -57,17 +57,19 @@ def _status(device: Device, _study: str) -> Any:
 def _ledger(device: Device, _study: str) -> Any:
     """The budget, what was spent of it, and every line."""
     ledger, budget = device.ledger, device.ledger.budget
-    charges = ledger.reservations
+    charges, now_s = ledger.reservations, device.now_s()
+    last = ledger.remaining_participations(charges[-1].rdp(), now_s=now_s) if charges else math.inf
     return {
         "epsilon": None if math.isinf(budget.epsilon) else budget.epsilon,
         "delta": budget.delta,
         "period_days": None if budget.period_s is None else budget.period_s / 86_400,
         "period_ends_s": ledger.period_ends_s,
-        "spent_epsilon": ledger.spent_epsilon,
+        "spent_epsilon": ledger.spent_at(now_s),
+        "at_least": bool(ledger.acceptances),
         "spent_epsilon_ever": ledger.spent_epsilon_ever,
         "order": ledger.order,
-        "left_like_the_last": _finite(ledger.remaining_participations(charges[-1].rdp())) if charges else None,
-        "studies": {study.study: ledger.spent_on(study.study) for study in device.config.studies},
+        "left_like_the_last": _finite(last),
+        "studies": {study.study: ledger.spent_at(now_s, study.study) for study in device.config.studies},
         "lines": [msgspec.to_builtins(line) for line in charges],
     }
 

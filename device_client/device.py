@@ -196,6 +196,10 @@ class Device:
         """Where ingested recordings go, by stream."""
         return {name: self._target(name) for name in self.streams}
 
+    def now_s(self) -> float:
+        """What the device's clock says, Unix seconds."""
+        return self._ports.clock.now_s()
+
     def status(self) -> Status:
         """What the device is doing and why, for people and for programs."""
         return status_of(self)

@@ -69,6 +69,7 @@ class Status(msgspec.Struct, frozen=True):
         may_train: whether the conditions allow it.
         blocked: why not, in words.
         spent_epsilon: in this period, over all studies, at `delta`.
+        at_least: whether lines of the ledger may be missing, so that figures are lower bounds.
         budget_epsilon: that the wearer allows; None for no limit.
         spent_epsilon_ever: over all periods.
         outbox_bytes: held for updates on their way.
@@ -77,6 +78,7 @@ class Status(msgspec.Struct, frozen=True):
     may_train: bool
     blocked: tuple[str, ...]
     spent_epsilon: float
+    at_least: bool
     budget_epsilon: float | None
     delta: float
     spent_epsilon_ever: float
@@ -88,11 +90,12 @@ class Status(msgspec.Struct, frozen=True):
 def status_of(device: Device) -> Status:
     """The present status; reads the board if the last reading is old."""
     blocked, ledger, budget = device.readiness.look(), device.ledger, device.ledger.budget
+    now_s = device.now_s()
     runners = {runner.study: runner for runner in device.studies.running}
     still = device.studies.standing_still
     studies = []
     for study in device.config.studies:
-        runner, spent = runners.get(study.study), ledger.spent_on(study.study)
+        runner, spent = runners.get(study.study), ledger.spent_at(now_s, study.study)
         if runner is not None:
             studies.append(_running(runner, spent))
         else:
@@ -115,7 +118,8 @@ def status_of(device: Device) -> Status:
     return Status(
         may_train=not blocked,
         blocked=blocked,
-        spent_epsilon=ledger.spent_epsilon,
+        spent_epsilon=ledger.spent_at(now_s),
+        at_least=bool(ledger.acceptances),
         budget_epsilon=None if math.isinf(budget.epsilon) else budget.epsilon,
         delta=budget.delta,
         spent_epsilon_ever=ledger.spent_epsilon_ever,
@@ -147,7 +151,8 @@ def status_text(status: Status) -> list[str]:
             for one in study.measured
         ]
         lines.append(f"  epsilon spent on it: {study.spent_epsilon:.4f}")
-    lines.append(f"privacy: epsilon {status.spent_epsilon:.4f} of {limit} at delta {status.delta:g} in this period")
+    least = "at least " if status.at_least else ""
+    lines.append(f"privacy: epsilon {least}{status.spent_epsilon:.4f} of {limit} at delta {status.delta:g} in this period")
     lines += [f"records {one.stream}: {one.records}, {one.held_out} of them held out" for one in status.streams]
     return lines
 

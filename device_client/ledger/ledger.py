@@ -229,6 +229,13 @@ class PrivacyLedger:
         """The same over all periods: what is known of a record that was there all the time."""
         return max(self._spending.epsilon_ever(), self.spent_epsilon)
 
+    def spent_at(self, now_s: float, task: str | None = None) -> float:
+        """Epsilon of the period that a time falls in, of all studies or of one; 0 once the last line's is over."""
+        ends_s = self.period_ends_s
+        if ends_s is None or now_s >= ends_s:
+            return 0.0
+        return self.spent_epsilon if task is None else self.spent_on(task)
+
     def spent_on(self, task: str) -> float:
         """Epsilon of one study in the period of the last line."""
         return 0.0 if self._spending.period is None else self._spending.period.study(task).spent_epsilon
