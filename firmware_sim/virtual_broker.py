@@ -55,6 +55,11 @@ class VirtualTransport:
         self._events: deque[TransportEvent] = deque()
         self._connected = False
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection now."""
+        return self._connected
+
     def open(self) -> None:
         """Connect."""
         if not self._connected:

@@ -6,7 +6,7 @@ Nothing here stands in for code of the device; only its ports are virtual. Time 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -16,7 +16,7 @@ from device_client.config import DeviceConfig, StudyConfig
 from device_client.device import Connection, Device, DevicePorts
 from device_client.eligibility import Conditions
 from device_client.noise import Entropy
-from device_client.ports import Board, Clock, Graph, Transport
+from device_client.ports import Bell, Board, Clock, Graph, Transport
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.durable import Disk
@@ -85,6 +85,8 @@ class VirtualHardware:
         nonces: for the store's encryption.
         jitter: for coins and back-off; a stream of its own, so that resending does not change later noise.
         connect: a connection to the broker, not opened yet.
+        bell: asked to wait when there is nothing to do.
+        files, counter_file: make the store over its flash, and the counter over its own.
     """
 
     flash: Disk
@@ -97,6 +99,9 @@ class VirtualHardware:
     jitter: Entropy
     connect: Callable[[Connection], Transport]
     journal: Journal
+    bell: Bell = field(default_factory=VirtualBell)
+    files: Callable[..., EncryptedFiles] = EncryptedFiles
+    counter_file: Callable[..., CounterFile] = CounterFile
 
 
 def virtual_device(
@@ -106,6 +111,7 @@ def virtual_device(
     bundle: Callable[[StudyConfig], ModelBundle],
     graph: Callable[[ModelBundle], Graph],
     aggregator_key: Ed25519PublicKey,
+    kind: Callable[[DeviceConfig, DevicePorts], Device] = Device,
 ) -> Device:
     """Start a device, as after a reboot: whatever its flash holds is there.
 
@@ -115,16 +121,17 @@ def virtual_device(
         bundle: a study's verified bundle.
         graph: the bundle's graph, loaded; may be shared by devices that do not run at the same time.
         aggregator_key: that all its studies are pinned to.
+        kind: makes the device.
 
     Raises:
         CoveyError: as `Device` does.
     """
     ports = DevicePorts(
-        store=EncryptedFiles(hardware.flash, hardware.store_key, entropy=hardware.nonces, where="the virtual flash"),
-        counter=CounterFile(hardware.counter_flash, "counter", hardware.store_key, entropy=hardware.nonces),
+        store=hardware.files(hardware.flash, hardware.store_key, entropy=hardware.nonces, where="the virtual flash"),
+        counter=hardware.counter_file(hardware.counter_flash, "counter", hardware.store_key, entropy=hardware.nonces),
         clock=hardware.clock,
         board=hardware.board,
-        bell=VirtualBell(),
+        bell=hardware.bell,
         watchdog=VirtualWatchdog(),
         journal=hardware.journal,
         entropy=hardware.entropy,
@@ -135,4 +142,4 @@ def virtual_device(
         connect=hardware.connect,
         software="covey virtual",
     )
-    return Device(config, ports)
+    return kind(config, ports)
