@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
 from device_client.control_variate import ControlVariate
+from device_client.errors import BudgetSpentError
 from device_client.events import PendingUpdate
 from device_client.kept_vector import KeptVector
 from device_client.ledger import PrivacyLedger
@@ -65,6 +66,9 @@ class Participant:
             TrainingError: the control variates do not fit; the charge stands.
         """
         self._drop_work()
+        # Security: what came of that charge is on its way, was given up or is lost; a second result would cost another.
+        if self.ledger.was_charged(self.study, manifest.round):
+            raise BudgetSpentError(f"round {manifest.round} of {self.study} was charged before and is not begun again")
         work = Work(
             update_id=self.entropy(16),
             study=self.study,
