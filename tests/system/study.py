@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from random import Random
 
 from sqlalchemy import event
 
-from device_client.adapters.encrypted_files import EncryptedFiles
+from device_client.study_runner import StudyRunner
 from fl_protocol.errors import ProtocolError
 from fl_protocol.messages import ChunkMsg, UpdateEnvelopeMsg, UpdateHeaderMsg, decode
 from fl_protocol.topics import parse_upload_topic
@@ -63,8 +64,8 @@ def check_study(fleet: VirtualFleet) -> None:
         released.setdefault((header.device, header.round), set()).add(update_id)
     assert all(len(ids) == 1 for ids in released.values())
     assert {(device, number) for device, number, _ in rows if device in fleet.devices} <= set(released)
-    for name, daemon in fleet.devices.items():
-        ledger = daemon.participant.ledger
+    for name, device in fleet.devices.items():
+        ledger = device.ledger
         charged = [entry.round for entry in ledger.reservations]
         assert charged == sorted(set(charged))
         assert {number for device, number in released if device == name} <= set(charged)
@@ -75,35 +76,19 @@ def check_study(fleet: VirtualFleet) -> None:
         assert note["arrived"] == per_round[note["round"]] >= fleet.task.minimum_cohort
 
 
-class CuttableFiles(EncryptedFiles):
-    """The store of a device that loses power at one of its changes, before or after that took effect."""
+def runner_of(fleet: VirtualFleet, name: str) -> StudyRunner:
+    """A device's one study at work."""
+    (runner,) = fleet.devices[name].studies.running
+    return runner
 
-    cut_at: int | None = None
-    cut_after = False
-    changes = 0
 
-    def _cut(self, *, after: bool) -> None:
-        kind = type(self)
-        if after:
-            kind.changes += 1
-        if kind.cut_at == kind.changes - after and kind.cut_after == after:
-            kind.cut_at = None
-            raise PowerCutError
-
-    def write(self, name: str, data: bytes) -> None:
-        self._cut(after=False)
-        super().write(name, data)
-        self._cut(after=True)
-
-    def delete(self, name: str) -> None:
-        self._cut(after=False)
-        super().delete(name)
-        self._cut(after=True)
-
-    def append_log(self, name: str, line: bytes) -> None:
-        self._cut(after=False)
-        super().append_log(name, line)
-        self._cut(after=True)
+def lose_power(fleet: VirtualFleet, name: str, random: Random) -> None:
+    """What a power cut leaves of a device: of what was not synced, whatever the file system may have written."""
+    fleet.devices.pop(name, None)
+    if name in fleet.transports:
+        fleet.transports.pop(name).drop("power cut")
+    flash, counter = fleet.flashes[name]
+    fleet.flashes[name] = flash.after_power_cut(random), counter.after_power_cut(random)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import pytest
 from aggregator import daemon, rounds
 from aggregator.rounds import RoundAction, RoundEvent, RoundPolicy, RoundState
 from device_client import session
-from device_client.session import Floors
 from fl_protocol.messages import RoundManifestMsg
 from tests.virtual_fleet import VirtualFleet, task_config
 
@@ -44,7 +43,7 @@ def test_an_aggregator_that_combines_whatever_came_is_noticed(tmp_path: Path, mo
 def updates_sent_below_the_wearers_floor(folder: Path) -> int:
     """A task combines two devices; this wearer asked for at least five. How often it sent an update all the same."""
     fleet = VirtualFleet(folder, devices=2, task=task_config(goal=2, minimum_cohort=2))
-    fleet.start_device("watch-7", floors=Floors(minimum_cohort=5))
+    fleet.start_device("watch-7", minimum_cohort=5)
     fleet.run()
     return len(fleet.journals["watch-7"].named("update_sent"))
 

@@ -14,16 +14,13 @@ from sqlalchemy import event
 
 from aggregator.config import PlanConfig, ServerConfig
 from aggregator.rounds import Phase
-from device_client.adapters.encrypted_files import EncryptedFiles
-from device_client.errors import StoreError
 from device_client.ledger import Budget
-from device_client.session import Floors
 from device_client.training import Records
 from fl_protocol.messages import RoundManifestMsg
 from fl_protocol.signing import verify
 from fl_protocol.topics import round_topic
 from tests.aggregator.desk import device_key, make_update, messages
-from tests.system.study import accepted, check_study
+from tests.system.study import accepted, check_study, runner_of
 from tests.virtual_fleet import (
     AGGREGATOR_KEY,
     TASK,
@@ -118,41 +115,47 @@ def test_the_number_of_rounds_may_be_changed_between_starts(tmp_path: Path, befo
     assert len(fleet.aggregator.store.model(state.model_version).model.params) > 0
 
 
-class FillingFiles(EncryptedFiles):
-    """A device's store on a disk that is full while `full`."""
-
-    full = False
-
-    def write(self, name: str, data: bytes) -> None:
-        if self.full:
-            raise StoreError(f"{name} cannot be written (No space left on device)")
-        super().write(name, data)
-
-    def append_log(self, name: str, line: bytes) -> None:
-        if self.full:
-            raise StoreError(f"{name} cannot be appended to (No space left on device)")
-        super().append_log(name, line)
-
-
 def test_a_device_with_a_full_disk_stays_out_until_there_is_room(tmp_path: Path) -> None:
     fleet = VirtualFleet(tmp_path, devices=2, task=task_config(rounds=4, goal=3, minimum_cohort=2))
-    full = fleet.start_device("watch-2", store_type=FillingFiles)
-    assert isinstance(full.store, FillingFiles)
-    full.store.full = True
+    device = fleet.start_device("watch-2")
+    flash, _ = fleet.flashes["watch-2"]
+    flash.capacity_bytes = sum(flash.size(name) or 0 for name in flash.names())
     journal = fleet.journals["aggregator"]
     fleet.run(until=lambda: len(journal.named("round_committed")) == 2)
     assert fleet.journals["watch-2"].named("store_failed")
-    assert not full.participant.ledger.reservations
+    assert "No space left" in device.status().studies[0].problem
+    assert not device.ledger.reservations
     assert {device for device, _, _ in accepted(fleet)} == {"watch-0", "watch-1"}
-    full.store.full = False
+    flash.capacity_bytes = None
     fleet.run()
-    assert full.participant.ledger.reservations
+    assert device.ledger.reservations
+    check_study(fleet)
+
+
+@pytest.mark.parametrize("after_steps", [0, 2, 4])
+def test_a_device_whose_disk_became_read_only_sends_nothing_new_and_goes_on_when_it_is_writable(
+    tmp_path: Path, after_steps: int
+) -> None:
+    fleet = VirtualFleet(tmp_path, devices=2, task=task_config(rounds=4, goal=3, minimum_cohort=2))
+    device = fleet.start_device("watch-2")
+    for _ in fleet.steps(after_steps):
+        pass
+    flash, counter = fleet.flashes["watch-2"]
+    flash.read_only = counter.read_only = True
+    charged = len(device.ledger.reservations)
+    journal = fleet.journals["aggregator"]
+    fleet.run(until=lambda: len(journal.named("round_committed")) == 2)
+    assert fleet.journals["watch-2"].named("store_failed")
+    assert len(device.ledger.reservations) <= charged + 1
+    flash.read_only = counter.read_only = False
+    fleet.run()
+    assert len(device.ledger.reservations) > charged
     check_study(fleet)
 
 
 def test_an_evaluating_device_measures_every_model_and_sends_none(tmp_path: Path) -> None:
     fleet = VirtualFleet(tmp_path)
-    fleet.start_device("watch-9", role="evaluate", floors=Floors(100.0, 100))
+    fleet.start_device("watch-9", role="evaluate", minimum_noise_multiplier=100.0, minimum_cohort=100)
     fleet.run()
     for _ in fleet.steps(5):
         pass
@@ -176,15 +179,18 @@ def test_a_model_that_never_changes_can_still_be_fetched(tmp_path: Path) -> None
     fleet.start_device("watch-9", role="evaluate")
     for _ in fleet.steps(5):
         pass
-    assert fleet.journals["watch-9"].named("evaluated")
+    assert fleet.journals["watch-9"].named("model_received")  # there is no record to measure it on
 
 
 def test_a_runtime_that_fails_ends_the_participation_and_not_the_daemon(tmp_path: Path) -> None:
     fleet = VirtualFleet(tmp_path, devices=2)
     windows = Records(np.zeros((5, 3, 2), np.float32), np.zeros(5, np.int32))  # not what the graph takes
     for name, role in (("watch-2", "train"), ("watch-3", "evaluate")):
-        daemon = fleet.start_device(name, role=role)  # type: ignore[arg-type]
-        daemon.participant = replace(daemon.participant, records=windows)
+        fleet.start_device(name, role=role).studies.check()  # type: ignore[arg-type]
+        runner = runner_of(fleet, name)
+        runner.participant = replace(
+            runner.participant, training_records=lambda: windows, held_out_records=lambda: windows
+        )
     fleet.run()
     assert "TFLite runtime failed" in fleet.journals["watch-2"].named("participation_ended")[0]["reason"]
     assert "TFLite runtime failed" in fleet.journals["watch-3"].named("evaluation_failed")[0]["reason"]
@@ -197,11 +203,13 @@ def test_stopping_says_goodbye_and_a_later_start_goes_on(tmp_path: Path) -> None
         pass
     countdown = iter([False] * 3)
     fleet.aggregator.run(lambda: next(countdown, True))
-    daemon = fleet.devices["watch-0"]
-    daemon.run(lambda: True)
+    device = fleet.devices["watch-0"]
+    device.stop()
+    device.run()
+    device.close()
     assert b"offline" in fleet.broker.retained[f"fl/v1/{TENANT}/state/watch-0"]
     assert fleet.journals["watch-0"].named("stopped")
-    daemon.transport.open()
+    fleet.start_device("watch-0")
     fleet.start_aggregator()
     fleet.run()
     assert fleet.aggregator.state.phase is Phase.FINISHED
