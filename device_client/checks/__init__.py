@@ -1,0 +1,1 @@
+"""What ``covey-device doctor`` looks at: small functions over explicit inputs, one module per kind of thing."""

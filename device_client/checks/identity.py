@@ -1,0 +1,101 @@
+"""Checks of who the device is on the wire: its certificates, and how long its pseudonyms last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.x509.oid import NameOID
+
+from device_client.checks.findings import Result, ok, problem, warning
+from device_client.errors import DeviceError
+from device_client.pseudonyms import NoPseudonym, Pseudonyms, date_text
+
+WARN_BEFORE_S = 14 * 86_400.0
+_Parsed = TypeVar("_Parsed")
+
+
+def check_pseudonyms(names: Pseudonyms, *, now_s: float) -> Result:
+    """Whether there is a name to go by, and for how long."""
+    current, last_s = names.current(now_s), names.lasts_until_s()
+    if isinstance(current, NoPseudonym):
+        return problem(current.words)
+    later = sum(one.period.begins_s > now_s for one in names.installed())
+    text = f"goes by {current.id} until {date_text(current.period.ends_s)}, and has {later} more names"
+    if last_s is not None and last_s - now_s < WARN_BEFORE_S and not names.waiting:
+        return warning(
+            f"{text}, the last until {date_text(last_s)}",
+            "make a request with covey-device pseudonyms request and hand it to the study's operator",
+        )
+    return ok(f"{text}, the last until {date_text(last_s or now_s)}")
+
+
+@dataclass(frozen=True)
+class Papers:
+    """What a device shows a broker; PEM.
+
+    Args:
+        ca: of the CA that the broker's certificate comes from.
+        certificate: this device's.
+        key: private key of it.
+    """
+
+    ca: bytes
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+
+def check_certificate(papers: Papers, *, name: str, now_s: float, is_replaced: bool = False) -> Result:
+    """Whether a client certificate can be used now.
+
+    Args:
+        papers: the certificate, with what belongs to it.
+        name: on the wire, which the certificate has to be for.
+        now_s: Unix seconds.
+        is_replaced: whether another one takes over by itself when it ends.
+
+    Raises:
+        DeviceError: one of them is not PEM of its kind.
+    """
+    own = _parsed("certificate", x509.load_pem_x509_certificate, papers.certificate)
+    private = _parsed("key", lambda data: load_pem_private_key(data, None), papers.key)
+    roots = _parsed("ca", x509.load_pem_x509_certificates, papers.ca)
+    spki = [one.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) for one in (own, private)]
+    if spki[0] != spki[1]:
+        return problem("the certificate is for another key", "put the certificate beside the key it was made for")
+    names = [attribute.value for attribute in own.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if names != [name]:
+        return problem(
+            f"the certificate is for {', '.join(map(str, names)) or 'nobody'}, this device goes by {name}",
+            "ask the operator for one with this name as its common name",
+        )
+    dated = (("certificate", own), *(("CA's certificate", root) for root in roots))
+    found = (_dates(what, one, now_s, may_end=is_replaced and one is own) for what, one in dated)
+    days = (own.not_valid_after_utc.timestamp() - now_s) / 86_400
+    fine = ok(f"the certificate is for {name} and its key, and valid for {days:.0f} days more")
+    return next((result for result in found if result is not None), fine)
+
+
+def _dates(what: str, certificate: x509.Certificate, now_s: float, *, may_end: bool) -> Result | None:
+    """What is wrong with a certificate's dates; None if nothing is."""
+    begins_s, ends_s = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+    if now_s < begins_s:
+        says = f"the clock says {date_text(now_s)}"
+        return problem(f"the {what} is valid from {date_text(begins_s)}, and {says}", "set the clock, or wait")
+    if now_s > ends_s:
+        says = f"the clock says {date_text(now_s)}"
+        return problem(f"the {what} ended on {date_text(ends_s)}, and {says}", "ask the operator for a new one")
+    if ends_s - now_s < WARN_BEFORE_S and not may_end:
+        return warning(f"the {what} ends in {(ends_s - now_s) / 86_400:.0f} days", "ask the operator for a new one")
+    return None
+
+
+def _parsed(what: str, parse: Callable[[bytes], _Parsed], data: bytes) -> _Parsed:
+    """What is in a PEM file. Raises DeviceError."""
+    try:
+        return parse(data)
+    except (ValueError, TypeError) as error:  # TypeError: a key with a password
+        raise DeviceError(f"broker.{what}: expected PEM without a password ({error})") from error
