@@ -95,6 +95,11 @@ class Admitter:
             _refuse_known(connection, candidates)
             rows = [{"device": one.id, "public_key": one.signing_key, "added_s": now_s} for one in candidates]
             connection.execute(insert(schema.devices), rows)
+            valid = [
+                {"device": one.id, "not_before_s": period.not_before_s, "not_after_s": period.not_after_s}
+                for one, period in zip(candidates, periods, strict=True)
+            ]
+            connection.execute(insert(schema.device_periods), valid)
             # Before the commit: a registered pseudonym whose certificate was lost could never be used.
             deliver(answer)
         whole = Period(periods[0].begins_s, periods[-1].ends_s)

@@ -62,10 +62,12 @@ class Intake:
             self._count_refusal(RefusalReason.MALFORMED, device="", detail=str(error))
             return False
         try:
-            key = self.store.device_key(topic.device)
+            key = self.store.device_key(topic.device, self.now_s())
             if key is None:
                 # Nobody to answer: an unknown sender gets nothing, and nothing of it is kept.
-                self._count_refusal(RefusalReason.UNKNOWN_DEVICE, device=topic.device, detail="not registered")
+                self._count_refusal(
+                    RefusalReason.UNKNOWN_DEVICE, device=topic.device, detail="not registered, or not its time"
+                )
                 return False
             return self._on_chunk(topic, message.payload, Ed25519PublicKey.from_public_bytes(key), current)
         except RefusedError as refusal:

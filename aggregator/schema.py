@@ -12,6 +12,14 @@ devices = Table(
     Column("public_key", LargeBinary(32), nullable=False),
     Column("added_s", Float, nullable=False),
 )
+# A table of its own, so that a database from before it needs no change; no row means always.
+device_periods = Table(
+    "device_periods",
+    metadata,
+    Column("device", String(64), primary_key=True),
+    Column("not_before_s", Float, nullable=False),
+    Column("not_after_s", Float, nullable=False),
+)
 tasks = Table(
     "tasks",
     metadata,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Engine, create_engine, event, func, insert, select, update
+from sqlalchemy import Connection, Engine, and_, create_engine, event, func, insert, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from aggregator import schema
@@ -70,9 +70,15 @@ class AggregatorStore:
             connection.execute(schema.devices.delete().where(schema.devices.c.device == device))
             connection.execute(insert(schema.devices).values(device=device, public_key=public_key, added_s=now_s))
 
-    def device_key(self, device: str) -> bytes | None:
-        """A registered device's key."""
-        key: bytes | None = self._scalar(select(schema.devices.c.public_key).where(schema.devices.c.device == device))
+    def device_key(self, device: str, now_s: float) -> bytes | None:
+        """A registered device's key; None for one that is not registered, or whose pseudonym's time it is not."""
+        devices, periods = schema.devices.c, schema.device_periods.c
+        # Security: otherwise a device could use its whole row of pseudonyms in one round.
+        its_time = or_(periods.device.is_(None), and_(periods.not_before_s <= now_s, now_s <= periods.not_after_s))
+        joined = schema.devices.outerjoin(schema.device_periods, devices.device == periods.device)
+        key: bytes | None = self._scalar(
+            select(devices.public_key).select_from(joined).where(devices.device == device, its_time)
+        )
         return key
 
     def devices(self) -> list[tuple[str, bytes]]:

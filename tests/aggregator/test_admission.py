@@ -419,3 +419,25 @@ def test_the_copy_passes_while_nothing_is_broken(check: Callable[[Callable[[], O
 def test_a_broken_admission_is_caught(check: str, changes: list[tuple[str, str]]) -> None:
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         CHECKS[check](broken_office(*changes))
+
+
+def test_a_name_counts_only_in_its_time() -> None:
+    office, entries = Office(), honest_entries()
+    office.admit(request_of(*entries))
+    first, second = entries[0].id, entries[1].id
+    begins_s, ends_s = BEGINS_S, BEGINS_S + PERIOD_S
+    for name, at_s, counts in (
+        (first, begins_s - DAY_S, True),
+        (first, begins_s - DAY_S - 1, False),
+        (first, ends_s + DAY_S, True),
+        (first, ends_s + DAY_S + 1, False),
+        (second, ends_s - DAY_S - 1, False),
+        (second, ends_s - DAY_S, True),
+    ):
+        assert (office.store.device_key(name, at_s) is not None) == counts, (name, at_s)
+
+
+def test_a_device_that_was_registered_by_hand_counts_always() -> None:
+    office = Office()
+    office.store.add_device("watch-7", bytes(32), NOW_S)
+    assert office.store.device_key("watch-7", 0.0) == office.store.device_key("watch-7", 1e11) == bytes(32)
