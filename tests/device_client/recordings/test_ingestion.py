@@ -320,6 +320,15 @@ def test_the_worst_message_of_the_largest_size_takes_bounded_memory(part: bytes)
     assert peak < 128 * 1024 * 1024
 
 
+@pytest.mark.parametrize(("encoding", "opening"), [("json", b"["), ("msgpack", b"\x91")])
+def test_endless_nesting_is_refused_with_a_sentence(encoding: Any, opening: bytes) -> None:
+    start = HEAD if encoding == "json" else b"\x81\xa1x"
+    with pytest.raises(RecordingError, match=f"expected one recording in {encoding}, got something else"):
+        decode_recording(start + opening * 100_000, encoding)
+    with pytest.raises(RecordingError, match=f"expected one recording in {encoding}, got something else"):
+        decode_recording(start + opening * 100_000 + b"NaN", encoding)
+
+
 def test_a_message_over_the_limit_is_refused_unread() -> None:
     with pytest.raises(RecordingError, match=r"at most 2,097,152 bytes, got 2,097,153; send it in pieces"):
         decode_recording(b"[" * (MAX_MESSAGE_BYTES + 1), "json")
