@@ -404,7 +404,7 @@ class Device:
             floors=Floors(privacy.minimum_noise_multiplier, privacy.minimum_cohort, np.inf if clip is None else clip),
             software=self._ports.software,
             minimum_separation_s=eligibility.minimum_separation_hours * _HOUR_S,
-            counts_records=eligibility.minimum_new_records > 0,
+            counts_records=True,
         )
 
     def _new_records(self, study: StudyConfig) -> NewRecords | None:

@@ -83,6 +83,17 @@ class Participant:
         self.outbox.begin(work)
         return self.go_on(work, now_s=now_s)
 
+    def check_budget(self, manifest: RoundManifestMsg, *, now_s: float) -> None:
+        """Whether the ledger would admit this round now; charges nothing. Raises BudgetSpentError."""
+        self.ledger.check(
+            task=self.study,
+            round_number=manifest.round,
+            plan=manifest.plan,
+            now_s=now_s,
+            latest_s=manifest.deadline_s,
+            earliest_s=manifest.opened_s,
+        )
+
     def go_on(self, work: Work, *, now_s: float) -> LocalWork:
         """Charge for a work unless it was, and train from where it stopped. Raises as `begin` does."""
         manifest = work.decoded_manifest()

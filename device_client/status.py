@@ -99,7 +99,7 @@ def status_of(device: Device) -> Status:
         if runner is not None:
             studies.append(_running(runner, spent))
         else:
-            doing = still.get(study.study) or "not started yet"
+            doing = still.get(study.study) or device.consent_problem(study.study) or "the daemon does not run"
             waiting = len(device.outbox.of(study.study))
             studies.append(
                 StudyStatus(
@@ -152,7 +152,9 @@ def status_text(status: Status) -> list[str]:
         ]
         lines.append(f"  epsilon spent on it: {study.spent_epsilon:.4f}")
     least = "at least " if status.at_least else ""
-    lines.append(f"privacy: epsilon {least}{status.spent_epsilon:.4f} of {limit} at delta {status.delta:g} in this period")
+    lines.append(
+        f"privacy: epsilon {least}{status.spent_epsilon:.4f} of {limit} at delta {status.delta:g} in this period"
+    )
     lines += [f"records {one.stream}: {one.records}, {one.held_out} of them held out" for one in status.streams]
     return lines
 

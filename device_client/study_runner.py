@@ -188,13 +188,14 @@ class StudyRunner:
         self.participant.outbox.discard(action.update_id)
 
     def _count_records(self, action: CountRecords) -> None:
-        """Charge for a noisy count, and compare it."""
-        manifest, reason = action.manifest, ""
-        if self.new_records is not None:
-            try:
-                reason = self.new_records.problem(manifest, study=self.study, now_s=self.clock.now_s())
-            except CoveyError as error:
-                reason = str(error)
+        """Whether it is worth fetching the model: the budget admits the round, and there are enough new records."""
+        manifest, now_s, reason = action.manifest, self.clock.now_s(), ""
+        try:
+            self.participant.check_budget(manifest, now_s=now_s)
+            if self.new_records is not None:
+                reason = self.new_records.problem(manifest, study=self.study, now_s=now_s)
+        except CoveyError as error:
+            reason = str(error)
         self.tell(RecordsCounted(manifest.round, reason))
 
     def _participate(self, action: Participate) -> None:

@@ -112,6 +112,30 @@ class PrivacyLedger:
             StoreError: a disk did not take it; nothing may be released, whether or not the charge stands.
         """
         self._charge(
+            self._admitted(
+                task=task,
+                round_number=round_number,
+                purpose="update",
+                sampling_rate=plan.sampling_rate,
+                noise_multiplier=plan.noise_multiplier,
+                steps=plan.local_steps,
+                times=RoundTimes(now_s, earliest_s, latest_s),
+            )
+        )
+        return self.spent_epsilon
+
+    def check(
+        self,
+        *,
+        task: str,
+        round_number: int,
+        plan: TrainingPlanMsg,
+        now_s: float,
+        latest_s: float = math.inf,
+        earliest_s: float = -math.inf,
+    ) -> None:
+        """Whether `reserve` would admit this now; charges nothing. Args and BudgetSpentError as there."""
+        self._admitted(
             task=task,
             round_number=round_number,
             purpose="update",
@@ -120,7 +144,6 @@ class PrivacyLedger:
             steps=plan.local_steps,
             times=RoundTimes(now_s, earliest_s, latest_s),
         )
-        return self.spent_epsilon
 
     def reserve_count(
         self,
@@ -150,13 +173,15 @@ class PrivacyLedger:
             StoreError: as `reserve`.
         """
         self._charge(
-            task=task,
-            round_number=round_number,
-            purpose="count",
-            sampling_rate=1.0,
-            noise_multiplier=noise_multiplier,
-            steps=1,
-            times=RoundTimes(now_s, earliest_s, latest_s),
+            self._admitted(
+                task=task,
+                round_number=round_number,
+                purpose="count",
+                sampling_rate=1.0,
+                noise_multiplier=noise_multiplier,
+                steps=1,
+                times=RoundTimes(now_s, earliest_s, latest_s),
+            )
         )
 
     def record_release(self, pending: PendingUpdate, *, now_s: float) -> None:
@@ -299,7 +324,13 @@ class PrivacyLedger:
         period = self._spending.period_at(times.ledger_time_s(self._spending.at_s))
         return None if period.refusal(task, cost) is None else self._admits_from_s(period, task, cost)
 
-    def _charge(
+    def _charge(self, entry: Reservation) -> None:
+        """Append, take and count a line that was admitted."""
+        self._log.write(entry)
+        self._spending.take(entry)  # before it is counted: from here on the charge stands, whatever fails
+        self._log.count()
+
+    def _admitted(
         self,
         *,
         task: str,
@@ -309,8 +340,8 @@ class PrivacyLedger:
         noise_multiplier: float,
         steps: int,
         times: RoundTimes,
-    ) -> None:
-        """Append, take and count a line, if it is admitted."""
+    ) -> Reservation:
+        """The line that charges this. Raises BudgetSpentError."""
         what = (
             f"round {round_number} of {task}" if purpose == "update" else f"a count in round {round_number} of {task}"
         )
@@ -336,9 +367,7 @@ class PrivacyLedger:
         refusal = period.refusal(task, entry.rdp())
         if refusal is not None:
             raise BudgetSpentError(self._sentence(what, entry, period, refusal, times))
-        self._log.write(entry)
-        self._spending.take(entry)  # before it is counted: from here on the charge stands, whatever fails
-        self._log.count()
+        return entry
 
     def _is_unknown_when(self, times: RoundTimes) -> bool:
         """Whether the first period would begin at a time that clock and study do not agree on."""
