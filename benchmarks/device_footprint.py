@@ -214,7 +214,7 @@ def _arguments() -> argparse.Namespace:
     command.add_argument("--rounds", type=int, default=5, help="rounds that each device takes part in")
     command.add_argument("--repeats", type=int, default=3, help="runs of each, in turns")
     command.add_argument("--idle", type=float, default=60.0, help="seconds connected with nothing to do")
-    command.add_argument("--period", type=float, default=10.0, help="seconds that belong to each round")
+    command.add_argument("--period", type=float, default=12.0, help="seconds that belong to each round")
     command.add_argument("--no-flower", action="store_true", help="only covey")
     command.add_argument("--no-tflite", action="store_true", help="only covey[device], without covey[tflite]")
     command.add_argument(

@@ -60,15 +60,21 @@ def covey_run(folder: Path, install: Install, schedule: Schedule, *, model: str 
                     return lambda: _said(run, AGGREGATOR, "task_finished")
 
                 phases = watch_phases(process.pid, proxy, schedule, start_rounds=start_rounds)
-                trained = [event["seconds"] for event in _events(run, measured.device_id, "trained")]
+                took_s = round_times(*(_events(run, measured.device_id, event) for event in ("charged", "trained")))
     finally:
         for daemon in (other, aggregator):
             daemon.ask_to_stop()
             daemon.wait_stopped(time.monotonic() + STOP_WITHIN_S)
         broker.stop()
-    if len(trained) != schedule.rounds:
-        raise FootprintError(f"{measured.device_id}: expected {schedule.rounds} rounds, it trained {len(trained)}")
-    return Run(cold_start_s, phases, train_s_per_round=statistics.median(trained))
+    if len(took_s) != schedule.rounds:
+        raise FootprintError(f"{measured.device_id}: expected {schedule.rounds} rounds, it trained {len(took_s)}")
+    return Run(cold_start_s, phases, train_s_per_round=statistics.median(took_s))
+
+
+def round_times(charged: list[dict[str, Any]], trained: list[dict[str, Any]]) -> list[float]:
+    """Seconds of each round from the ledger's charge until the sealed update is durably in the outbox."""
+    began_s = {event["round"]: event["at_s"] for event in charged}
+    return [event["at_s"] - began_s[event["round"]] for event in trained if event["round"] in began_s]
 
 
 def broker_port(device_toml: Path) -> int:

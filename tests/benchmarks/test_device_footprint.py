@@ -19,7 +19,7 @@ import pytest
 from benchmarks.clean_install import clean_install, own_source, pinned
 from benchmarks.counting_proxy import HOST, CountingProxy, Traffic
 from benchmarks.device_footprint import headline, same_round
-from benchmarks.footprint_covey import broker_port, point_at, settings_for
+from benchmarks.footprint_covey import broker_port, point_at, round_times, settings_for
 from benchmarks.footprint_run import FootprintError, Phases, Run, Schedule, summary, watch_phases
 from benchmarks.footprint_table import RATIOS, ROWS, as_table, ratios
 from benchmarks.peers.flower import APP
@@ -337,6 +337,12 @@ def test_a_device_is_pointed_at_the_proxy(tmp_path: Path) -> None:
     path.write_text("port = 1\n\nport = 2\n", encoding="utf-8")
     with pytest.raises(FootprintError, match="expected one broker's port, found 2"):
         broker_port(path)
+
+
+def test_a_round_is_timed_from_its_own_charge() -> None:
+    charged = [{"round": 1, "at_s": 10.0}, {"round": 2, "at_s": 20.0}, {"round": 3, "at_s": 30.0}]
+    trained = [{"round": 3, "at_s": 30.5}, {"round": 1, "at_s": 10.25}, {"round": 9, "at_s": 31.0}]
+    assert round_times(charged, trained) == [0.5, 0.25]
 
 
 def test_an_install_is_what_pip_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
