@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import queue
 import time
 
 
@@ -20,16 +20,24 @@ class SystemClock:
 
 
 class SystemBell:
-    """`device_client.ports.Bell` over an event; may be rung from any thread, and from a signal handler."""
+    """`device_client.ports.Bell`; may be rung from any thread, and from a signal handler.
+
+    Over a `queue.SimpleQueue`, whose `put` is documented to be reentrant. `threading.Event.set` is not: a handler that
+    runs while its own thread is inside `wait` or `clear` would wait for a lock that this thread holds.
+    """
 
     def __init__(self) -> None:
-        self._rung = threading.Event()
+        self._rings: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def ring(self) -> None:
         """End the wait."""
-        self._rung.set()
+        self._rings.put(None)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait for a ring."""
-        self._rung.wait(timeout_s)
-        self._rung.clear()
+        """Wait for a ring; all that rang by then count as one."""
+        try:
+            self._rings.get(timeout=max(0.0, timeout_s))
+            while True:
+                self._rings.get_nowait()
+        except queue.Empty:
+            return
