@@ -16,7 +16,7 @@ from device_client.device import budget_of
 from device_client.errors import DeviceError, StoreError
 from device_client.ledger import PrivacyLedger
 from device_client.status import Status, status_text
-from fl_protocol.errors import ConfigError
+from fl_protocol.errors import ConfigError, CoveyError
 
 _ANSWER_WITHIN_S = 60.0
 """A step of training may have to end before the daemon answers."""
@@ -106,17 +106,17 @@ def _ledger_lines(found: dict[str, Any]) -> list[str]:
     """The ledger in words."""
     limit = "no limit" if found["epsilon"] is None else f"{found['epsilon']:g}"
     least = "at least " if found["at_least"] else ""
-    lines = [f"spent: epsilon {least}{found['spent_epsilon']:.4f} of {limit} at delta {found['delta']:g}"]
+    lines = [f"spent: epsilon {least}{_epsilon(found['spent_epsilon'])} of {limit} at delta {found['delta']:g}"]
     if found["period_days"] is not None:
         ends = f", which ends {_when(found['period_ends_s'])}" if found["period_ends_s"] is not None else ""
         lines[0] += f" in this period of {found['period_days']:g} days{ends}"
-        lines.append(f"spent ever: epsilon {least}{found['spent_epsilon_ever']:.4f}")
+        lines.append(f"spent ever: epsilon {least}{_epsilon(found['spent_epsilon_ever'])}")
     lines.append(f"charges: {len(found['lines'])}")
     if found["order"] is not None:
         lines.append(f"enforced at Rényi order {found['order']:g}")
     if found["left_like_the_last"] is not None:
         lines.append(f"left: {found['left_like_the_last']:g} more like the last")
-    lines += [f"  {study}: epsilon {spent:.4f}" for study, spent in found["studies"].items()]
+    lines += [f"  {study}: epsilon {_epsilon(spent)}" for study, spent in found["studies"].items()]
     for one in found["lines"]:
         if one["purpose"] == "count":
             what = f"a count of records, noise {one['noise_multiplier']:g}"
@@ -146,7 +146,8 @@ def _value(reply: bytes) -> Any:
     except ValueError as error:
         raise DeviceError(f"the daemon's answer cannot be read ({error}); is it another version?") from error
     if decoded.get("error"):
-        raise StoreError(decoded["error"])
+        kinds: dict[str, type[CoveyError]] = {"configuration": ConfigError, "store": StoreError}
+        raise kinds.get(decoded.get("kind", ""), DeviceError)(decoded["error"])
     return decoded.get("value")
 
 
@@ -155,7 +156,7 @@ def _print(found: Any, lines: list[str], arguments: argparse.Namespace) -> None:
 
 
 def _epsilon(value: float | None) -> str:
-    return "unlimited" if value is None else f"{value:.4f}"
+    return "without bound" if value is None else f"{value:.4f}"
 
 
 def _when(at_s: float) -> str:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from device_client.device import Device
+from device_client.errors import LedgerError, StoreError
 from device_client.study_runner import DELIVERIES_LOG, DeliveryEntry
 from fl_protocol.errors import ConfigError, CoveyError
+
+Short = Annotated[str, Meta(max_length=256)]
+Kind = Literal["configuration", "store", "other"]
 
 
 class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,15 +30,16 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         study: which study it is about, where it is about one.
     """
 
-    ask: str
-    study: str = ""
+    ask: Short
+    study: Short = ""
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is answered: a value, or one sentence about what is wrong."""
+    """What is answered: a value, or one sentence about what is wrong, and whose doing that is."""
 
     value: Any = None
     error: str = ""
+    kind: Kind = "other"
 
 
 def answer(device: Device, payload: bytes) -> bytes:
@@ -41,13 +47,20 @@ def answer(device: Device, payload: bytes) -> bytes:
     try:
         question = msgspec.json.decode(payload, type=Question)
         if question.ask not in QUESTIONS:
-            raise ConfigError(f"question {question.ask}: expected one of {', '.join(QUESTIONS)}")
+            raise ConfigError(f"question {question.ask!r}: expected one of {', '.join(QUESTIONS)}")
         found = Answer(value=QUESTIONS[question.ask](device, question.study))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        found = Answer(error=f'expected a question such as {{"ask": "status"}} ({error})')
+        found = Answer(error=f'expected a question such as {{"ask": "status"}} ({error})', kind="configuration")
     except CoveyError as error:
-        found = Answer(error=str(error))
+        found = Answer(error=" ".join(str(error).split()), kind=_kind_of(error))
     return msgspec.json.encode(found)
+
+
+def _kind_of(error: CoveyError) -> Kind:
+    """What an error is about."""
+    if isinstance(error, ConfigError):
+        return "configuration"
+    return "store" if isinstance(error, StoreError | LedgerError) else "other"
 
 
 def _status(device: Device, _study: str) -> Any:
@@ -63,13 +76,13 @@ def _ledger(device: Device, _study: str) -> Any:
         "epsilon": None if math.isinf(budget.epsilon) else budget.epsilon,
         "delta": budget.delta,
         "period_days": None if budget.period_s is None else budget.period_s / 86_400,
-        "period_ends_s": ledger.period_ends_s,
-        "spent_epsilon": ledger.spent_at(now_s),
+        "period_ends_s": _finite(ledger.period_ends_s),
+        "spent_epsilon": _finite(ledger.spent_at(now_s)),
         "at_least": bool(ledger.acceptances),
-        "spent_epsilon_ever": ledger.spent_epsilon_ever,
+        "spent_epsilon_ever": _finite(ledger.spent_epsilon_ever),
         "order": ledger.order,
         "left_like_the_last": _finite(last),
-        "studies": {study.study: ledger.spent_at(now_s, study.study) for study in device.config.studies},
+        "studies": {study.study: _finite(ledger.spent_at(now_s, study.study)) for study in device.config.studies},
         "lines": [msgspec.to_builtins(line) for line in charges],
     }
 
@@ -140,5 +153,6 @@ QUESTIONS: dict[str, Callable[[Device, str], Any]] = {
 }
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity."""
+    return value if value is not None and math.isfinite(value) else None

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """How a model does on the held-out records; it never leaves the device."""
+    """How a model does on the held-out records; it never leaves the device. A loss that is not finite is None."""
 
     model: str
     round: int
     correct: int
     count: int
-    mean_loss: float
+    mean_loss: float | None
 
 
 class StudyStatus(msgspec.Struct, frozen=True):
@@ -37,7 +37,7 @@ class StudyStatus(msgspec.Struct, frozen=True):
         device: its present name on the wire.
         round: newest round seen.
         pending: updates that wait for their receipts.
-        spent_epsilon: of this study in this period.
+        spent_epsilon: of this study in this period; None for no bound.
         measured: the newest measurements.
     """
 
@@ -50,7 +50,7 @@ class StudyStatus(msgspec.Struct, frozen=True):
     device: str
     round: int
     pending: int
-    spent_epsilon: float
+    spent_epsilon: float | None
     measured: tuple[Measured, ...] = ()
 
 
@@ -68,7 +68,7 @@ class Status(msgspec.Struct, frozen=True):
     Args:
         may_train: whether the conditions allow it.
         blocked: why not, in words.
-        spent_epsilon: in this period, over all studies, at `delta`.
+        spent_epsilon: in this period, over all studies, at `delta`; None for no bound.
         at_least: whether lines of the ledger may be missing, so that figures are lower bounds.
         budget_epsilon: that the wearer allows; None for no limit.
         spent_epsilon_ever: over all periods.
@@ -77,11 +77,11 @@ class Status(msgspec.Struct, frozen=True):
 
     may_train: bool
     blocked: tuple[str, ...]
-    spent_epsilon: float
+    spent_epsilon: float | None
     at_least: bool
     budget_epsilon: float | None
     delta: float
-    spent_epsilon_ever: float
+    spent_epsilon_ever: float | None
     outbox_bytes: int
     studies: tuple[StudyStatus, ...]
     streams: tuple[StreamStatus, ...]
@@ -95,7 +95,7 @@ def status_of(device: Device) -> Status:
     still = device.studies.standing_still
     studies = []
     for study in device.config.studies:
-        runner, spent = runners.get(study.study), ledger.spent_at(now_s, study.study)
+        runner, spent = runners.get(study.study), _finite(ledger.spent_at(now_s, study.study))
         if runner is not None:
             studies.append(_running(runner, spent))
         else:
@@ -118,11 +118,11 @@ def status_of(device: Device) -> Status:
     return Status(
         may_train=not blocked,
         blocked=blocked,
-        spent_epsilon=ledger.spent_at(now_s),
+        spent_epsilon=_finite(ledger.spent_at(now_s)),
         at_least=bool(ledger.acceptances),
-        budget_epsilon=None if math.isinf(budget.epsilon) else budget.epsilon,
+        budget_epsilon=_finite(budget.epsilon),
         delta=budget.delta,
-        spent_epsilon_ever=ledger.spent_epsilon_ever,
+        spent_epsilon_ever=_finite(ledger.spent_epsilon_ever),
         outbox_bytes=device.outbox.size_bytes,
         studies=tuple(studies),
         streams=tuple(
@@ -147,19 +147,18 @@ def status_text(status: Status) -> list[str]:
             lines.append(f"  last problem: {study.problem}")
         lines += [
             f"  {one.model} model of round {one.round}: {one.correct} of {one.count} held-out records right, "
-            f"mean loss {one.mean_loss:.3f}"
+            f"mean loss {_number(one.mean_loss, 3)}"
             for one in study.measured
         ]
-        lines.append(f"  epsilon spent on it: {study.spent_epsilon:.4f}")
+        lines.append(f"  epsilon spent on it: {_number(study.spent_epsilon, 4)}")
     least = "at least " if status.at_least else ""
-    lines.append(
-        f"privacy: epsilon {least}{status.spent_epsilon:.4f} of {limit} at delta {status.delta:g} in this period"
-    )
+    spent = f"{least}{_number(status.spent_epsilon, 4)}"
+    lines.append(f"privacy: epsilon {spent} of {limit} at delta {status.delta:g} in this period")
     lines += [f"records {one.stream}: {one.records}, {one.held_out} of them held out" for one in status.streams]
     return lines
 
 
-def _running(runner: StudyRunner, spent_epsilon: float) -> StudyStatus:
+def _running(runner: StudyRunner, spent_epsilon: float | None) -> StudyStatus:
     """A study that runs."""
     view = runner.session.view()
     return StudyStatus(
@@ -180,4 +179,13 @@ def _running(runner: StudyRunner, spent_epsilon: float) -> StudyStatus:
 
 
 def _measured(model: str, round_number: int, found: Evaluation) -> Measured:
-    return Measured(model, round_number, found.correct, found.count, found.loss_sum / max(1, found.count))
+    return Measured(model, round_number, found.correct, found.count, _finite(found.loss_sum / max(1, found.count)))
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "without bound" if value is None else f"{value:.{digits}f}"
