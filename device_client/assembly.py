@@ -95,9 +95,8 @@ class DeviceFiles:
             StoreError: there is none, or one that others can read or that is no key.
         """
         path = self.key_path()
-        if create and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, os.urandom(KEY_BYTES))
+        if create:
+            _make_key(path)
         try:
             mode = path.stat().st_mode
             key = path.read_bytes()
@@ -234,6 +233,16 @@ class RealDevice(Device):
             reply = ingest(request.payload, request.encoding, streams=self.targets(), now_s=self._ports.clock.now_s())
             request.reply(encode_reply(reply, request.encoding))
         return MOST_REQUESTS
+
+
+def _make_key(path: Path) -> None:
+    """A new store key where there is none. Raises StoreError."""
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, os.urandom(KEY_BYTES))
+    except OSError as error:
+        raise StoreError(f"the store key {path} cannot be made ({error.strerror})") from error
 
 
 def _beside(folder: Path, suffix: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -44,13 +45,20 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; every error of ours is one sentence on standard error."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.command(DeviceFiles.load(arguments.config), arguments))
+        code = int(arguments.command(DeviceFiles.load(arguments.config), arguments))
+        sys.stdout.flush()
     except CoveyError as error:
         print(f"covey-device: {error}", file=sys.stderr)
         return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
-    except BrokenPipeError:  # whoever read the output went away
-        sys.stderr.close()
+    except BrokenPipeError:  # whoever read the output went away; nothing is left to be flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a place that was not foreseen: a full or read-only disk, a folder of somebody else
+        print(f"covey-device: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
