@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import closing
 from datetime import datetime, timezone
 from typing import Any
 
@@ -11,10 +12,12 @@ import msgspec
 
 from device_client.adapters.line_server import ask, is_listening
 from device_client.assembly import DeviceFiles, RealDevice
+from device_client.consent import Consents
 from device_client.control import answer
 from device_client.device import budget_of
 from device_client.errors import DeviceError, StoreError
 from device_client.ledger import PrivacyLedger
+from device_client.outbox import Outbox
 from device_client.status import Status, status_text
 from fl_protocol.errors import ConfigError, CoveyError
 
@@ -54,7 +57,10 @@ def consent(files: DeviceFiles, arguments: argparse.Namespace) -> int:
     if arguments.action != "list" and not arguments.study:
         known = ", ".join(study.study for study in files.config.studies)
         raise ConfigError(f"consent {arguments.action}: expected the name of a study, one of {known}")
-    found = question(files, f"consent {arguments.action}", study=arguments.study)
+    if arguments.action == "withdraw" and not is_running(files):
+        found: Any = _withdraw(files, arguments.study)
+    else:
+        found = question(files, f"consent {arguments.action}", study=arguments.study)
     if arguments.action == "grant":
         lines = [f"granted: {found['study']}", *_terms(found["terms"])]
     elif arguments.action == "withdraw":
@@ -84,6 +90,15 @@ def sent(files: DeviceFiles, arguments: argparse.Namespace) -> int:
     ]
     _print(found, lines or ["nothing was ever sent"], arguments)
     return 0
+
+
+def _withdraw(files: DeviceFiles, name: str) -> dict[str, Any]:
+    """Leave a study on the store itself: possible whatever else is wrong with bundle, ledger or recordings."""
+    study = files.config.study_named(name).study
+    with closing(files.open_store()) as store:
+        dropped = Outbox(store).drop(study)
+        Consents(store).withdraw(study, now_s=datetime.now(timezone.utc).timestamp())
+    return {"study": study, "dropped": dropped}
 
 
 def _accept_counter(files: DeviceFiles) -> int:

@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from device_client.eligibility import parse_window
 from fl_protocol.broker_config import BrokerConfig
+from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.topics import NAME_PATTERN
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
@@ -126,6 +128,13 @@ class EligibilityConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     new_records_noise: Annotated[float, Meta(ge=1)] = 50.0
     minimum_separation_hours: AtLeastZero = 0.0
 
+    def __post_init__(self) -> None:
+        for text in self.windows:
+            try:
+                parse_window(text)
+            except LocalMisuseError as error:
+                raise ValueError(f"windows: {error}") from error
+
 
 class BoardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Where the readings come from.
@@ -177,3 +186,11 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
         names = [study.study for study in self.studies]
         if len(set(names)) < len(names):
             raise ValueError(f"study: expected each tenant and task once, got {', '.join(names)}")
+
+    def study_named(self, name: str | None) -> StudyConfig:
+        """The study ``tenant/task``, or the only one of a task; with None the only one there is. Raises ConfigError."""
+        found = [study for study in self.studies if name in {None, study.study, study.task}]
+        if len(found) != 1:
+            known = ", ".join(study.study for study in self.studies)
+            raise ConfigError(f"study {name}: expected one of {known}" if name else f"expected a study, one of {known}")
+        return found[0]

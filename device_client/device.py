@@ -206,8 +206,9 @@ class Device:
 
     def grant(self, study: str) -> None:
         """Agree to a study (``tenant/task``) under its present terms. Raises ConfigError, StoreError."""
-        terms = terms_digest(self.terms(study))
-        self.consents.grant(study, terms=terms, now_s=self._ports.clock.now_s())
+        name = self.study_config(study).study
+        terms = terms_digest(self.terms(name))
+        self.consents.grant(name, terms=terms, now_s=self._ports.clock.now_s())
         self.studies.look_again()
 
     def withdraw(self, study: str) -> int:
@@ -216,10 +217,12 @@ class Device:
         Returns:
             How many updates and pieces of work were dropped.
         """
-        self.study_config(study)
-        self.consents.withdraw(study, now_s=self._ports.clock.now_s())
-        self.studies.stop(study, "consent was withdrawn")
-        return self.outbox.drop(study)
+        name = self.study_config(study).study
+        self.studies.stop(name, "consent was withdrawn")
+        # Before consent is: what a power cut leaves of it must not be sent if the study is granted again some day.
+        dropped = self.outbox.drop(name)
+        self.consents.withdraw(name, now_s=self._ports.clock.now_s())
+        return dropped
 
     def erase_data(self) -> None:
         """Destroy the key of all recordings and of what was computed from them here, then the files.
@@ -233,7 +236,7 @@ class Device:
 
     def consent_problem(self, study: str) -> str:
         """Why a study may not run, in words; empty when it may. Raises ConfigError, StoreError."""
-        return self.consents.problem(study, terms=terms_digest(self.terms(study)))
+        return self.consents.problem(self.study_config(study).study, terms=terms_digest(self.terms(study)))
 
     def terms(self, study: str) -> dict[str, str]:
         """What granting a study means, in words. Raises ConfigError."""
@@ -241,11 +244,7 @@ class Device:
 
     def study_config(self, study: str) -> StudyConfig:
         """A study's configuration by ``tenant/task``, or by its task where only one has it. Raises ConfigError."""
-        found = [one for one in self.config.studies if study in {one.study, one.task}]
-        if len(found) != 1:
-            known = ", ".join(one.study for one in self.config.studies)
-            raise ConfigError(f"study {study}: expected one of {known}")
-        return found[0]
+        return self.config.study_named(study)
 
     def step(self) -> None:
         """One turn of the daemon's loop; waits at most a minute for something to do."""
