@@ -10,7 +10,7 @@ import sys
 import time
 from contextlib import closing
 
-from device_client.adapters.encrypted_files import DATA_SCOPE
+from device_client.adapters.encrypted_files import DATA_SCOPE, KEY_BYTES, EncryptedFiles
 from device_client.adapters.system_entropy import system_entropy
 from device_client.assembly import DeviceFiles, RealDevice
 from device_client.cli_ask import is_running, question
@@ -71,7 +71,7 @@ def import_records(files: DeviceFiles, arguments: argparse.Namespace) -> int:
 
 def pseudonyms(files: DeviceFiles, arguments: argparse.Namespace) -> int:
     """Ask for names on the wire, install the answer, or list them."""
-    study = _one_study(files, arguments.study)
+    study = files.config.study_named(arguments.study)
     action = {"request": _request_names, "install": _install_names, "list": _list_names}[arguments.action]
     with closing(files.open_store()) as store:
         action(files, study, Pseudonyms(store, tenant=study.tenant, task=study.task), arguments)
@@ -143,9 +143,7 @@ def erase(files: DeviceFiles, arguments: argparse.Namespace) -> int:
             "what was released stays released"
         )
         return 0
-    with closing(files.open_store()) as store:
-        store.shred_all(lambda: _destroy_key(files))
-    shutil.rmtree(files.store_folder, ignore_errors=True)
+    _erase_all(files)
     print("erased: the store, its key and the ledger")
     return 0
 
@@ -159,6 +157,17 @@ def _erase_data(files: DeviceFiles) -> None:
         store.shred(DATA_SCOPE)
 
 
+def _erase_all(files: DeviceFiles) -> None:
+    """Destroys without the key, so that it works with one that is lost, and when it is run again after a power cut."""
+    with closing(EncryptedFiles.in_folder(files.store_folder, bytes(KEY_BYTES))) as store:
+        store.shred_all(lambda: _destroy_key(files))
+    shutil.rmtree(files.store_folder, ignore_errors=True)
+    try:  # under the old key nobody could read it, and a new ledger would be refused
+        files.counter_file.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"the counter {files.counter_file} cannot be removed ({error.strerror})") from error
+
+
 def _destroy_key(files: DeviceFiles) -> None:
     """Without its key nothing in the store can be read, whatever the disk still holds."""
     path = files.key_path()
@@ -169,6 +178,8 @@ def _destroy_key(files: DeviceFiles) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         path.unlink()
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise StoreError(
             f"the store key {path} cannot be destroyed ({error.strerror}); if systemd passes it, delete the "
@@ -182,15 +193,6 @@ def _agreed(text: str) -> bool:
         return input(text).strip().lower() == "yes"
     except EOFError:
         return False
-
-
-def _one_study(files: DeviceFiles, name: str | None) -> StudyConfig:
-    """The study that is meant. Raises ConfigError."""
-    found = [study for study in files.config.studies if name in {None, study.study, study.task}]
-    if len(found) != 1:
-        known = ", ".join(study.study for study in files.config.studies)
-        raise ConfigError(f"study {name or ''}: expected one of {known}")
-    return found[0]
 
 
 def _csv_format(arguments: argparse.Namespace) -> CsvFormat:
