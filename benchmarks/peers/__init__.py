@@ -4,6 +4,8 @@ A peer is a process: ``client`` starts the Python of an environment that ``envir
 ``torch_steps`` and ``tensorflow_steps``. These import nothing of Covey. They build every mode, prove with ``clipping``
 that a private mode really clips and really adds noise, and then time blocks of steps when asked (``serve``).
 
+``flower`` is another kind of peer: a federation whose device is measured beside ours (`benchmarks.device_footprint`).
+
     python = environments.prepare("torch")
     with client.Peer("torch", python) as peer:
         for mode in peer.ready.supported:
