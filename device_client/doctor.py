@@ -23,7 +23,7 @@ from device_client.adapters.linux_board import LinuxBoard
 from device_client.adapters.system_time import SystemClock
 from device_client.assembly import DeviceFiles
 from device_client.checks.examined import Examined, not_looked_at
-from device_client.checks.findings import Check, Finding, Result, examine, ok, warning
+from device_client.checks.findings import AS_ITS_USER, Check, Finding, Result, examine, ok, warning
 from device_client.checks.machine import (
     available_memory_bytes,
     check_clock,
@@ -116,9 +116,7 @@ class Doctor:
         try:
             pid = self._device.daemon_pid
         except PermissionError:
-            return warning(
-                f"this user may not speak to the daemon at {path}", "run this as the user the daemon runs as: sudo -u"
-            )
+            return warning(f"this user may not speak to the daemon at {path}", AS_ITS_USER)
         if pid is not None:
             return ok(f"runs as process {pid}; covey-device status says what it does")
         return ok("does not run" if not path.exists() else f"does not run; {path} is left of one that was killed")

@@ -33,9 +33,14 @@ class Examined:
     @cached_property
     def store(self) -> Store:
         """The store, for reading. Raises DeviceError, ConfigError."""
-        if not self.files.store_folder.exists():
-            raise DeviceError(f"there is no store at {self.files.store_folder} yet; run covey-device init")
-        return open_to_read(self.files.store_folder, self.files.store_key())
+        folder = self.files.store_folder
+        try:
+            folder.stat()
+        except FileNotFoundError:
+            raise DeviceError(f"there is no store at {folder} yet; run covey-device init") from None
+        except OSError as error:
+            raise DeviceError(f"the store at {folder} cannot be read by this user ({error.strerror})") from error
+        return open_to_read(folder, self.files.store_key())
 
     @cached_property
     def daemon_pid(self) -> int | None:

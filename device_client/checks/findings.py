@@ -11,6 +11,8 @@ import msgspec
 from fl_protocol.errors import CoveyError
 
 Verdict = Literal["ok", "warning", "problem"]
+AS_ITS_USER = "run this as the user that the daemon runs as: sudo -u"
+"""What to do where this user may not look."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def examine(checks: Iterable[Check]) -> Iterator[Finding]:
             result = problem(str(error))
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
-            result = problem(f"{place}{error.strerror or error or type(error).__name__}")
+            advice = AS_ITS_USER if isinstance(error, PermissionError) else ""
+            result = problem(f"{place}{error.strerror or error}", advice)
         yield Finding(check.name, check.study, result.verdict, result.found, result.advice)
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 import msgspec
 
 from device_client.adapters.encrypted_files import KEY_BYTES, EncryptedFiles
-from device_client.checks.findings import Result, ok, problem, size_text, warning
+from device_client.checks.findings import AS_ITS_USER, Result, ok, problem, size_text, warning
 from fl_protocol.adapters.files import SystemDisk
 from fl_protocol.durable import TEMPORARY_SUFFIX
 
@@ -107,7 +107,7 @@ def _unusable(volume: Volume) -> Result | None:
             "look into the system's log (sudo dmesg): a worn or pulled card becomes read-only; check it, replace it",
         )
     if not volume.writable:
-        return problem(f"{place} cannot be written by this user", "run this as the user the daemon runs as: sudo -u")
+        return problem(f"{place} cannot be written by this user", AS_ITS_USER)
     if volume.free_bytes < LEAST_FREE_BYTES:
         return problem(f"{place} has {size_text(volume.free_bytes)} free: nothing can be stored", "make room on it")
     return None
@@ -145,7 +145,7 @@ def check_store_key(path: Path, *, is_credential: bool, store_uid: int | None) -
     except FileNotFoundError:
         return problem(f"there is no store key at {path}", "run covey-device init")
     except PermissionError:
-        return problem(f"this user may not read the store key {path}", "run this as the user the daemon runs as")
+        return problem(f"this user may not read the store key {path}", AS_ITS_USER)
     if len(key) != KEY_BYTES:
         return problem(f"the store key {path}: expected {KEY_BYTES} bytes, got {len(key)}", "put the right file there")
     return (

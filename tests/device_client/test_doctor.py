@@ -76,6 +76,7 @@ def test_a_check_that_fails_itself_is_a_problem_and_the_others_run() -> None:
         ("b", "clinic/steps", "problem", "/secret: Permission denied"),
         ("c", "", "ok", "fine"),
     ]
+    assert found[1].advice == "run this as the user that the daemon runs as: sudo -u"
 
 
 def test_a_finding_is_there_before_the_next_check_runs() -> None:
