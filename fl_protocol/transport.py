@@ -12,9 +12,11 @@ class Connected:
 
     Args:
         maximum_packet_bytes: the server's MaximumPacketSize, or None if it named none.
+        receive_maximum: the server's ReceiveMaximum, how many messages may be unacknowledged, or None if it named none.
     """
 
     maximum_packet_bytes: int | None = None
+    receive_maximum: int | None = None
 
 
 @dataclass(frozen=True)

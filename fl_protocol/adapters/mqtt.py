@@ -33,7 +33,7 @@ MAX_QUEUED_EVENTS = 20_000
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 """Inbound payload bytes held for a slow consumer; see `MAX_QUEUED_EVENTS`."""
 MAX_INFLIGHT_MESSAGES = 10
-"""Unacknowledged publishes; paho ignores the server's ReceiveMaximum, and brokers in use allow at least ten."""
+"""Unacknowledged publishes. paho ignores the server's ReceiveMaximum, so it is handed up with `Connected`."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,8 @@ class MqttTransport:
         else:
             self._client.drop_out_messages()
             self._acknowledged = self._handed_over
-            self._put(Connected(getattr(properties, "MaximumPacketSize", None)))
+            limits = [getattr(properties, name, None) for name in ("MaximumPacketSize", "ReceiveMaximum")]
+            self._put(Connected(*limits))
 
     def _on_publish(self, _c: Any, _u: Any, _mid: int, _reason: ReasonCode, _properties: Any) -> None:
         self._acknowledged += 1

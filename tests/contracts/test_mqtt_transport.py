@@ -222,6 +222,15 @@ def test_messages_larger_than_any_of_ours_are_kept_away_by_an_honest_broker(tmp_
     broker.stop()
 
 
+def test_the_servers_limits_are_handed_up(scripted: ScriptedBroker, transport: MqttTransport) -> None:
+    transport.open()
+    scripted.accept()
+    receive_maximum, packet_bytes = bytes([0x21, 0, 3]), bytes([0x27, 0, 0, 8, 0])
+    properties = receive_maximum + packet_bytes
+    scripted.send(bytes([0x20, 3 + len(properties), 0, 0, len(properties)]) + properties)
+    assert await_event(transport, Connected) == Connected(2048, 3)
+
+
 def test_the_embedded_broker_listens_on_loopback_only() -> None:
     port = free_port()
     stop = start_iotcore(port)
