@@ -25,7 +25,7 @@ import fcntl
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,6 +47,7 @@ DATA_FOLDERS = frozenset(
 )
 """First parts of the names that `shred` destroys: recordings, what was learnt from them, and what waits to be sent."""
 
+_FOLDERS = DATA_FOLDERS | {"consent", "identity", "pseudonyms", "session"}
 _DATA_KEY, _SHREDDED_KEY, _ERASING, _LOCK = ".data-key", ".data-key-shredded", ".erasing", ".lock"
 _KEY_BOUND = b"data key"  # no blob's name has a space
 _NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9]+)?(/[a-z0-9_-]+(\.[a-z0-9]+)?)?")
@@ -249,8 +250,7 @@ class EncryptedFiles:
         names = self._disk.names()
         for name in names:
             self._disk.sync(name)
-        for folder in sorted({"", *map(_folder, names)}):
-            self._disk.sync_folder(folder)
+        self._sync_folders({"", *map(_folder, names)})
 
     def _finish_erasure(self) -> None:
         """Do what is left of a shredding that has begun; nothing where none has."""
@@ -276,8 +276,15 @@ class EncryptedFiles:
         for name in list(names):
             self._disk.remove(name)
             folders.add(_folder(name))
-        for folder in sorted(folders):
-            self._disk.sync_folder(folder)
+        self._sync_folders(folders)
+
+    def _sync_folders(self, folders: Iterable[str]) -> None:
+        """Sync these folders and all that may have become empty: a process that was killed, or a removal that was
+        refused half-way, may have left a file gone from sight and not from the disk.
+        """
+        for folder in sorted({*folders, *_FOLDERS}):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                self._disk.sync_folder(folder)
 
     def _key_of(self, name: str) -> AESGCM:
         """What a name is encrypted under."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
 
@@ -293,11 +293,43 @@ def test_what_a_killed_process_left_is_durable_before_it_is_read() -> None:
     check_what_a_killed_process_left_stays(EncryptedFiles)
 
 
+def check_what_a_killed_process_removed_stays_away(kind: type[EncryptedFiles]) -> None:
+    """The last file of a folder: nothing that is left would have the folder synced."""
+    for removed in ("outbox/0a", "pseudonyms/0a"):
+        flash = VirtualFlash()
+        EncryptedFiles(flash, KEY).write(removed, b"one")
+        store = EncryptedFiles(flash, KEY)
+        flash.power_cut = PowerCut(flash.operations + 1)
+        with pytest.raises(PowerCutError):
+            store.delete(removed)
+        flash = flash.after_kill()
+        assert kind(flash, KEY).read(removed) is None
+        for seed in range(10):
+            assert EncryptedFiles(flash.after_power_cut(seeded(seed)), KEY).read(removed) is None, "it is back"
+
+
 class TrustingFiles(EncryptedFiles):
     """Broken: it believes what is only in the system's memory."""
 
     def _settle(self) -> None:
         pass
+
+
+class TidyFiles(EncryptedFiles):
+    """Broken: it makes durable only what it can see."""
+
+    def _sync_folders(self, folders: Iterable[str]) -> None:
+        for folder in folders:
+            self._disk.sync_folder(folder)
+
+
+def test_what_a_killed_process_removed_does_not_come_back_after_a_power_cut() -> None:
+    check_what_a_killed_process_removed_stays_away(EncryptedFiles)
+
+
+def test_a_store_that_makes_durable_only_what_it_sees_is_caught() -> None:
+    with pytest.raises(AssertionError, match="it is back"):
+        check_what_a_killed_process_removed_stays_away(TidyFiles)
 
 
 def test_a_store_that_trusts_the_systems_memory_is_caught() -> None:
