@@ -54,6 +54,7 @@ class _Delivery:
     wait_s: float = 0.0  # from when the last chunk has left to the next attempt
     queue: deque[int] = field(default_factory=deque)  # chunks of this attempt that are not handed over yet
     is_leaving: bool = False  # handed over, and not seen to have left
+    was_waited_for: bool = False  # seen not to have left
     answered_s: float = -math.inf  # when a NACK last had missing chunks sent
     answers: int = 0  # NACKs in a row that were answered and told of no progress
     least_missing: float = math.inf
@@ -62,9 +63,9 @@ class _Delivery:
     def look_at_line(self, now_s: float, *, backlog: int) -> None:
         """The wait for an answer begins when the last chunk has left."""
         self.next_send_s = min(self.next_send_s, now_s + LONGEST_RETRY_S)  # the clock may have been set back by years
-        if self.is_leaving and (backlog or now_s < self.next_send_s):
+        if self.is_leaving and (backlog or self.was_waited_for or now_s < self.next_send_s):
             self.next_send_s = now_s + self.wait_s
-        self.is_leaving &= bool(backlog)
+        self.is_leaving = self.was_waited_for = self.is_leaving and backlog > 0
 
 
 class Deliveries:
@@ -74,6 +75,7 @@ class Deliveries:
         self._tenant, self._entropy = tenant, entropy
         self._open = {pending.update_id: _Delivery(pending, begun_before=True) for pending in outbox}
         self._chunk_bytes: int | None = None
+        self._window = WINDOW
         self._cut: tuple[bytes, list[ChunkMsg]] = (b"", [])  # the update that is being sent now, in chunks
         self._line_busy_s = -math.inf  # until when it is not asked whether the line is free, unless something happens
 
@@ -83,9 +85,10 @@ class Deliveries:
     def __iter__(self) -> Iterator[PendingUpdate]:
         return (delivery.pending for delivery in self._open.values())
 
-    def connected(self, maximum_packet_bytes: int | None) -> None:
+    def connected(self, maximum_packet_bytes: int | None, *, receive_maximum: int | None = None) -> None:
         """Send everything again at once: what was in flight when the connection broke may be lost."""
         self._chunk_bytes = chunk_data_bytes(maximum_packet_bytes)
+        self._window = WINDOW if receive_maximum is None else min(WINDOW, max(1, receive_maximum))
         self._cut = (b"", [])
         for delivery in self._open.values():
             delivery.next_send_s, delivery.least_missing, delivery.is_leaving = -math.inf, math.inf, False
@@ -104,7 +107,8 @@ class Deliveries:
         """When `due` next has something to do; while the line is busy, its progress wakes it earlier."""
         if self._chunk_bytes is None or not self._open:
             return math.inf
-        return max(self._line_busy_s, min(delivery.next_send_s for delivery in self._open.values()))
+        next_send_s = min(-math.inf if one.queue else one.next_send_s for one in self._open.values())
+        return max(self._line_busy_s, next_send_s)
 
     def due(self, now_s: float, *, backlog: int) -> list[Action]:
         """Send what is due; give up what is hopelessly late.
@@ -124,7 +128,7 @@ class Deliveries:
                     actions += self._close(pending.update_id, "expired", round=pending.round)
                     continue
                 actions.append(self._begin_attempt(delivery, now_s))
-            sent = self._hand_over(delivery, now_s, room=WINDOW - backlog)
+            sent = self._hand_over(delivery, now_s, room=self._window - backlog)
             delivery.is_leaving |= bool(sent)
             backlog += len(sent)
             actions += sent

@@ -15,7 +15,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
-from device_client.events import Action, KeepChunk, Note, Subscribe, Unsubscribe
+from device_client.events import Action, DropChunks, KeepChunk, Note, Subscribe, Unsubscribe
 from fl_protocol.errors import ProtocolError
 from fl_protocol.messages import ChunkMsg
 from fl_protocol.signing import verify
@@ -56,7 +56,8 @@ class Download:
         self._parts: dict[int, bytes] = {}
         self._asked: set[int] = set()
         self._next = 0  # every chunk before it is here or asked for
-        self._asks_again_s, self._silences = math.inf, 0
+        self._is_running = False
+        self._asks_again_s, self._silences, self._refusals = math.inf, 0, 0
         for payload in sorted(kept):
             try:
                 self._take(self._checked(payload))
@@ -75,56 +76,66 @@ class Download:
 
     def next_wake_s(self) -> float:
         """When `ask_again` has something to do."""
-        return self._asks_again_s
+        return math.inf if self.is_whole else self._asks_again_s
 
     def start(self, now_s: float) -> list[Action]:
         """Ask for the first chunks; also after a new connection, which knows of no subscription."""
         self._asked.clear()
-        self._next = 0
-        self._asks_again_s = now_s + STALLED_AFTER_S
+        self._next, self._is_running = 0, True
+        self._asks_again_s = now_s + self._patience_s()
         return self._ask()
 
     def stop(self) -> list[Action]:
-        """Ask for nothing any more."""
-        actions: list[Action] = [Unsubscribe(self._topic(index)) for index in sorted(self._asked)]
-        self._asked.clear()
-        self._asks_again_s = math.inf
-        return actions
+        """Ask for nothing any more, until `start`."""
+        self._is_running, self._asks_again_s = False, math.inf
+        return self._withdraw(sorted(self._asked))
 
     def ask_again(self, now_s: float) -> list[Action]:
         """Subscribe again when nothing has come for a while: the broker then sends retained messages once more."""
+        if not self._is_running or self.is_whole:
+            return []
+        self._asks_again_s = min(self._asks_again_s, now_s + LONGEST_SILENCE_S)  # the clock may have been set back
         if now_s < self._asks_again_s:
             return []
         self._silences += 1
-        self._asks_again_s = now_s + min(LONGEST_SILENCE_S, STALLED_AFTER_S * 2.0 ** min(self._silences, 10))
-        return [*(Subscribe(self._topic(index)) for index in sorted(self._asked)), *self._ask()]
+        self._asks_again_s = now_s + self._patience_s()
+        self._ask()
+        self._asked.add(0)  # it is there in every cut; the others may not be, if the vector was cut anew
+        return [Subscribe(self._topic(index)) for index in sorted(self._asked)]
 
     def is_for(self, topic: str) -> bool:
         """Whether a topic carries a chunk of this."""
         return topic.startswith(self._prefix)
 
-    def accept(self, payload: bytes, now_s: float) -> list[Action]:
+    def accept(self, topic: str, payload: bytes, now_s: float) -> list[Action]:
         """Verify and take one chunk.
 
         Raises:
-            ProtocolError: it is not the aggregator's, or not of this vector; nothing changes.
+            ProtocolError: it is not the aggregator's, or not of this vector and topic; nothing changes.
         """
         chunk = self._checked(payload)
-        if chunk.index in self._parts and self._cut == (chunk.count, chunk.cut_bytes):
-            return []
+        if topic != self._topic(chunk.index):
+            raise ProtocolError(f"chunk {chunk.index} of a model came under the topic of another")
         actions: list[Action] = []
-        if self._cut is not None and self._cut != (chunk.count, chunk.cut_bytes):
-            # The aggregator cut it anew, for a broker with another limit.
-            actions += [*self.stop(), Note("download_cut_anew", {"chunks": chunk.count})]
+        if self._cut not in {None, (chunk.count, chunk.cut_bytes)}:
+            # The aggregator may have cut it anew, for a broker with another limit; or the broker replays an old cut,
+            # to undo what came: what there is gives way only when it has come to a standstill.
+            if not self._silences:
+                return []
+            actions += [*self._withdraw(sorted(self._asked)), DropChunks((self.digest,))]
+            actions.append(Note("download_cut_anew", {"chunks": chunk.count}))
             self._begin_anew()
+        actions += self._withdraw([chunk.index])
+        if chunk.index in self._parts:
+            return actions
         self._take(chunk)
-        self._asks_again_s, self._silences = now_s + STALLED_AFTER_S, 0
-        if chunk.index in self._asked:
-            self._asked.discard(chunk.index)
-            actions.append(Unsubscribe(self._topic(chunk.index)))
+        self._silences = 0
         if chunk.count > 1:
             actions.append(KeepChunk(self.digest, chunk.index, payload))
-        return actions + self._ask()
+        if self._is_running:
+            self._asks_again_s = now_s + self._patience_s()
+            actions += self._ask()
+        return actions
 
     def whole(self) -> NDArray[np.float32]:
         """The vector, float32 [d].
@@ -134,9 +145,11 @@ class Download:
                 download begins anew.
         """
         data = b"".join(self._parts[index] for index in range(len(self._parts)))
-        values = np.frombuffer(data, "<f4").astype(np.float32) if len(data) == self._total_bytes else np.array([])
-        if hashlib.sha256(data).digest() == self.digest and values.size and np.isfinite(values).all():
-            return values.astype(np.float32)
+        if hashlib.sha256(data).digest() == self.digest:
+            values = np.frombuffer(data, "<f4").astype(np.float32)
+            if np.isfinite(values).all():
+                return values
+        self._refusals += 1
         self._begin_anew()
         raise ProtocolError("the model does not match the signed manifest, or holds numbers that are not finite")
 
@@ -165,6 +178,16 @@ class Download:
                 actions.append(Subscribe(self._topic(self._next)))
             self._next += 1
         return actions
+
+    def _withdraw(self, indices: list[int]) -> list[Action]:
+        """Unsubscribe from those of these that were asked for."""
+        asked = [index for index in indices if index in self._asked]
+        self._asked.difference_update(asked)
+        return [Unsubscribe(self._topic(index)) for index in asked]
+
+    def _patience_s(self) -> float:
+        """How long to wait for a chunk: ever longer in silence, and after vectors that were wrong as a whole."""
+        return min(LONGEST_SILENCE_S, STALLED_AFTER_S * 2.0 ** min(self._silences + self._refusals, 10))
 
     def _begin_anew(self) -> None:
         """Forget what is here."""
