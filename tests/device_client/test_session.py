@@ -1,4 +1,4 @@
-"""The session: every check on a manifest, the coin, the download, and what it remembers."""
+"""The session: every check on a manifest, the coin, what is fetched for a round, and what it remembers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import hashlib
 
 import numpy as np
 import pytest
-from msgspec.structs import replace
 from scipy import stats
 
-from device_client.delivery import Deliveries
 from device_client.events import (
+    ConditionsRead,
     Evaluate,
     Participate,
     ParticipationEnded,
-    PendingUpdate,
     Publish,
     Remember,
     SessionState,
@@ -23,20 +21,24 @@ from device_client.events import (
     Unsubscribe,
     UpdateReady,
 )
-from device_client.session import STALLED_AFTER_S, Floors
-from fl_protocol.messages import PresenceMsg, ReceiptMsg, decode, encode
+from device_client.floors import Floors
+from fl_protocol.messages import PresenceMsg, decode, encode
 from fl_protocol.signing import sign
-from fl_protocol.topics import down_topic, model_filter, model_topic, round_topic, state_topic
+from fl_protocol.topics import down_topic, model_topic, round_topic, state_topic
 from fl_protocol.transport import Connected, Disconnected, Received
 from tests.device_client.noise_checks import FALSE_ALARM_RATE
 from tests.device_client.ports import DEVICE, TASK, TENANT, make_plan
 from tests.device_client.session_driver import (
     AGGREGATOR,
+    CONTROL,
+    CONTROL_DIGEST,
     DIGEST,
     NUM_PARAMETERS,
     PARAMS,
     STRANGER,
+    STUDY,
     Driver,
+    asked_for,
     chunk_message,
     manifest,
     manifest_message,
@@ -44,20 +46,27 @@ from tests.device_client.session_driver import (
     notes,
     participations,
     reasons,
+    receipt_for,
+    seeded,
+    some_update,
+    uploads,
 )
-from tests.virtual_fleet import SeededEntropy
 
-STUDY = f"{TENANT}/{TASK}"
-MODEL = Subscribe(model_filter(TENANT, DIGEST))
+CHUNKS = list(range(4))
+"""Indices of the model's chunks: all fit the window."""
 
 
 def test_a_round_is_joined_with_the_verified_model() -> None:
     driver = Driver()
-    assert MODEL in driver.open_round()
-    actions = driver.send_model()
+    assert asked_for(driver.open_round()) == [0]  # it says how the model was cut
+    assert asked_for(driver.send(0)) == CHUNKS[1:]
+    actions = driver.send(*CHUNKS[1:])
     (joined,) = [action for action in actions if isinstance(action, Participate)]
     np.testing.assert_array_equal(joined.params, PARAMS)
-    assert actions.index(Unsubscribe(MODEL.topic_filter)) < actions.index(joined)
+    assert joined.control is None
+    left = [action.topic_filter for action in driver.actions if isinstance(action, Unsubscribe)]
+    assert left == [model_topic(TENANT, DIGEST, index) for index in CHUNKS]
+    assert driver.disk.chunks == {}
     # What would let a crash repeat the round is stored before it begins.
     remembered = [action.state for action in actions if isinstance(action, Remember)]
     assert remembered == [SessionState(STUDY, highest_round=1, decided_round=1, participated_s=driver.now_s)]
@@ -88,17 +97,21 @@ def test_it_subscribes_and_announces_itself_on_every_connection() -> None:
         ({"plan": make_plan(noise_multiplier=1.9)}, "noise_multiplier 1.9 is below the wearer's floor 2"),
         ({"plan": make_plan(noise_multiplier=0.0)}, "below the wearer's floor"),
         ({"minimum_cohort": 2}, "minimum_cohort 2 is below the wearer's floor 3"),
+        ({"plan": make_plan(l2_norm_clip=1.6)}, "l2_norm_clip 1.6 is above the wearer's limit 1.5"),
     ],
 )
 def test_a_manifest_that_fails_a_check_changes_nothing(changes: dict[str, object], reason: str) -> None:
-    driver = Driver(floors=Floors(2.0, 3), state=SessionState(highest_round=5, decided_round=5))
+    driver = Driver(floors=Floors(2.0, 3, 1.5), state=SessionState(highest_round=5, decided_round=5))
     good: dict[str, object] = {"round": 6, "minimum_cohort": 3}
     actions = driver.open_round(**{**good, **changes})
     assert notes(actions) == ["message_refused"]
     assert reason in reasons(actions)
     assert driver.send_model() == []
+    is_the_studys_newest = not {"tenant", "task", "round"} & changes.keys()
+    assert driver.session.view().refused == (f"round 6: {reasons(actions)}" if is_the_studys_newest else "")
     # The good one is still welcome.
-    assert MODEL in driver.open_round(**good)
+    assert asked_for(driver.open_round(**good)) == [0]
+    assert driver.session.view().refused == ""
     assert participations(driver.send_model()) == [6]
 
 
@@ -122,11 +135,12 @@ def test_a_manifest_without_the_pinned_signature_is_refused(damage: str) -> None
     actions = driver.tell(Received(round_topic(TENANT, TASK), payload))
     assert notes(actions) == ["message_refused"]
     assert driver.state is None
+    assert driver.session.view().refused == ""
 
 
 def test_an_evaluating_device_ignores_floors_and_never_trains() -> None:
     driver = Driver(role="evaluate", floors=Floors(100.0, 100))
-    assert MODEL in driver.open_round()
+    assert asked_for(driver.open_round()) == [0]
     actions = driver.send_model()
     (measured,) = [action for action in actions if isinstance(action, Evaluate)]
     np.testing.assert_array_equal(measured.params, PARAMS)
@@ -138,7 +152,8 @@ def test_an_evaluating_device_ignores_floors_and_never_trains() -> None:
 
 def test_a_training_device_does_not_fetch_the_finished_model() -> None:
     driver = Driver()
-    assert MODEL not in driver.open_round(status="finished")
+    assert asked_for(driver.open_round(status="finished")) == []
+    assert driver.session.view().doing == "the study is finished, after round 1"
     assert driver.send_model() == []
 
 
@@ -154,9 +169,10 @@ def test_the_coin_is_tossed_once_per_round_even_across_restarts() -> None:
     for again in range(5):
         driver.open_round(participation_probability=0.5, deadline_s=2000.0 + again)
     assert len(tosses) == 1
-    restarted = Driver(entropy=entropy, state=driver.state)
+    restarted = driver.restarted(entropy=entropy)
     restarted.open_round(participation_probability=1.0)
     assert len(tosses) == 1
+    assert restarted.session.view().doing == "not in round 1: it was decided before the last start"
     assert restarted.send_model() == []
 
 
@@ -164,16 +180,16 @@ def test_the_toss_is_remembered_before_the_model_is_asked_for() -> None:
     actions = Driver().open_round()
     remembered = [index for index, action in enumerate(actions) if isinstance(action, Remember)]
     assert actions[remembered[-1]] == Remember(SessionState(STUDY, highest_round=1, decided_round=1, willing_round=1))
-    assert max(remembered) < actions.index(MODEL)
+    assert max(remembered) < actions.index(Subscribe(model_topic(TENANT, DIGEST, 0)))
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.03, 0.5, 1.0])
 def test_participation_has_the_wanted_probability(probability: float) -> None:
     # False-alarm rate: FALSE_ALARM_RATE.
     rounds = 1500
-    driver = Driver(entropy=SeededEntropy(f"coin {probability}"))
+    driver = Driver(entropy=seeded(f"coin {probability}"))
     joined = sum(
-        MODEL in driver.open_round(round=number, participation_probability=probability)
+        asked_for(driver.open_round(round=number, participation_probability=probability)) == [0]
         for number in range(1, rounds + 1)
     )
     if probability in {0.0, 1.0}:
@@ -186,13 +202,26 @@ def test_a_device_stays_out_for_the_minimum_separation() -> None:
     driver = Driver()
     driver.open_round(round=1)
     assert participations(driver.send_model()) == [1]
+    driver.tell(ParticipationEnded(1, "spent"))
     driver.now_s += 99.0
     assert reasons(driver.open_round(round=2, minimum_separation_s=100.0)) == "took part too recently"
-    restarted = Driver(state=driver.state, now_s=driver.now_s)
+    restarted = driver.restarted()
     assert reasons(restarted.open_round(round=3, minimum_separation_s=100.0)) == "took part too recently"
     restarted.now_s += 1.0
     restarted.open_round(round=4, minimum_separation_s=100.0)
     assert participations(restarted.send_model()) == [4]
+
+
+def test_the_wearers_minimum_separation_holds_where_the_study_asks_for_less() -> None:
+    driver = Driver(minimum_separation_s=200.0)
+    driver.open_round(round=1)
+    driver.send_model()
+    driver.tell(ParticipationEnded(1, "spent"))
+    driver.now_s += 199.0
+    assert reasons(driver.open_round(round=2, minimum_separation_s=100.0)) == "took part too recently"
+    driver.now_s += 1.0
+    driver.open_round(round=3, minimum_separation_s=100.0)
+    assert participations(driver.send_model()) == [3]
 
 
 def test_a_round_whose_deadline_has_passed_is_skipped() -> None:
@@ -204,55 +233,42 @@ def test_a_round_whose_deadline_has_passed_is_skipped() -> None:
 def test_a_model_that_comes_after_the_deadline_is_not_trained() -> None:
     driver = Driver(now_s=1999.0)
     driver.open_round()
+    driver.send(0, 1, 2)
     driver.now_s = 2000.0
-    assert "the model came too late" in reasons(driver.send_model())
+    assert "its deadline passed while waiting: the model did not come" in reasons(driver.send(3))
     assert participations(driver.actions) == []
+    assert driver.disk.chunks == {}
 
 
 def test_rounds_of_another_study_do_not_count_but_separation_does() -> None:
     state = SessionState("clinic/older", highest_round=50, decided_round=50, willing_round=1, participated_s=1000.0)
     driver = Driver(state=state)
     assert reasons(driver.open_round(round=1, minimum_separation_s=500.0)) == "took part too recently"
-    assert MODEL in driver.open_round(round=2)
+    assert asked_for(driver.open_round(round=2)) == [0]
     assert driver.state == SessionState(STUDY, highest_round=2, decided_round=2, willing_round=2, participated_s=1000.0)
 
 
-def test_a_device_restarted_between_coin_and_training_still_takes_part_once() -> None:
+@pytest.mark.parametrize("kind", ["other digest", "other bytes", "not finite", "other length", "garbage", "stranger"])
+def test_a_wrong_chunk_is_refused_and_the_model_still_taken(kind: str) -> None:
     driver = Driver()
     driver.open_round()
-    restarted = Driver(state=driver.state, entropy=lambda count: b"\xff" * count)
-    assert MODEL in restarted.open_round()
-    assert participations(restarted.send_model()) == [1]
-    again = Driver(state=restarted.state)
-    again.open_round()
-    assert participations(again.send_model()) == []
-
-
-@pytest.mark.parametrize("kind", ["other digest", "other bytes", "not finite", "other length", "garbage"])
-def test_a_wrong_model_is_refused_and_the_right_one_still_taken(kind: str) -> None:
-    driver = Driver()
-    driver.open_round()
-    wrong = model_chunks()
-    match kind:
-        case "other digest":
-            wrong = model_chunks((PARAMS + 1).tobytes())
-        case "other bytes":
-            wrong = [replace(chunk, data=bytes(len(chunk.data))) for chunk in wrong]
-        case "not finite":
-            wrong = model_chunks(np.full(NUM_PARAMETERS, np.nan, "<f4").tobytes())
-        case "other length":
-            wrong = [replace(chunk, digest=DIGEST) for chunk in model_chunks(PARAMS.tobytes() + bytes(700))]
-        case "garbage":
-            driver.tell(Received(model_topic(TENANT, DIGEST, 0), b"garbage"))
-            wrong = []
-    for chunk in wrong:
-        driver.tell(chunk_message(chunk))
-    assert participations(driver.actions) == []
-    assert "message_refused" in notes(driver.actions)
-    driver.send_model()
-    if kind == "other bytes":  # the last forged chunk was only found out with the whole
-        driver.send_model()
-    assert participations(driver.actions) == [1]
+    driver.send(0, 1)
+    wrong = {
+        "other digest": [chunk_message(chunk) for chunk in model_chunks((PARAMS + 1).tobytes())],
+        "other bytes": [
+            Received(good.topic, good.payload.replace(chunk.data, bytes(len(chunk.data))))
+            for chunk in model_chunks()
+            for good in [chunk_message(chunk)]
+        ],
+        "not finite": [chunk_message(c) for c in model_chunks(np.full(NUM_PARAMETERS, np.nan, "<f4").tobytes())],
+        "other length": [chunk_message(chunk) for chunk in model_chunks(PARAMS.tobytes() + bytes(700))],
+        "garbage": [Received(model_topic(TENANT, DIGEST, 2), b"garbage")],
+        "stranger": [chunk_message(chunk, key=STRANGER) for chunk in model_chunks()],
+    }
+    for message in wrong[kind]:
+        assert notes(driver.tell(message)) == ["message_refused"]
+    # What had come is still there: nothing is fetched twice.
+    assert participations(driver.send(2, 3)) == [1]
 
 
 @pytest.mark.parametrize("values", [np.nan, np.inf])
@@ -264,53 +280,57 @@ def test_a_signed_model_that_is_not_finite_is_refused(values: float) -> None:
     actions = [action for chunk in model_chunks(params) for action in driver.tell(chunk_message(chunk, digest))]
     assert "not finite" in reasons(actions)
     assert participations(actions) == []
+    assert driver.disk.chunks == {}
 
 
-def test_a_forged_first_chunk_does_not_block_the_download() -> None:
+def test_the_control_variate_is_fetched_with_the_model() -> None:
     driver = Driver()
-    driver.open_round()
-    driver.tell(chunk_message(replace(model_chunks(data_bytes=1200)[0], total_bytes=1500, count=2)))
-    driver.send_model()
-    driver.send_model()
-    assert participations(driver.actions) == [1]
+    plan = make_plan(control_variates=True)
+    actions = driver.open_round(plan=plan, control_digest=CONTROL_DIGEST)
+    assert asked_for(actions) == [0]
+    assert asked_for(actions, CONTROL_DIGEST) == [0]
+    assert participations(driver.send_model()) == []
+    controls = [chunk_message(chunk, CONTROL_DIGEST) for chunk in model_chunks(CONTROL.tobytes())]
+    (joined,) = [a for message in controls for a in driver.tell(message) if isinstance(a, Participate)]
+    np.testing.assert_array_equal(joined.params, PARAMS)
+    assert joined.control is not None
+    np.testing.assert_array_equal(joined.control, CONTROL)
+
+
+def test_a_model_that_is_its_own_control_variate_is_fetched_once() -> None:
+    driver = Driver()  # as before the first commit, when both are zeros
+    driver.open_round(plan=make_plan(control_variates=True), control_digest=DIGEST)
+    (joined,) = [action for action in driver.send_model() if isinstance(action, Participate)]
+    assert joined.control is not None
+    np.testing.assert_array_equal(joined.control, PARAMS)
+
+
+def test_an_evaluating_device_fetches_no_control_variate() -> None:
+    driver = Driver(role="evaluate")
+    actions = driver.open_round(plan=make_plan(control_variates=True), control_digest=CONTROL_DIGEST)
+    assert asked_for(actions, CONTROL_DIGEST) == []
+    assert any(isinstance(action, Evaluate) for action in driver.send_model())
 
 
 def test_a_download_cut_by_a_reconnection_goes_on() -> None:
     driver = Driver()
     driver.open_round()
-    driver.tell(chunk_message(model_chunks()[0]))
+    driver.send(0, 2)
     driver.tell(Disconnected("gone"))
-    driver.tell(Connected())
-    assert MODEL in driver.open_round()  # the retained manifest comes again
-    assert participations(driver.send_model()) == [1]
-
-
-def test_a_download_in_silence_is_asked_for_again_ever_less_often() -> None:
-    driver = Driver(now_s=0.0)
-    driver.open_round(deadline_s=1e6)
-    driver.tell(chunk_message(model_chunks()[0]))
-    asked = []
-    for _ in range(3000):
-        driver.now_s += 1.0
-        if MODEL in driver.tell(Tick()):
-            asked.append(driver.now_s)
-    assert asked[0] == STALLED_AFTER_S
-    gaps = np.diff(asked)
-    assert (gaps[:3] == [2 * STALLED_AFTER_S, 4 * STALLED_AFTER_S, 8 * STALLED_AFTER_S]).all()
-    assert gaps.max() <= 300.0
-    wake_s = driver.session.next_wake_s()
-    assert wake_s is not None
-    assert wake_s > driver.now_s
-    assert participations([a for c in model_chunks()[1:] for a in driver.tell(chunk_message(c))]) == [1]
-    assert driver.session.next_wake_s() is None
+    assert asked_for(driver.tell(Connected())) == [1, 3]
+    assert driver.open_round() == []  # the retained manifest comes again
+    assert participations(driver.send(1, 3)) == [1]
 
 
 def test_a_newer_manifest_ends_an_older_download() -> None:
     driver, other = Driver(), hashlib.sha256(b"newer").digest()
     driver.open_round()
+    driver.send(0)
     actions = driver.open_round(round=2, model_digest=other)
-    assert Unsubscribe(MODEL.topic_filter) in actions
-    assert Subscribe(model_filter(TENANT, other)) in actions
+    left = [action.topic_filter for action in actions if isinstance(action, Unsubscribe)]
+    assert left == [model_topic(TENANT, DIGEST, index) for index in CHUNKS[1:]]
+    assert driver.disk.chunks == {}
+    assert asked_for(actions, other) == [0]
     driver.send_model()
     assert participations(driver.actions) == []
 
@@ -338,30 +358,20 @@ def test_a_server_without_room_for_a_chunk_is_noted_and_nothing_else(maximum: in
     driver.tell(Disconnected("gone"))
     assert notes(driver.tell(Connected(maximum))) == ["broker_unusable"]
     assert driver.tell(Tick()) == []
+    assert driver.session.view().connected is False
 
 
-def some_update() -> PendingUpdate:
-    return PendingUpdate(
-        update_id=b"\x08" * 16, task=TASK, round=1, envelope=bytes(500), sealed_digest=b"\x04" * 32, deadline_s=2000.0
-    )
-
-
-def receipt_for(update: PendingUpdate) -> ReceiptMsg:
-    return ReceiptMsg(
-        tenant=TENANT,
-        task=TASK,
-        round=1,
-        device=DEVICE,
-        update_id=update.update_id,
-        sealed_digest=update.sealed_digest,
-        accepted_s=1.0,
-    )
+def test_a_server_that_lowers_its_limit_to_nothing_is_sent_nothing_more() -> None:
+    driver = Driver(outbox=(some_update(),))
+    assert notes(driver.tell(Connected(100))) == ["broker_unusable"]  # without a word of the connection before
+    driver.now_s += 1000.0
+    assert driver.tell(Tick()) == []
 
 
 def test_only_a_signed_receipt_delivers() -> None:
     update = some_update()
     driver = Driver()
-    assert len([a for a in driver.tell(UpdateReady(update)) if isinstance(a, Publish)]) == 1
+    assert len(uploads(driver.tell(UpdateReady(update)))) == 1
     topic = down_topic(TENANT, DEVICE, "receipt")
     assert notes(driver.tell(Received(topic, sign(receipt_for(update), STRANGER)))) == ["message_refused"]
     assert notes(driver.tell(Received(topic, encode(receipt_for(update))))) == ["message_refused"]
@@ -388,6 +398,32 @@ def test_messages_on_other_topics_are_ignored() -> None:
 
 def test_what_waits_in_the_outbox_is_sent_after_a_restart() -> None:
     driver = Driver(outbox=(some_update(),))
-    sent = [action for action in driver.actions if isinstance(action, Publish) and "/up/" in action.topic]
-    assert len(sent) == 1
-    assert isinstance(driver.session._deliveries, Deliveries)
+    assert len(uploads(driver.actions)) == 1
+    assert driver.session.view().pending == 1
+
+
+def test_an_update_that_was_let_go_is_never_sent_again() -> None:
+    driver = Driver(outbox=(some_update(),))
+    topic = down_topic(TENANT, DEVICE, "receipt")
+    driver.tell(Received(topic, sign(receipt_for(some_update()), AGGREGATOR)))
+    driver.actions.clear()
+    for _ in range(20):
+        driver.now_s += 100.0
+        driver.tell(Disconnected("gone"))
+        driver.tell(Connected())
+        driver.tell(ConditionsRead(()))
+    assert uploads(driver.actions) == []
+    assert uploads(driver.restarted().actions) == []
+
+
+def test_its_name_may_change_only_when_nothing_is_pending_under_it() -> None:
+    driver = Driver()
+    assert driver.session.is_settled
+    driver.open_round()
+    driver.send_model()
+    assert not driver.session.is_settled  # it trains
+    update = some_update()
+    driver.tell(UpdateReady(update))
+    assert not driver.session.is_settled
+    driver.tell(Received(down_topic(TENANT, DEVICE, "receipt"), sign(receipt_for(update), AGGREGATOR)))
+    assert driver.session.is_settled
