@@ -24,7 +24,7 @@ from device_client.recordings.npz_import import read_npz
 from fl_protocol.adapters.config_files import pinned_key, read_file
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.journal import JsonLines
-from fl_protocol.errors import ConfigError
+from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.signing import public_key_hex
 
 _ASK_FOR_MORE_S = 60 * 86_400.0
@@ -203,7 +203,10 @@ def _csv_format(arguments: argparse.Namespace) -> CsvFormat:
         if not equals:
             raise ConfigError(f"--unit {text}: expected CHANNEL=UNIT, such as ax=m/s^2")
         units[channel] = unit
-    return CsvFormat(units=units, sampling_rate_hz=arguments.rate, hop=arguments.hop, stream=arguments.stream)
+    try:
+        return CsvFormat(units=units, sampling_rate_hz=arguments.rate, hop=arguments.hop, stream=arguments.stream)
+    except LocalMisuseError as error:
+        raise ConfigError(f"--rate, --hop: {error}") from error
 
 
 def _show_progress(now: CsvProgress) -> None:

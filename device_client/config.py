@@ -92,7 +92,7 @@ class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
 
     epsilon: Epsilon
     delta: Delta
-    period_days: Annotated[float, Meta(ge=1)] | None = None
+    period_days: Annotated[float, Meta(ge=1, le=36_500)] | None = None
     minimum_noise_multiplier: AtLeastZero = 0.0
     minimum_cohort: Annotated[int, Meta(ge=1)] = 1
     maximum_l2_norm_clip: Annotated[float, Meta(gt=0)] | None = None

@@ -129,6 +129,7 @@ class Device:
             study.study: Pseudonyms(self.store, tenant=study.tenant, task=study.task) for study in config.studies
         }
         self._bundles = {study.study: ports.bundle(study) for study in config.studies}
+        self._aggregator_keys = {study.study: ports.aggregator_key(study) for study in config.studies}
         self.streams = self._open_streams()
         self._settle_outbox()
         self.readiness = Readiness(ports.board, ports.clock, config.eligibility)
@@ -397,7 +398,7 @@ class Device:
             task=study.task,
             device=device,
             role=study.role,
-            aggregator_key=self._ports.aggregator_key(study),
+            aggregator_key=self._aggregator_keys[study.study],
             graph_digest=bundle.graph_digest,
             num_parameters=bundle.manifest.num_shared_parameters,
             floors=Floors(privacy.minimum_noise_multiplier, privacy.minimum_cohort, np.inf if clip is None else clip),
