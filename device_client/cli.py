@@ -50,15 +50,21 @@ def main(argv: list[str] | None = None) -> int:
     except CoveyError as error:
         print(f"covey-device: {error}", file=sys.stderr)
         return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
-    except BrokenPipeError:  # whoever read the output went away; nothing is left to be flushed at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read the output went away
+        _drop_output()
         return 1
     except OSError as error:  # a place that was not foreseen: a full or read-only disk, a folder of somebody else
         print(f"covey-device: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        _drop_output()
         return 1
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def _drop_output() -> None:
+    """What could not be written would fail once more at the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
