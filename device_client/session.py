@@ -46,6 +46,8 @@ from fl_protocol.signing import verify
 from fl_protocol.topics import down_filter, down_topic, round_topic, state_topic
 from fl_protocol.transport import Connected, Disconnected, Received
 
+_NOT_READ = ("the conditions have not been read yet",)
+
 __all__ = ["DeviceSession", "Role", "SessionConfig", "SessionView"]
 
 
@@ -80,7 +82,7 @@ class DeviceSession:
         self._work_ends_s = working_on.deadline_s if working_on is not None else math.inf
         self._round: CurrentRound | None = None
         self._connected = False
-        self._blocked: tuple[str, ...] = ("the conditions have not been read yet",)
+        self._blocked: tuple[str, ...] = _NOT_READ
         self._refused = ""
 
     def next_wake_s(self) -> float:
@@ -263,7 +265,7 @@ class DeviceSession:
         """Whether to take part in a round: decided once, and never under a clock that is plainly wrong."""
         manifest = here.manifest
         if self._config.role == "evaluate":
-            here.phase = "waiting"
+            self._wait(here)
             return []
         if self._working_on:
             here.phase = "training"
@@ -275,10 +277,14 @@ class DeviceSession:
             return []
         actions = self._toss(here, now_s) if manifest.round > self._state.decided_round else []
         if self._state.willing_round == manifest.round:
-            here.phase = "waiting"
+            self._wait(here)
         elif here.phase == "undecided":
             self._idle("it was decided before the last start")
         return actions
+
+    def _wait(self, here: CurrentRound) -> None:
+        """Wait until the device may train: the last reading may be hours old, from when that last mattered."""
+        here.phase, self._blocked = "waiting", _NOT_READ
 
     def _toss(self, here: CurrentRound, now_s: float) -> list[Action]:
         """Toss this round's coin, once, and remember that it was tossed before anything follows from it."""
