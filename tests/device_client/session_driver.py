@@ -129,7 +129,7 @@ class Driver:
     """A session, and what it said. It is connected and may train, unless told otherwise.
 
     Args:
-        blocked: why it may not train; None if it is not told at all.
+        blocked: why it may not train, read whenever that matters; None if it is not told at all.
         subject: the session under test, or a copy broken on purpose.
     """
 
@@ -178,6 +178,16 @@ class Driver:
             self.tell(ConditionsRead(self.blocked))
 
     def tell(self, event: object, *, backlog: int = 0) -> list[Action]:
+        """One event; then, as the daemon does, the conditions if they matter."""
+        if isinstance(event, ConditionsRead):
+            self.blocked = event.blocked
+        actions = self.handle(event, backlog=backlog)
+        if self.blocked is not None and self.session.wants_to_train:
+            actions += self.handle(ConditionsRead(self.blocked), backlog=backlog)
+        return actions
+
+    def handle(self, event: object, *, backlog: int = 0) -> list[Action]:
+        """One event, and nothing else."""
         if isinstance(event, UpdateReady):
             self.disk.updates[event.pending.update_id] = event.pending
         actions = self.session.handle(event, self.now_s, backlog=backlog)  # type: ignore[arg-type]
@@ -200,7 +210,7 @@ class Driver:
     def restarted(self, **changes: object) -> Driver:
         """The next process on the same disk."""
         settings = {name: getattr(self, name) for name in ("role", "floors", "now_s", "counts_records", "subject")}
-        return Driver(disk=self.disk, **{**settings, **changes})  # type: ignore[arg-type]
+        return Driver(disk=self.disk, **{**settings, **changes})
 
 
 def notes(actions: list[Action]) -> list[str]:

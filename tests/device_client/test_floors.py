@@ -45,14 +45,12 @@ def test_without_floors_everything_a_manifest_can_say_is_accepted() -> None:
 def fetched_below_a_floor() -> list[int]:
     """Show a device each manifest that one floor forbids; the rounds for which it asked for a model nevertheless."""
     fetched = []
-    for number, changes in enumerate(
-        [
-            {"plan": make_plan(noise_multiplier=1.0)},
-            {"minimum_cohort": 2},
-            {"plan": make_plan(l2_norm_clip=2.0)},
-        ],
-        start=1,
-    ):
+    below: list[dict[str, object]] = [
+        {"plan": make_plan(noise_multiplier=1.0)},
+        {"minimum_cohort": 2},
+        {"plan": make_plan(l2_norm_clip=2.0)},
+    ]
+    for number, changes in enumerate(below, start=1):
         driver = Driver(floors=FLOORS)
         actions = driver.open_round(round=number, **{"minimum_cohort": 3, **changes}) + driver.send_model()
         fetched += [number] if asked_for(actions) else []
