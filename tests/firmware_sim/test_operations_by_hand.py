@@ -34,9 +34,11 @@ def blocks(language: str) -> list[str]:
 
 
 def command(verb: str) -> list[str]:
-    """The page's command that begins like this, its comment left out."""
-    (line,) = (line for block in blocks("") for line in block.splitlines() if " ".join(line.split()).startswith(verb))
-    return shlex.split(line, comments=True)
+    """The page's command that begins like this, comments and where its configuration is left aside."""
+    lines = [line for block in blocks("") for line in block.splitlines()]
+    plain = {re.sub(r" --config \S+", "", " ".join(line.split())): line for line in lines}
+    (found,) = (line for text, line in plain.items() if text.startswith(verb))
+    return shlex.split(found, comments=True)
 
 
 def arguments(words: list[str]) -> list[str]:
@@ -119,9 +121,13 @@ def test_the_page_followed_by_hand_trains_a_model(tmp_path: Path) -> None:
         x = np.random.default_rng(1).normal(size=(90, 128, 6)).astype(np.float32)
         np.savez(tmp_path / "d" / "windows.npz", x=x, y=np.arange(90, dtype=np.int32) % 7)
         assert desk.type("d", command("covey-device import")).startswith("90 windows stored, encrypted")
+        assert "clinic/exercises: does not run: not granted" in desk.type("d", command("covey-device consent list"))
+        assert desk.type("d", command("covey-device consent grant")).startswith("granted: clinic/exercises")
 
         aggregator = desk.start("a", arguments(command("covey-aggregator run")))
         device = desk.start("d", arguments(command("covey-device run")))
+        wait_for_event(device, "update_delivered")
+        assert "clinic/exercises: " in desk.type("d", command("covey-device status"))  # while the daemon runs
         wait_for_event(aggregator, "task_finished")
         for process in (device, aggregator):
             process.send_signal(signal.SIGTERM)
@@ -129,7 +135,13 @@ def test_the_page_followed_by_hand_trains_a_model(tmp_path: Path) -> None:
 
         assert f"{ROUNDS} of {ROUNDS}" in desk.type("a", command("covey-aggregator status"))
         ledger = desk.type("d", command("covey-device ledger"))
-        assert re.match(r"spent: epsilon 0\.\d+ of 3 at delta 1e-05\nparticipations: 3\n", ledger)
+        assert re.match(r"spent: epsilon 0\.\d+ of 3 at delta 1e-05\ncharges: 3\n", ledger)
+        sent = desk.type("d", command("covey-device sent")).splitlines()
+        assert len(sent) == ROUNDS
+        assert all("as watch-7" in line for line in sent)
+        assert "may train: yes" in desk.type("d", command("covey-device status"))
+        assert desk.type("d", command("covey-device consent withdraw")).startswith("withdrawn: clinic/exercises")
+        assert desk.type("d", [*command("covey-device erase"), "--yes"]).startswith("erased: recordings")
         desk.type("a", command("covey-aggregator export"))
         exported = (tmp_path / "a" / "model" / "model.covey").read_bytes()
         assert open_bundle(exported, publisher=public_key_from_hex(aggregator_key)).manifest.version > 1
