@@ -25,8 +25,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from aggregator.assembly import AggregatorFiles
 from aggregator.store import AggregatorStore
-from device_client.assembly import DeviceFiles
-from device_client.device_store import load_records
+from device_client.assembly import RealDevice
 from firmware_sim.metrics import RunMetrics
 from firmware_sim.mosquitto_broker import find_mosquitto
 from firmware_sim.run_folder import RunFolder
@@ -201,18 +200,15 @@ def check_epsilon_is_the_ledgers(demo: Demo) -> None:
     assert metrics.settings.epsilon is not None
     assert set(metrics.epsilon_spent) == {wrist.device_id for wrist in metrics.settings.training_wrists}
     for wrist in metrics.settings.training_wrists:
-        files = DeviceFiles.load(run.device_toml(wrist))
-        store = files.open_store()
-        ledger = files.open_ledger(store)
-        store.close()
+        with RealDevice.open(run.device_toml(wrist)) as device:
+            ledger = device.ledger
         assert metrics.epsilon_spent[wrist.device_id] == ledger.spent_epsilon <= metrics.settings.epsilon
         numbers = [entry.round for entry in ledger.reservations]
         assert numbers == sorted(set(numbers)), "a round was charged twice"
+        assert {entry.round for entry in ledger.releases} <= set(numbers)
     for wrist in metrics.settings.held_out_wrists:
-        files = DeviceFiles.load(run.device_toml(wrist))
-        store = files.open_store()
-        assert files.open_ledger(store).reservations == []
-        store.close()
+        with RealDevice.open(run.device_toml(wrist)) as device:
+            assert list(device.ledger.reservations) == []
 
 
 def check_model_runs_and_is_the_one_that_was_measured(demo: Demo) -> None:
@@ -229,9 +225,8 @@ def check_model_runs_and_is_the_one_that_was_measured(demo: Demo) -> None:
     shape = bundle.manifest.input.shape
     records = []
     for wrist in metrics.settings.held_out_wrists:
-        device = DeviceFiles.load(run.device_toml(wrist)).open_store()
-        records.append(load_records(device, window_shape=shape, label=bundle.manifest.label))
-        device.close()
+        with RealDevice.open(run.device_toml(wrist)) as device:
+            records.append(device.streams["default"].training())
     x, y = np.concatenate([r.x for r in records]), np.concatenate([r.y for r in records])
 
     graph = Interpreter(model_content=bundle.graph)

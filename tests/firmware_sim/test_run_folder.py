@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 
 from aggregator.assembly import AggregatorFiles
-from device_client.assembly import DeviceFiles
-from device_client.device_store import load_records
+from device_client.assembly import DeviceFiles, RealDevice
 from firmware_sim.bundles import bundle_and_publisher
 from firmware_sim.errors import FleetError, SettingsError
 from firmware_sim.run_folder import RunFolder, create_run, write_configs
 from firmware_sim.settings import AGGREGATOR, TENANT, DemoSettings
 from firmware_sim.watch_data import Recording, Wrist, all_wrists, windows_of
 from fl_protocol.bundle import open_bundle
-from fl_protocol.model_manifest import LabelSchema
 from fl_protocol.signing import public_key_from_hex, public_key_hex
 
 SETTINGS = DemoSettings(held_out=(2, 5), rounds=4)
@@ -47,14 +45,15 @@ def test_every_configuration_loads_and_they_agree(run: RunFolder) -> None:
     key = public_key_hex(aggregator.signing_key().public_key())
     for wrist in all_wrists():
         device = DeviceFiles.load(run.device_toml(wrist))
-        assert device.config.device.id == wrist.device_id
-        assert device.config.device.role == ("evaluate" if wrist.person in SETTINGS.held_out else "train")
-        assert device.config.study.aggregator_key == key
-        assert (device.config.study.tenant, device.config.study.task) == (TENANT, task.name)
-        assert device.config.broker == aggregator.config.broker
+        (study,) = device.config.studies
+        assert study.id == wrist.device_id
+        assert study.role == ("evaluate" if wrist.person in SETTINGS.held_out else "train")
+        assert study.aggregator_key == key
+        assert (study.tenant, study.task) == (TENANT, task.name)
+        assert study.broker == aggregator.config.broker
         assert (device.config.privacy.epsilon, device.config.privacy.delta) == (SETTINGS.epsilon, SETTINGS.delta)
         assert device.config.privacy.minimum_noise_multiplier == task.plan.noise_multiplier
-        assert device.open_bundle().graph_digest == aggregator.open_bundle().graph_digest
+        assert device.open_bundle(study).graph_digest == aggregator.open_bundle().graph_digest
 
 
 def test_only_wrists_that_train_are_registered(run: RunFolder) -> None:
@@ -66,9 +65,9 @@ def test_only_wrists_that_train_are_registered(run: RunFolder) -> None:
 
 def test_each_wrist_holds_its_own_windows(run: RunFolder, recordings: list[Recording]) -> None:
     for wrist in (Wrist(1, "left"), Wrist(2, "right"), Wrist(10, "right")):
-        store = DeviceFiles.load(run.device_toml(wrist)).open_store()
-        records = load_records(store, window_shape=(SAMPLES, 6), label=LabelSchema("class", tuple("abcdefg")))
-        store.close()
+        with RealDevice.open(run.device_toml(wrist)) as device:
+            records = device.streams["default"].training()
+            assert device.consent_problem(device.config.studies[0].study) == ""
         expected = windows_of(recordings, wrist, samples=SAMPLES)
         np.testing.assert_array_equal(records.x, expected.x)
         np.testing.assert_array_equal(records.y, expected.y)
@@ -90,7 +89,7 @@ def test_configuration_can_be_written_again_for_another_port_and_without_tls(
 
 def check_secrets_are_private(folder: Path) -> None:
     """Keys and whatever holds a secret: no permission for anybody but the owner, in a folder of the same kind."""
-    secret = [path for path in files(folder) if path.suffix == ".key" or path.name in {"identity", "records"}]
+    secret = [path for path in files(folder) if path.suffix == ".key" or path.parent.name in {"identity", "recordings"}]
     assert len(secret) == 1 + 2 + 20 * 4
     for path in secret:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
@@ -136,9 +135,9 @@ def test_recordings_are_nowhere_in_the_clear(run: RunFolder, recordings: list[Re
 def test_a_window_in_the_clear_would_be_noticed(run: RunFolder, recordings: list[Recording], tmp_path: Path) -> None:
     wrist = Wrist(3, "right")
     store = DeviceFiles.load(run.device_toml(wrist)).open_store()
-    plain = store.read("records")
+    (name,) = store.names("recordings/")
+    plain = b"".join(store.frames(name))
     store.close()
-    assert plain is not None
     leak = tmp_path / wrist.device_id / "records"
     leak.parent.mkdir()
     leak.write_bytes(b"xyz" + plain)
