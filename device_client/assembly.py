@@ -102,8 +102,9 @@ class DeviceFiles:
             key = path.read_bytes()
         except OSError as error:
             raise StoreError(f"no store key at {path} ({error.strerror}); run covey-device init first") from error
-        # Security: a key that others can read protects nothing.
-        if mode & 0o077:
+        # Security: a key that others can read protects nothing. A credential's access is systemd's business: from
+        # version 254 on it is 0440 with an access control list for the unit's user.
+        if mode & 0o077 and not self.config.device.store_key.startswith(_CREDENTIAL):
             raise StoreError(f"the store key {path} can be read by others; run chmod 600 on it")
         if len(key) != KEY_BYTES:
             raise StoreError(f"the store key {path}: expected {KEY_BYTES} bytes, got {len(key)}")

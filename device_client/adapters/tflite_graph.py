@@ -103,6 +103,11 @@ def _interpreter(model: bytes, runtime: Runtime | None, num_threads: int) -> tup
             return name, _MAKERS[name](model, num_threads=num_threads)
         except ImportError:
             continue
+        except SystemError as error:  # measured: tflite-runtime 2.14 with numpy 2, which it was not built for
+            raise DeviceError(
+                f"{name} cannot work with numpy {np.__version__}: tflite-runtime 2.14 needs numpy below 2; try pip "
+                "install 'numpy<2'"
+            ) from error
         except (ValueError, RuntimeError) as error:
             raise BundleError(f"the bundle's graph does not load in {name}: {error}") from error
     wanted = runtime or "ai-edge-litert or tflite-runtime"

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from device_client.checks.findings import Result, ok, problem, warning
-from fl_protocol.adapters.mqtt import TlsFiles
+from fl_protocol.adapters.mqtt import TlsFiles, tls_context
 from fl_protocol.transport import Connected, Disconnected, Transport
 
 TIMEOUT_S = 5.0
@@ -120,11 +120,7 @@ def _addresses(host: str, port: int, timeout_s: float) -> list[tuple[int, int, i
 
 def _handshake(connection: socket.socket, way: Way, files: TlsFiles) -> str:
     """Which TLS was agreed on, and how long the broker's certificate lasts. Raises SSLError, OSError."""
-    # As `fl_protocol.adapters.mqtt` does it: TLS 1.3 only, both sides authenticated.
-    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(files.ca))
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(str(files.certificate), str(files.key))
-    with context.wrap_socket(connection, server_hostname=way.host) as secure:
+    with tls_context(files).wrap_socket(connection, server_hostname=way.host) as secure:
         certificate = secure.getpeercert() or {}
         ends_s = ssl.cert_time_to_seconds(str(certificate["notAfter"]))
         secure.settimeout(min(_AFTER_HANDSHAKE_S, way.timeout_s))

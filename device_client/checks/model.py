@@ -9,7 +9,6 @@ import numpy as np
 
 from device_client.adapters.tflite_graph import TfliteGraph
 from device_client.checks.findings import Result, ok
-from device_client.errors import DeviceError
 from device_client.ports import Labels
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.model_manifest import BundleManifest
@@ -30,13 +29,7 @@ def check_bundle(bundle: ModelBundle) -> Result:
 def check_runtime(bundle: ModelBundle) -> Result:
     """Load the graph, and run it once each way on zeros. Raises DeviceError, BundleError, TrainingError."""
     begun_s = time.perf_counter()
-    try:
-        graph = TfliteGraph.of_bundle(bundle)
-    except SystemError as error:  # Measured: tflite-runtime 2.14 with numpy 2, which it was not built for.
-        raise DeviceError(
-            f"the TFLite runtime cannot work with numpy {np.__version__}; tflite-runtime 2.14 needs numpy "
-            "below 2: pip install 'numpy<2'"
-        ) from error
+    graph = TfliteGraph.of_bundle(bundle)
     loaded_s = time.perf_counter()
     manifest, size = bundle.manifest, graph.batch_size
     x, mask = np.zeros((size, *manifest.input.shape), np.float32), np.ones(size, np.float32)

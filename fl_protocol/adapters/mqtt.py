@@ -92,7 +92,7 @@ class MqttTransport:
         client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
         client.max_inflight_messages_set(MAX_INFLIGHT_MESSAGES)
         if tls is not None:
-            client.tls_set_context(_tls_context(tls))
+            client.tls_set_context(tls_context(tls))
         if will is not None:
             client.will_set(will.topic, will.payload, qos=1, retain=True)
         client.reconnect_delay_set(min_delay=1, max_delay=max_back_off_s)
@@ -209,8 +209,8 @@ class MqttTransport:
         self._put(Received(topic, bytes(message.payload)))
 
 
-def _tls_context(files: TlsFiles) -> ssl.SSLContext:
-    """TLS 1.3 only, both sides authenticated."""
+def tls_context(files: TlsFiles) -> ssl.SSLContext:
+    """TLS 1.3 only, both sides authenticated. Raises LocalMisuseError for files that cannot be used."""
     try:
         context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(files.ca))
         context.minimum_version = ssl.TLSVersion.TLSv1_3
