@@ -7,7 +7,7 @@ train; one step of training. A step is the longest it is away from its messages.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from device_client.errors import StoreError
@@ -43,6 +43,7 @@ class DeviceDaemon:
     prune: Callable[[float], int] = lambda _now_s: 0
     _kept_house_s: float = field(default=-math.inf, init=False)
     _paused: bool = field(default=False, init=False)
+    _told_rules: Sequence[str] = field(default=(), init=False)
 
     def close(self) -> None:
         """Put training aside and say goodbye."""
@@ -66,11 +67,12 @@ class DeviceDaemon:
 
     def _look(self) -> tuple[str, ...]:
         """Why the device may not train; a change is told to the journal."""
-        before = self.readiness.blocked
-        blocked = self.readiness.look()
-        if {b.rule for b in before} != {b.rule for b in self.readiness.blocked}:
-            self.journal.write("eligibility", at_s=self.clock.now_s(), blocked=[b.rule for b in self.readiness.blocked])
-        return blocked
+        reasons = self.readiness.look()
+        rules = [blocked.rule for blocked in self.readiness.blocked]
+        if set(rules) != set(self._told_rules):  # others look too, such as `status`
+            self._told_rules = rules
+            self.journal.write("eligibility", at_s=self.clock.now_s(), blocked=rules)
+        return reasons
 
     def _train(self, runners: list[StudyRunner], is_blocked: bool) -> bool:
         """One step for every study that trains, or none and their progress kept; whether anything was done."""
@@ -81,7 +83,7 @@ class DeviceDaemon:
             self._paused = True
             return False
         self._paused = False
-        return any([runner.advance() for runner in runners])
+        return any([runner.advance() for runner in runners])  # noqa: C419 - every study gets its step
 
     def _keep_house(self) -> None:
         """Let records grow old."""

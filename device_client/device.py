@@ -185,7 +185,10 @@ class Device:
             ConfigError: there is no such stream.
         """
         target = self._target(stream)
-        windows = np.asarray(x, np.float32)
+        try:
+            windows = np.asarray(x, np.float32)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"x: expected windows of the shape {target.input.shape} ({error})") from error
         single = windows.shape == target.input.shape
         try:
             labels = label_array(np.asarray([label]) if single else label, len(windows), label=target.label)
