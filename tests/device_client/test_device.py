@@ -1,0 +1,525 @@
+"""A whole device: consent, studies side by side, conditions, restarts, erasure; and that it sleeps when it can."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from device_client.config import EligibilityConfig, RecordsConfig
+from device_client.daemon import DeviceDaemon
+from device_client.device import Device
+from device_client.eligibility import Conditions
+from device_client.errors import LedgerError, StoreError
+from device_client.outbox import PREFIX, Outbox
+from device_client.readiness import READ_EVERY_S
+from device_client.studies import LOOK_EVERY_S
+from firmware_sim.virtual_board import VirtualBoard
+from firmware_sim.virtual_device import SteadyBoard
+from fl_protocol.errors import ConfigError, CoveyError
+from tests.device_client.one_device import BUNDLE, START_S, OneDevice
+
+LONG = {"local_steps": 5}
+
+
+# Consent.
+
+
+class Hasty(Device):
+    """Broken: it does not ask whether the wearer agreed."""
+
+    def __init__(self, config: Any, ports: Any) -> None:
+        super().__init__(config, ports)
+        self.consents.problem = lambda _study, *, terms: ""  # type: ignore[method-assign, assignment]
+
+
+def check_nothing_happens_before_consent(kind: type[Device]) -> None:
+    one = OneDevice(kind=kind)
+    one.start(grant=False)
+    one.scripts["watch"].open_round()
+    one.steps(30)
+    assert one.connections == {}
+    assert one.scripts["watch"].updates() == {}
+    assert not any(topic.startswith("fl/v1/clinic/state") for topic, _ in one.scripts["watch"].published)
+    assert not one.device.ledger.reservations
+    assert not one.device.outbox.size_bytes
+    assert "not granted" in one.device.status().studies[0].doing
+
+
+def test_nothing_connects_trains_or_is_sent_before_consent() -> None:
+    check_nothing_happens_before_consent(Device)
+
+
+def test_a_device_that_does_not_ask_is_noticed() -> None:
+    with pytest.raises(AssertionError):
+        check_nothing_happens_before_consent(Hasty)
+
+
+@pytest.mark.parametrize("name", ["watch", "clinic/watch"])
+def test_withdrawing_stops_at_once_and_drops_work_and_updates_while_charges_stand(name: str) -> None:
+    one = OneDevice()
+    device = one.start()
+    one.scripts["watch"].open_round(plan=LONG)
+    one.until("charged")
+    one.steps(2)
+    device.withdraw(name)
+    assert not device.studies.running
+    assert device.outbox.size_bytes == 0
+    sent = len(one.scripts["watch"].published)
+    one.steps(40)
+    assert not device.studies.running
+    assert [topic for topic, _ in one.scripts["watch"].published[sent:]] == []
+    assert len(device.ledger.reservations) == 1
+    assert device.status().studies[0].doing == "consent was withdrawn"
+    again = one.restart()
+    one.steps(20)
+    assert not again.studies.running
+    assert len(again.ledger.reservations) == 1
+
+
+def test_what_was_not_delivered_is_not_sent_after_a_later_consent() -> None:
+    one = OneDevice()
+    device = one.start()
+    one.scripts["watch"].open_round()
+    one.until("update_sent")
+    assert device.withdraw("watch") == 1
+    before = len(one.scripts["watch"].updates())
+    one.scripts["watch"].published.clear()
+    device.grant("watch")
+    one.steps(60)
+    assert before == 1
+    assert one.scripts["watch"].updates() == {}
+    one.scripts["watch"].open_round(2)
+    one.until("update_sent")
+    assert [header.round for header in one.scripts["watch"].updates().values()] == [2]
+
+
+@pytest.mark.parametrize(
+    ("study", "privacy"),
+    [
+        ({"aggregator_key": "22"}, {}),
+        ({"publisher_key": "22"}, {}),
+        ({"role": "evaluate"}, {}),
+        ({"epsilon": 1.0}, {}),
+        ({}, {"epsilon": 20.0}),
+        ({}, {"period_days": 7.0}),
+        ({}, {"minimum_noise_multiplier": 0.5}),
+        ({}, {"minimum_cohort": 2}),
+        ({}, {"maximum_l2_norm_clip": 2.0}),
+    ],
+)
+def test_changed_terms_have_to_be_granted_again(study: dict[str, Any], privacy: dict[str, Any]) -> None:
+    one = OneDevice()
+    one.start()
+    one.study_settings, one.privacy = {"watch": study}, privacy
+    device = one.restart()
+    one.scripts["watch"].open_round()
+    one.steps(20)
+    assert not device.studies.running
+    assert "its terms have changed" in device.status().studies[0].doing
+    device.grant("watch")
+    one.steps(2)
+    assert device.studies.running
+
+
+def test_a_study_that_is_not_configured_cannot_be_granted_or_left() -> None:
+    device = OneDevice().start()
+    for act in (device.grant, device.withdraw, device.terms, device.consent_problem):
+        with pytest.raises(ConfigError, match="expected one of clinic/watch"):
+            act("dance")
+
+
+# Several studies.
+
+
+def test_two_studies_share_records_and_budget_and_have_each_their_own_name() -> None:
+    one = OneDevice(tasks=("watch", "steps"), privacy={"epsilon": 3.0}, study_settings={"steps": {"epsilon": 1.2}})
+    device = one.start()
+    for number in range(1, 9):
+        for script in one.scripts.values():
+            script.open_round(number, lasts_s=600.0)
+        one.steps(40)
+        for script in one.scripts.values():
+            script.receipt_all()
+        one.steps(3)
+        one.clock.time_s += 600.0
+    ledger = device.ledger
+    assert 0 < ledger.spent_on("clinic/steps") <= 1.2
+    assert 1.2 < ledger.spent_epsilon <= 3.0
+    rounds = {task: {header.round for header in script.updates().values()} for task, script in one.scripts.items()}
+    assert rounds["steps"] < rounds["watch"] < set(range(1, 9))
+    for task, script in one.scripts.items():
+        assert {header.device for header in script.updates().values()} == {f"{task}-7"}
+        other = "steps" if task == "watch" else "watch"
+        assert not any(f"{other}-7".encode() in payload for _, payload in script.published)
+        assert {line.round for line in ledger.releases if line.task == script.study} == rounds[task]
+    reasons = [note["reason"] for note in one.journal.named("round_skipped")]
+    assert any("the share of clinic/steps" in reason for reason in reasons)
+    assert any("of this device" in reason for reason in reasons)
+
+
+def test_a_study_whose_broker_is_away_does_not_disturb_the_other() -> None:
+    one = OneDevice(tasks=("watch", "steps"))
+    one.scripts["steps"].is_down = True
+    device = one.start()
+    one.scripts["watch"].open_round()
+    one.until("update_sent")
+    doing = {study.study: study for study in device.status().studies}
+    assert not doing["clinic/steps"].connected
+    assert "no connection" in doing["clinic/steps"].doing
+    one.scripts["watch"].receipt_all()
+    one.until("update_delivered")
+
+
+def test_a_study_that_cannot_start_says_why_and_does_not_disturb_the_other() -> None:
+    one = OneDevice(tasks=("watch", "steps"), study_settings={"steps": {"id": None}})
+    device = one.start()
+    one.scripts["watch"].open_round()
+    one.until("update_sent")
+    status = {study.study: study for study in device.status().studies}
+    assert not status["clinic/steps"].running
+    assert "pseudonyms request" in status["clinic/steps"].doing
+    assert one.connections == {"watch": ["watch-7"]}
+
+
+# Conditions.
+
+
+def test_training_pauses_keeps_its_progress_and_goes_on() -> None:
+    board = SteadyBoard(Conditions(charging=True, battery_percent=80.0))
+    one = OneDevice(board=board, eligibility=EligibilityConfig(require_idle=False, require_charging=True))
+    device = one.start()
+    one.scripts["watch"].open_round(plan=LONG)
+    one.until("charged")
+    one.steps(2)
+    done = one.runner().work
+    assert done is not None
+    before = done.steps[0]
+    assert 0 < before < 5
+    board.conditions = replace(board.conditions, charging=False)
+    one.clock.time_s += READ_EVERY_S
+    paused = one.until("training_paused")
+    assert before <= paused["step"] < 5
+    one.steps(20)
+    assert len(one.journal.named("training_paused")) == 1
+    assert one.runner().work is not None
+    assert one.runner().work.steps[0] == paused["step"]  # type: ignore[union-attr]
+    status = device.status()
+    assert not status.may_train
+    assert "charg" in status.blocked[0]
+    assert f"training for round 1 (paused: {status.blocked[0]})" in status.studies[0].doing
+    again = one.restart()
+    one.steps(3)
+    assert one.runner().work.steps[0] == paused["step"]  # type: ignore[union-attr]
+    board.conditions = replace(board.conditions, charging=True)
+    one.until("update_sent")
+    assert len(again.ledger.reservations) == 1
+    assert one.journal.named("trained")[-1]["steps"] == 5
+
+
+def test_a_day_of_conditions_decides_when_it_trains() -> None:
+    """Hot until the second hour, metered until the third; then it takes part."""
+    script = [
+        (START_S, Conditions(temperature_celsius=60.0, unmetered=False)),
+        (START_S + 7_200, Conditions(temperature_celsius=30.0, unmetered=False)),
+        (START_S + 10_800, Conditions(temperature_celsius=30.0, unmetered=True)),
+    ]
+    one = OneDevice(eligibility=EligibilityConfig(require_idle=False))
+    one.board = VirtualBoard(script, one.clock)
+    one.start()
+    one.scripts["watch"].open_round()
+    one.until("trained", most=3000)
+    trained_s = one.journal.named("trained")[0]["at_s"]
+    assert START_S + 10_800 <= trained_s <= START_S + 10_800 + 120
+    told = [tuple(note["blocked"]) for note in one.journal.named("eligibility")]
+    assert len(told) >= 3
+    assert told[-1] == ()
+
+
+def test_a_status_that_is_asked_for_hides_no_change_from_the_journal() -> None:
+    board = SteadyBoard(Conditions(charging=False))
+    one = OneDevice(board=board, eligibility=EligibilityConfig(require_idle=False, require_charging=True))
+    device = one.start()
+    one.scripts["watch"].open_round()
+    one.steps(5)
+    told = len(one.journal.named("eligibility"))
+    assert told == 1
+    board.conditions = Conditions(charging=True)
+    one.clock.time_s += 2 * READ_EVERY_S
+    device.status()
+    one.clock.time_s += 100.0
+    device.status()
+    one.steps(5)
+    assert len(one.journal.named("eligibility")) == 2
+
+
+def test_too_few_new_records_are_told_in_words() -> None:
+    one = OneDevice(
+        eligibility=EligibilityConfig(
+            require_idle=False, require_unmetered=False, minimum_new_records=1000, new_records_noise=10.0
+        )
+    )
+    device = one.start()
+    one.scripts["watch"].open_round()
+    reason = one.until("round_skipped")["reason"]
+    assert "new records (counted with noise), 1000 are wanted" in reason
+    assert reason in device.status().studies[0].doing
+    (line,) = device.ledger.reservations
+    assert line.purpose == "count"
+    assert not device.outbox.size_bytes
+
+
+# Restarts, and stores that were put back.
+
+
+def test_an_old_copy_of_the_work_cannot_be_trained_again() -> None:
+    one = OneDevice()
+    one.start()
+    one.scripts["watch"].open_round(plan=LONG)
+    one.until("charged")
+    (name,) = [name for name in one.flash.names() if name.startswith(PREFIX)]
+    old = one.flash.read(name)
+    assert old is not None
+    one.until("update_sent")
+    one.kill()
+    one.flash.write(name, old)
+    device = one.start()
+    one.steps(40)
+    assert device.outbox.size_bytes == 0
+    assert len(one.scripts["watch"].updates()) == 1
+    assert len(device.ledger.releases) == 1
+
+
+def test_a_device_that_does_not_look_whether_work_was_released_is_noticed() -> None:
+    class Careless(Device):
+        """Broken: old work is gone on with."""
+
+        def _settle_outbox(self) -> None:
+            return
+
+    one = OneDevice(kind=Careless)
+    one.start()
+    one.scripts["watch"].open_round(plan=LONG)
+    one.until("charged")
+    (name,) = [name for name in one.flash.names() if name.startswith(PREFIX)]
+    old = one.flash.read(name)
+    assert old is not None
+    one.until("update_sent")
+    one.kill()
+    one.flash.write(name, old)
+    one.start()
+    one.steps(3)
+    assert one.runner().work is not None
+
+
+def test_an_old_copy_of_the_whole_store_is_noticed_by_the_counter() -> None:
+    one = OneDevice()
+    one.start()
+    copy = {name: one.flash.read(name) for name in one.flash.names()}
+    one.scripts["watch"].open_round()
+    one.until("update_sent")
+    one.kill()
+    for name in one.flash.names():
+        one.flash.remove(name)
+    for name, data in copy.items():
+        assert data is not None
+        one.flash.write(name, data)
+    with pytest.raises(LedgerError):
+        one.start()
+
+
+@pytest.mark.parametrize("steps", range(1, 14))
+def test_killed_anywhere_it_goes_on_with_one_charge_and_one_update(steps: int) -> None:
+    one = OneDevice()
+    one.start()
+    one.scripts["watch"].open_round(plan=LONG)
+    one.steps(steps)
+    device = one.restart()
+    one.steps(60)
+    assert len(device.ledger.reservations) == 1
+    assert len(one.scripts["watch"].updates()) == 1
+    one.scripts["watch"].receipt_all()
+    one.steps(3)
+    assert device.outbox.size_bytes == 0
+
+
+# Erasure.
+
+
+def test_erasing_leaves_no_plaintext_and_no_key_that_opens_what_is_left_and_the_device_goes_on() -> None:
+    one = OneDevice()
+    device = one.start()
+    one.scripts["watch"].open_round(plan=LONG)
+    one.until("charged")
+    one.steps(2)
+    old = {name: one.flash.read(name) or b"" for name in one.flash.names() if name.startswith(("rec", PREFIX))}
+    assert len(old) >= 2
+    old_key = one.flash.read(".data-key")
+    device.erase_data()
+    assert [name for name in one.flash.names() if name.startswith(("recordings/", PREFIX, "personal/"))] == []
+    assert old_key not in one.flash.durable().values()
+    assert len(device.streams["default"]) == 0
+    assert device.outbox.size_bytes == 0
+    device.add(np.zeros(BUNDLE.manifest.input.shape, np.float32), 0)
+    # The remaining key opens nothing of the files that were there before.
+    for name, data in old.items():
+        one.flash.write(name, data)
+    with pytest.raises(StoreError):
+        Outbox(device.store)
+    for name in old:
+        one.flash.remove(name)
+    again = one.restart()
+    one.scripts["watch"].open_round(2)
+    one.until("update_sent")
+    assert [line.round for line in again.ledger.reservations] == [1, 2]
+    assert [header.round for header in one.scripts["watch"].updates().values()] == [2]
+
+
+def test_erasing_starts_the_count_of_new_records_anew() -> None:
+    eligibility = EligibilityConfig(
+        require_idle=False, require_unmetered=False, minimum_new_records=10, new_records_noise=1.0
+    )
+    one = OneDevice(eligibility=eligibility, privacy={"epsilon": 50.0})
+    device = one.start(records=60)
+    one.scripts["watch"].open_round()
+    one.until("update_sent")
+    device.erase_data()
+    windows = np.zeros((40, *BUNDLE.manifest.input.shape), np.float32)
+    device.add(windows, np.zeros(40, np.int32))
+    one.scripts["watch"].receipt_all()
+    one.scripts["watch"].open_round(2)
+    one.until("update_sent")
+    assert 2 in {header.round for header in one.scripts["watch"].updates().values()}
+
+
+# It sleeps when there is nothing to do.
+
+
+class Restless(DeviceDaemon):
+    """Broken: it never waits for long."""
+
+    def _idle_for_s(self, runners: Any) -> float:
+        return min(1.0, super()._idle_for_s(runners))
+
+
+def turns_an_hour(one: OneDevice) -> int:
+    one.steps(10)
+    begun_s, before = one.clock.time_s, len(one.bell.waits)
+    while one.clock.time_s < begun_s + 3600.0:
+        one.device.step()
+        assert len(one.bell.waits) - before < 5000, "it spins"
+    return len(one.bell.waits) - before
+
+
+def check_it_sleeps(one: OneDevice, turns: float) -> None:
+    assert turns_an_hour(one) <= turns + 2
+
+
+def test_with_nothing_to_do_it_looks_once_a_minute_and_reads_no_board() -> None:
+    for grant in (False, True):
+        one = OneDevice()
+        one.start(grant=grant)
+        check_it_sleeps(one, 3600 / LOOK_EVERY_S)
+
+
+def test_a_daemon_that_wakes_more_often_than_it_says_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("device_client.device.DeviceDaemon", Restless)
+    one = OneDevice()
+    one.start()
+    with pytest.raises(AssertionError):
+        check_it_sleeps(one, 3600 / LOOK_EVERY_S)
+
+
+def test_after_taking_part_it_sleeps_until_the_next_round() -> None:
+    one = OneDevice()
+    one.start()
+    one.scripts["watch"].open_round()
+    one.until("update_sent")
+    one.scripts["watch"].receipt_all()
+    check_it_sleeps(one, 3600 / LOOK_EVERY_S)
+
+
+@pytest.mark.parametrize("role", ["train", "evaluate"])
+def test_while_it_waits_for_its_conditions_it_reads_them_every_quarter_minute(role: str) -> None:
+    one = OneDevice(
+        board=SteadyBoard(Conditions(charging=False)),
+        eligibility=EligibilityConfig(require_idle=False, require_charging=True),
+        study_settings={"watch": {"role": role}},
+    )
+    one.start()
+    one.scripts["watch"].open_round(lasts_s=7200.0)
+    check_it_sleeps(one, 3600 / READ_EVERY_S)
+    one.clock.time_s += 7200.0  # the deadline passes
+    check_it_sleeps(one, 3600 / READ_EVERY_S)
+
+
+@pytest.mark.parametrize("role", ["train", "evaluate"])
+def test_without_a_connection_it_does_not_spin(role: str) -> None:
+    one = OneDevice(study_settings={"watch": {"role": role}})
+    one.start()
+    one.scripts["watch"].open_round(lasts_s=600.0)
+    one.steps(1)
+    for transport in one.transports:
+        transport.drop("the broker went away")
+    check_it_sleeps(one, 3600 / READ_EVERY_S)
+
+
+def test_an_update_that_gets_no_receipt_is_sent_again_ever_more_rarely() -> None:
+    one = OneDevice()
+    one.start()
+    one.scripts["watch"].open_round()
+    one.until("update_sent")
+    check_it_sleeps(one, 3600 / LOOK_EVERY_S + 12)
+
+
+# What an embedding program may do wrong.
+
+
+def test_windows_that_do_not_fit_are_refused_in_one_sentence() -> None:
+    device = OneDevice().start(records=0)
+    shape = BUNDLE.manifest.input.shape
+    good = np.zeros(shape, np.float32)
+    assert device.add(good, 0) == 1
+    assert device.add(np.stack([good, good]), [0, 1]) == 2
+    wrong: list[tuple[Any, Any]] = [
+        (np.zeros((3, 2)), 0),
+        (good, 99),
+        (good, 0.5),
+        (good, "walking"),
+        (good, None),
+        (np.full(shape, np.nan), 0),
+        (np.stack([good, good]), [0]),
+        ([[1.0], [1.0, 2.0]], 0),
+        ("abc", 0),
+    ]
+    for x, label in wrong:
+        with pytest.raises(CoveyError) as caught:
+            device.add(x, label)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="stream naps: expected one of default"):
+        device.add(good, 0, stream="naps")
+    assert len(device.streams["default"]) == 3
+
+
+def test_records_grow_old_once_an_hour() -> None:
+    one = OneDevice(records=RecordsConfig(maximum_age_days=1.0, held_out_fraction=0.0))
+    device = one.start()
+    one.steps(2)
+    for _ in range(30):
+        one.clock.time_s += 3600.0
+        one.steps(2)
+    assert len(device.streams["default"]) == 0
+    assert one.journal.named("records_pruned")[-1]["count"] == 40
+
+
+def test_stopping_ends_the_run_and_leaves_a_goodbye() -> None:
+    one = OneDevice()
+    device = one.start()
+    one.steps(2)
+    device.stop()
+    device.run()
+    device.close()
+    assert b"offline" in one.scripts["watch"].broker.retained["fl/v1/clinic/state/watch-7"]
+    assert one.bell.rung == 1
