@@ -20,6 +20,7 @@ from device_client.outbox import Outbox, OutboxFullError, Work
 from device_client.participation import LocalWork, Participant, sealed_digest_of
 from device_client.ports import Float32, Labels
 from device_client.training import Records, train_locally
+from firmware_sim.virtual_flash import PowerCutError
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.messages import RoundManifestMsg, UpdateBodyMsg, UpdateEnvelopeMsg, UpdateHeaderMsg, decode, encode
 from fl_protocol.sealing import open_update
@@ -34,7 +35,6 @@ from tests.device_client.ports import (
     TENANT,
     LogisticGraph,
     MemoryStore,
-    PowerCutError,
     make_manifest,
     make_plan,
     make_records,

@@ -10,10 +10,10 @@ from random import Random
 from sqlalchemy import event
 
 from device_client.study_runner import StudyRunner
+from firmware_sim.virtual_flash import PowerCutError
 from fl_protocol.errors import ProtocolError
 from fl_protocol.messages import ChunkMsg, UpdateEnvelopeMsg, UpdateHeaderMsg, decode
 from fl_protocol.topics import parse_upload_topic
-from tests.device_client.ports import PowerCutError
 from tests.virtual_fleet import VirtualFleet
 
 

@@ -16,14 +16,12 @@ from sqlalchemy import event
 from aggregator.rounds import Phase
 from device_client.adapters.counter_file import CounterFile
 from device_client.ledger import Budget, PrivacyLedger
-from firmware_sim.virtual_flash import PowerCut
-from firmware_sim.virtual_flash import PowerCutError as DevicePowerCutError
+from firmware_sim.virtual_flash import PowerCut, PowerCutError
 from fl_protocol.messages import NackMsg, RoundManifestMsg
 from fl_protocol.signing import verify
 from fl_protocol.topics import down_topic, parse_upload_topic, round_topic
 from fl_protocol.transport import Received
 from tests.aggregator.desk import device_key, make_update, messages, with_header
-from tests.device_client.ports import PowerCutError
 from tests.system.study import (
     accepted,
     aggregator_power_cut,
@@ -143,7 +141,7 @@ def test_a_device_that_loses_power_at_any_write_releases_no_more_than_it_was_cha
             if "watch-2" not in fleet.devices:
                 fleet.start_device("watch-2")
             fleet.run()
-        except DevicePowerCutError:
+        except PowerCutError:
             lives += 1
             lose_power(fleet, "watch-2", random)
             if lives == 1:
