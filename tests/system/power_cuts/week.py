@@ -6,6 +6,7 @@ import functools
 import hashlib
 import heapq
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ from fl_protocol.model_manifest import (
 from tests.device_client.ports import LogisticGraph
 from tests.system.power_cuts.counterpart import Answers, Counterpart, RegisteredName
 from tests.system.power_cuts.power_domain import Partition, Radio, formatted_flash
-from tests.system.power_cuts.witness import Witness
+from tests.system.power_cuts.witness import ALL_PROMISES, Promise, Witness
 from tests.virtual_fleet import AGGREGATOR_KEY, STUDY, TASK, TENANT, MemoryJournal, SeededEntropy
 
 _HOUR_S, _DAY_S = 3600.0, 86_400.0
@@ -81,14 +82,14 @@ class Variant:
         plan: changes of the rounds' plan.
         has_personal_layers: whether the last parameters stay on the device.
         rotates: whether names on the wire change, every two days.
-        withdraws, erases: whether the wearer does so, once.
+        withdraws: whether the wearer withdraws consent, and grants it again, every other day.
+        erases: whether the wearer erases the data, once.
         counts_records: whether there must be new records.
         requires_charging: whether it trains on its charger only.
         maximum_packet_bytes: of the broker.
         probability: with which a device takes part in a round.
         epsilon: budget.
         maximum_count, maximum_age_days: of records.
-        uses_tflite: whether the graph is a bundle's, in a TFLite runtime.
         days: how long it lasts.
     """
 
@@ -104,7 +105,6 @@ class Variant:
     epsilon: float = 200.0
     maximum_count: int = 60
     maximum_age_days: float = 30.0
-    uses_tflite: bool = False
     days: float = 7.0
 
 
@@ -141,7 +141,7 @@ class Cuts:
     """
 
     count: int = 20
-    every: float = 150.0
+    every: float = 80.0
     exactly: PowerCut | None = None
 
 
@@ -211,7 +211,8 @@ class Week:
         variant: see there.
         cuts: see there.
         parts: of the device.
-        bundle: of a variant that uses TFLite.
+        watches: promises whose breach ends the week.
+        bundle, graph: of a real model, in place of softmax regression.
     """
 
     def __init__(
@@ -221,6 +222,7 @@ class Week:
         *,
         cuts: Cuts | None = None,
         parts: Parts | None = None,
+        watches: frozenset[Promise] = ALL_PROMISES,
         bundle: ModelBundle | None = None,
         graph: Graph | None = None,
     ) -> None:
@@ -231,8 +233,9 @@ class Week:
         self._chance = Random(f"week {seed}")  # noqa: S311 - a simulation's
         self._cut_chance = Random(f"cuts of week {seed}")  # noqa: S311
         self.true, self.clock = VirtualClock(_MIDNIGHT_S), DeviceClock(_MIDNIGHT_S)
+        self._cut_by_s = np.inf
         self._ends_s = _MIDNIGHT_S + variant.days * _DAY_S
-        board = scripted_days(seed, midnight_s=_MIDNIGHT_S, days=round(variant.days) + 2)
+        board = scripted_days(seed, midnight_s=_MIDNIGHT_S, days=math.ceil(variant.days) + 2)
         self._board = VirtualBoard(_at_home(board), self.true)
         self._bell, self._lives, self._numbers = WakefulBell(), itertools.count(1), itertools.count(1)
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
@@ -260,10 +263,12 @@ class Week:
             STUDY,
             _STORE_KEY,
             lambda: self.flash.durable(),
+            lambda: {name: self.flash.read(name) or b"" for name in self.flash.names()},
             self.counterpart.rounds,
             variant.maximum_count,
             variant.maximum_age_days * _DAY_S,
             counts_records=variant.counts_records,
+            watches=watches,
         )
         self.radio = Radio(broker, self.witness.sent, self.witness.asked_for)
         inner = graph if graph is not None else _graph()
@@ -278,11 +283,15 @@ class Week:
 
     def run(self) -> Week:
         """Live through the week, then a quiet time; stop at the first broken promise."""
-        self._plan_cut()
-        self._live(self._ends_s)
+        self.live()
         if not self.witness.faults:
             self._quiet_time()
         return self
+
+    def live(self) -> None:
+        """Live through the week."""
+        self._plan_cut()
+        self._live(self._ends_s)
 
     def summary(self) -> str:
         """What happened, in one line, and how to see it again."""
@@ -318,10 +327,13 @@ class Week:
             hour = chance.uniform(0, 24 * days)
             at(hour, self.radio.go_down)
             at(hour + chance.choice((0.1, 0.5, 2.0, 7.0)), self.radio.come_up)
-        if self.variant.withdraws:
-            hour = chance.uniform(30, 24 * days - 60)
+        for day in range(1, round(days) - 1, 2) if self.variant.withdraws else ():
+            # While the network is gone, so that something may be pending.
+            hour = 24 * day + chance.uniform(3, 20)
+            at(hour - 3, self.radio.go_down)
             at(hour, lambda: self._errands.append(self._withdraw))
-            at(hour + chance.uniform(0.1, 20), lambda: self._errands.append(self._grant))
+            at(hour + 0.1, self.radio.come_up)
+            at(hour + chance.uniform(0.2, 20), lambda: self._errands.append(self._grant))
         if self.variant.erases:
             at(chance.uniform(30, 24 * days - 40), lambda: self._errands.append(self._erase))
         at(24 * days * 0.55, lambda: self._errands.append(self._restart))
@@ -341,19 +353,21 @@ class Week:
                 self._power_is_cut(str(cut))
             except CoveyError as error:
                 self.witness.fault("store", f"{type(error).__name__}: {error}")
+                return  # it would say so at every start
 
     def _turn(self) -> None:
         """Whatever is due, and one turn of the device."""
+        self.witness.clock_says(self.clock.now_s())
         while self._agenda and self._agenda[0][0] <= self.true.time_s:
             heapq.heappop(self._agenda)[2]()
         self.counterpart.step()
+        self._hurry_cut()
         if self.device is None:
             self.device = self._start()
         while self._errands:
             self._errands[0](self.device)
             self._errands.pop(0)
         self._bell.sleeps_s, self.radio.was_used = None, False
-        self.witness.clock_says(self.clock.now_s())
         self.device.step()
         self.witness.after_turn(self.device)
         if self._bell.sleeps_s is not None and not self.radio.was_used:
@@ -375,6 +389,8 @@ class Week:
         """Move both clocks."""
         self.true.time_s += duration_s
         self.clock.time_s = self.true.time_s
+        if self.clock.error_s < -_DAY_S:
+            self.witness.under_a_wrong_clock_s += duration_s
 
     def _train_step(self, params: Float32) -> None:
         """Training takes its time: the charger may be pulled, a round may end."""
@@ -473,6 +489,14 @@ class Week:
         elif self.cut_count < cuts.count:
             at = self.flash.operations + chance.randrange(0, max(2, round(2 * cuts.every)))
             self.flash.power_cut = PowerCut(at, chance.choice(("before", "during", "after")))
+            self._cut_by_s = _MIDNIGHT_S + 0.92 * (self.cut_count + 1) / cuts.count * (self._ends_s - _MIDNIGHT_S)
+
+    def _hurry_cut(self) -> None:
+        """In quiet times the next cut comes earlier, so that a week has all of its own."""
+        planned = self.flash.power_cut
+        if planned is not None and self.cuts.exactly is None and self.true.time_s >= self._cut_by_s:
+            soon = self.flash.operations + self._cut_chance.randrange(0, 9)
+            self.flash.power_cut, self._cut_by_s = PowerCut(min(planned.at, soon), planned.moment), np.inf
 
     # What the wearer does.
 

@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -24,6 +24,7 @@ from tests.system.power_cuts.counterpart import OpenedRound
 from tests.system.power_cuts.medium import Medium, UnreadableError, study_blob
 
 Promise = Literal["budget", "one update", "not lost", "store", "records", "coin", "kept", "consent"]
+ALL_PROMISES: frozenset[Promise] = frozenset(get_args(Promise))
 
 _GRACE_S = 3600.0
 _FINAL = set(RefusalReason) - {
@@ -75,25 +76,31 @@ class Witness:
     """See the module docstring.
 
     Args:
-        durable: what is sure to be on the flash now, by file.
+        durable: what is sure to be on the flash if the power goes now, by file.
+        visible: what a process finds there.
         rounds: as they were announced.
         maximum_count, maximum_age_s: of records.
         counts_records: whether each round begins with a count that is charged.
+        watches: promises whose breach is written down.
     """
 
     study: str
     store_key: bytes
     durable: Callable[[], dict[str, bytes]]
+    visible: Callable[[], dict[str, bytes]]
     rounds: dict[int, OpenedRound]
     maximum_count: int
     maximum_age_s: float
     counts_records: bool = False
+    watches: frozenset[Promise] = ALL_PROMISES
     faults: list[Fault] = field(default_factory=list)
     updates: dict[str, SeenUpdate] = field(default_factory=dict)
     accepted: dict[int, str] = field(default_factory=dict)
     records: list[StoredRecord] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)
+    under_a_wrong_clock_s: float = 0.0
     _lines: set[str] = field(default_factory=set)
+    _lines_before_boot: set[str] = field(default_factory=set)
     _sent_for: dict[int, str] = field(default_factory=dict)
     _epsilon: float = 0.0
     _latest_clock_s: float = 0.0
@@ -106,8 +113,9 @@ class Witness:
     _device: Device | None = None
 
     def fault(self, promise: Promise, text: str) -> None:
-        """Write a broken promise down."""
-        self.faults.append(Fault(promise, text))
+        """Write a broken promise down, if it is one that is watched."""
+        if promise in self.watches:
+            self.faults.append(Fault(promise, text))
 
     # What goes over the air.
 
@@ -216,6 +224,7 @@ class Witness:
 
     def withdraws(self) -> None:
         """The wearer begins to withdraw consent."""
+        self._learn_updates(self._medium())
         self._consent = "unsure"
 
     def withdrew(self) -> None:
@@ -230,6 +239,7 @@ class Witness:
 
     def erases(self) -> None:
         """The wearer begins to erase the data."""
+        self._learn_updates(self._medium())
         self._is_erasing = True
 
     def erased(self) -> None:
@@ -244,33 +254,47 @@ class Witness:
 
     def before_boot(self) -> None:
         """Look at the medium that the next life begins with."""
-        medium, self._device, self._counting = self._medium(), None, 0
+        # Also at what is not durable: a process that was killed may have left it in the system's memory.
+        medium, self._device, self._counting = Medium(self.visible(), self.store_key), None, 0
+        self._lines_before_boot = _line_names(medium)
         try:
             self._check_ledger(medium)
             self._check_outbox(medium)
             self._check_kept(medium)
+        except UnreadableError as error:
+            self.fault("store", str(error))
+
+    def booted(self, device: Device) -> None:
+        """The device has started; what it has found is durable, and has to stay."""
+        medium, self._device = self._medium(), device
+        self._look_at_epsilon()
+        self._check_records(device)
+        try:
+            self._lines = _line_names(medium)
+            if lost := self._lines_before_boot - self._lines:
+                self.fault("budget", f"starting took {len(lost)} lines from the ledger")
+            self._learn_updates(medium)
+            self.seen.update(f"boots with {entry['type']}" for entry in medium.outbox().values())
+            if not self._is_erasing:
+                self._kept = {name: {medium.blob(name)} for name in self._kept_names()}
+            consent = medium.of_study("consent", self.study)
             session = medium.of_study("session", self.study)
         except UnreadableError as error:
             self.fault("store", str(error))
             return
+        if self._consent == "unsure" and consent is not None and consent["withdrawn_s"] is not None:
+            self.withdrew()
         if session is not None:
-            self._session = session
-            number = session["decided_round"]
+            self._session, number = session, session["decided_round"]
             if number and session["willing_round"] != number and not self._charges(medium, number, "update"):
                 self._given_up.add(number)
-
-    def booted(self, device: Device) -> None:
-        """The device has started."""
-        self._device = device
-        self._look_at_epsilon()
-        self._check_records(device)
 
     def after_turn(self, device: Device) -> None:
         """A yes of the coin that was kept is not forgotten."""
         number = self._session.get("willing_round", 0)
         for runner in device.studies.running if number else ():
             if runner.session.view().doing.startswith(f"not in round {number}:"):
-                self.fault("coin", f"it was decided to take part in round {number}, and the device does not know")
+                self.fault("coin", f"it was decided to take part in round {number}, and the device does not know: {runner.session.view().doing}")
 
     def at_the_end(self, device: Device) -> None:
         """All was quiet for a while: nothing is left, and nothing was lost."""
@@ -287,10 +311,8 @@ class Witness:
     def _check_ledger(self, medium: Medium) -> None:
         """No line is lost, none there twice, and each update that was sent was paid for."""
         lines = medium.ledger()
-        present = {line["previous"] + line["kind"] + str(line.get("round")) for line in lines}
-        if not self._lines <= present:
-            self.fault("budget", f"the ledger lost {len(self._lines - present)} lines")
-        self._lines = present
+        if lost := self._lines - _line_names(medium):
+            self.fault("budget", f"the ledger lost {len(lost)} lines")
         for kind in ("reservation", "release"):
             keys = [(line["task"], line["round"], line.get("purpose")) for line in lines if line["kind"] == kind]
             if len(keys) != len(set(keys)):
@@ -312,15 +334,9 @@ class Witness:
             for update in self.updates.values():
                 update.ended.add("erased")
         entries = medium.outbox()
-        consent = medium.of_study("consent", self.study)
-        if self._consent == "unsure" and consent is not None and consent["withdrawn_s"] is not None:
-            self.withdrew()
         for update_id, entry in entries.items():
-            self.seen[f"boots with {entry['type']}"] += 1
-            if entry["type"] == "sealed":
-                digest = hashlib.sha256(entry["envelope"]).digest()
-                known = self.updates.setdefault(update_id, SeenUpdate(entry["round"], digest, entry["deadline_s"]))
-                if (known.round, known.digest) != (entry["round"], digest):
+            if entry["type"] == "sealed" and (known := self.updates.get(update_id)) is not None:
+                if (known.round, known.digest) != (entry["round"], hashlib.sha256(entry["envelope"]).digest()):
                     self.fault("one update", f"update {update_id} is kept with other bytes than before")
         for update_id, update in self.updates.items():
             if entries.get(update_id, {}).get("type") != "sealed" and not self._has_ended(update):
@@ -328,13 +344,21 @@ class Witness:
 
     def _check_kept(self, medium: Medium) -> None:
         """Personal layers and control variates are as they were kept at some time."""
-        for kind in ("personal", "control"):
-            name = study_blob(kind, self.study)
+        for name in self._kept_names():
             value, known = medium.blob(name), self._kept.setdefault(name, {None})
-            if value not in known:
-                self.fault("kept", f"{kind} has a value that was never kept")
-            if not self._is_erasing:
-                self._kept[name] = {value}
+            if value not in known and not (value is None and self._is_erasing):
+                self.fault("kept", f"{name} has a value that was never kept")
+
+    def _learn_updates(self, medium: Medium) -> None:
+        """What waits for its receipt, whether or not it was ever sent, has to stay until it has one."""
+        for update_id, entry in medium.outbox().items():
+            if entry["type"] == "sealed":
+                digest = hashlib.sha256(entry["envelope"]).digest()
+                self.updates.setdefault(update_id, SeenUpdate(entry["round"], digest, entry["deadline_s"]))
+
+    def _kept_names(self) -> list[str]:
+        """Blobs that hold what this device keeps to itself."""
+        return [study_blob(kind, self.study) for kind in ("personal", "control")]
 
     def _check_records(self, device: Device) -> None:
         """Each record that was acknowledged is there once, within the limits, on the side it was on."""
@@ -359,8 +383,9 @@ class Witness:
     def _check_retention(self, present: set[int]) -> None:
         """Of the newest `maximum_count` none is missing that is young enough, and no older one is there."""
         newest = self.records[-self.maximum_count :]
-        now_s = self._latest_clock_s
-        missing = [one for one in newest if one.number not in present and now_s - one.at_s < self.maximum_age_s]
+        # Time under a clock that stands in 1970 is counted once as it passes, and again when the clock is set.
+        oldest_s = self._latest_clock_s - self.maximum_age_s + self.under_a_wrong_clock_s
+        missing = [one for one in newest if one.number not in present and one.at_s > oldest_s]
         if missing:
             self.fault("records", f"{len(missing)} acknowledged records are gone: {missing[:3]}")
         if len(self.records) > len(newest) and present & {one.number for one in self.records[: -self.maximum_count]}:
@@ -425,6 +450,11 @@ class Witness:
 
     def _medium(self) -> Medium:
         return Medium(self.durable(), self.store_key)
+
+
+def _line_names(medium: Medium) -> set[str]:
+    """What tells the ledger's lines apart."""
+    return {line["previous"] + line["kind"] + str(line.get("round")) for line in medium.ledger()}
 
 
 def _sides(device: Device) -> list[tuple[str, Float32]]:
