@@ -56,6 +56,13 @@ class Work(msgspec.Struct, frozen=True, tag="work", kw_only=True):
         except ProtocolError as error:
             raise StoreError(f"the work in the outbox names a manifest that cannot be read ({error})") from error
 
+    def largest_bytes(self) -> int:
+        """What its entry takes at most; the sealed update takes less. Raises StoreError."""
+        # Progress is float64: the parameters, and with momentum their velocity.
+        progress = len(self.start) * (4 if self.decoded_manifest().plan.momentum else 2)
+        entry = len(self.manifest) + len(self.start) + len(self.server_control) + len(self.own_control)
+        return entry + progress + _SEALING_BYTES
+
     def start_params(self) -> Float32:
         """What training starts from, float32 [d]."""
         return _floats(self.start)
@@ -100,10 +107,15 @@ class Outbox:
         """Durably note what is about to be charged and trained; call before the charge.
 
         Raises:
-            OutboxFullError: no room for the update that will come of it.
+            OutboxFullError: no room for its progress, or the update that will come of it.
             StoreError: the disk does not take it.
         """
-        needed = 2 * len(work.start) + _SEALING_BYTES
+        needed = work.largest_bytes()
+        if needed > self._maximum_bytes:
+            raise OutboxFullError(
+                f"maximum_outbox_bytes is {self._maximum_bytes}, and a participation with this model takes up to "
+                f"{needed}"
+            )
         if self.size_bytes + needed > self._maximum_bytes:
             raise OutboxFullError(
                 f"{len(self._entries)} update(s) of {self.size_bytes} bytes wait for their receipts, and "

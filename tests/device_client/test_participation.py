@@ -420,7 +420,7 @@ def test_a_counter_that_cannot_be_advanced_computes_nothing() -> None:
 
 def test_a_full_outbox_charges_and_computes_nothing() -> None:
     store = MemoryStore()
-    subject = participant(store, maximum_bytes=8400)
+    subject = participant(store, maximum_bytes=9200)
     take_part(subject, manifest_of())
     store.operations.clear()
     with pytest.raises(OutboxFullError, match="1 update"):
