@@ -1,0 +1,122 @@
+"""Consent: the last word holds, across restarts, and only for the terms it was given to."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from device_client.config import PrivacyConfig, StudyConfig
+from device_client.consent import Consents, terms_digest, terms_of
+from device_client.errors import StoreError
+from fl_protocol.broker_config import BrokerConfig
+from tests.device_client.ports import MemoryStore
+
+STUDY = "clinic/watch"
+CONFIG = StudyConfig(
+    tenant="clinic",
+    task="watch",
+    broker=BrokerConfig("localhost", 1883),
+    bundle="model.covey",
+    publisher_key="aa",
+    aggregator_key="bb",
+)
+PRIVACY = PrivacyConfig(epsilon=3.0, delta=1e-5)
+
+
+def test_nothing_is_granted_at_first_and_the_last_word_outlives_a_restart() -> None:
+    store = MemoryStore()
+    consents = Consents(store)
+    assert consents.of(STUDY) is None
+    assert consents.problem(STUDY, terms="t").startswith("not granted")
+    consents.grant(STUDY, terms="t", now_s=5.0)
+    assert Consents(store.after_restart()).problem(STUDY, terms="t") == ""
+    assert consents.problem("clinic/steps", terms="t").startswith("not granted")
+    consents.withdraw(STUDY, now_s=9.0)
+    again = Consents(store.after_restart())
+    assert again.problem(STUDY, terms="t") == "consent was withdrawn"
+    found = again.of(STUDY)
+    assert found is not None
+    assert (found.granted_s, found.withdrawn_s) == (5.0, 9.0)
+    again.grant(STUDY, terms="t", now_s=11.0)
+    assert again.problem(STUDY, terms="t") == ""
+
+
+def test_a_study_that_was_never_granted_can_be_left_without_a_trace() -> None:
+    store = MemoryStore()
+    Consents(store).withdraw(STUDY, now_s=1.0)
+    assert store.operations == []
+
+
+def test_other_terms_are_not_granted() -> None:
+    consents = Consents(MemoryStore())
+    consents.grant(STUDY, terms="old", now_s=1.0)
+    assert "terms have changed" in consents.problem(STUDY, terms="new")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"aggregator_key": "cc"},
+        {"publisher_key": "cc"},
+        {"role": "evaluate"},
+        {"stream": "sleep"},
+        {"epsilon": 1.0},
+        {"tenant": "other"},
+    ],
+)
+def test_every_change_of_a_study_that_matters_to_the_wearer_changes_its_terms(changes: dict[str, object]) -> None:
+    before = terms_digest(terms_of(CONFIG, PRIVACY))
+    assert terms_digest(terms_of(msgspec.structs.replace(CONFIG, **changes), PRIVACY)) != before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epsilon": 4.0},
+        {"delta": 1e-4},
+        {"period_days": 30.0},
+        {"minimum_noise_multiplier": 1.0},
+        {"minimum_cohort": 2},
+        {"maximum_l2_norm_clip": 1.0},
+    ],
+)
+def test_every_change_of_the_wearers_limits_changes_the_terms(changes: dict[str, object]) -> None:
+    before = terms_digest(terms_of(CONFIG, PRIVACY))
+    assert terms_digest(terms_of(CONFIG, msgspec.structs.replace(PRIVACY, **changes))) != before
+
+
+def test_where_a_bundle_or_broker_is_does_not_change_the_terms() -> None:
+    moved = msgspec.structs.replace(CONFIG, bundle="elsewhere", broker=BrokerConfig("localhost", 8883))
+    assert terms_of(moved, PRIVACY) == terms_of(CONFIG, PRIVACY)
+
+
+def test_terms_say_in_words_what_is_agreed_to() -> None:
+    limits = msgspec.structs.replace(PRIVACY, period_days=30.0, minimum_cohort=8)
+    terms = terms_of(msgspec.structs.replace(CONFIG, epsilon=1.5), limits)
+    assert terms["privacy"] == "epsilon at most 1.5 of 3 every 30 days, at delta 1e-05"
+    assert terms["never combined with fewer devices than"] == "8"
+    assert terms["run by (aggregator key)"] == "bb"
+
+
+def test_a_full_disk_grants_nothing_and_takes_nothing_back() -> None:
+    store = MemoryStore()
+    consents = Consents(store)
+    store.full = True
+    with pytest.raises(StoreError):
+        consents.grant(STUDY, terms="t", now_s=1.0)
+    assert consents.of(STUDY) is None
+    store.full = False
+    consents.grant(STUDY, terms="t", now_s=1.0)
+    store.full = True
+    with pytest.raises(StoreError):
+        consents.withdraw(STUDY, now_s=2.0)
+
+
+def test_a_consent_that_cannot_be_read_is_none() -> None:
+    store = MemoryStore()
+    consents = Consents(store)
+    consents.grant(STUDY, terms="t", now_s=1.0)
+    (name,) = store.blobs
+    store.blobs[name] = b"\xc1"
+    with pytest.raises(StoreError, match="consent for clinic/watch"):
+        consents.problem(STUDY, terms="t")
