@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import sys
 from dataclasses import dataclass, field
 
@@ -38,7 +39,6 @@ from tests.device_client.session_driver import (
     NUM_PARAMETERS,
     Disk,
     Driver,
-    model_chunks,
     seeded,
 )
 
@@ -193,7 +193,7 @@ class Watch:
         assert (manifest.tenant, manifest.task) == (TENANT, TASK)
         assert (manifest.graph_digest, manifest.num_parameters) == (GRAPH_DIGEST, NUM_PARAMETERS)
         assert self.may_train
-        assert action.params.tobytes() in MODELS
+        assert hashlib.sha256(action.params.astype("<f4").tobytes()).digest() == manifest.model_digest
         if isinstance(action, Evaluate):
             assert self.role == "evaluate"
             return
@@ -202,6 +202,8 @@ class Watch:
         assert floors_hold(manifest)
         assert self.outcomes.setdefault(manifest.round, "trained once") == "trained once"
         self.outcomes[manifest.round] = "trained"
+        control = b"" if action.control is None else hashlib.sha256(action.control.astype("<f4").tobytes()).digest()
+        assert control == (manifest.control_digest or b"")
         assert not self.counts_records or manifest.round in self.enough
         self.working = manifest
 
@@ -244,9 +246,6 @@ def floors_hold(manifest: RoundManifestMsg) -> bool:
     """Written anew here, so that a device without the check is caught."""
     plan = manifest.plan
     return plan.noise_multiplier >= 2.0 and manifest.minimum_cohort >= 2 and plan.l2_norm_clip <= 1.5
-
-
-MODELS = {b"".join(chunk.data for chunk in model_chunks())}
 
 
 def held_bytes(subject: object, seen: set[int] | None = None) -> int:

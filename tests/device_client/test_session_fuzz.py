@@ -12,9 +12,11 @@ import os
 import time
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from device_client import session as session_module
 from device_client.current_round import CurrentRound
@@ -102,6 +104,15 @@ def test_a_device_that_checks_no_signature_is_caught(monkeypatch: pytest.MonkeyP
 def test_a_device_that_ignores_its_floors_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Floors, "check", lambda _self, _manifest: None)
     assert is_caught(2000)
+
+
+def test_a_device_that_takes_any_whole_for_the_model_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(self: Download) -> NDArray[np.float32]:
+        data = b"".join(self._parts[index] for index in range(len(self._parts)))
+        return np.frombuffer(data, "<f4").astype(np.float32)
+
+    monkeypatch.setattr(Download, "whole", careless)
+    assert is_caught(3000)
 
 
 def test_a_device_that_forgets_its_decisions_is_caught() -> None:
