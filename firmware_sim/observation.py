@@ -209,6 +209,10 @@ class Observation:
             self.exhausted.add(source)
         self.complaints.append(f"{source}: {event['reason']}")
 
+    def _round_skipped(self, source: str, event: dict[str, Any]) -> None:
+        if event["reason"].startswith(BUDGET_SPENT):
+            self._participation_ended(source, event)
+
     def _store_failed(self, source: str, event: dict[str, Any]) -> None:
         self.complaints.append(f"{source}: {event['reason']}")
 

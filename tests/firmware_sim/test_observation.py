@@ -11,6 +11,7 @@ from device_client.errors import BudgetSpentError
 from device_client.ledger import Budget, PrivacyLedger
 from firmware_sim.observation import LogTail, Observation
 from firmware_sim.settings import AGGREGATOR
+from tests.device_client.ledger_ports import MemoryCounter
 from tests.device_client.ports import MemoryStore
 from tests.firmware_sim.runs import (
     HELD_OUT,
@@ -114,14 +115,15 @@ def test_refusals_are_counted_by_reason_at_the_aggregator_only(observation: Obse
 
 def refusal_of_a_spent_ledger() -> str:
     """What a real ledger says when nothing is left."""
-    ledger = PrivacyLedger(MemoryStore(), Budget(0.5, 1e-5))
+    ledger = PrivacyLedger(MemoryStore(), MemoryCounter(), Budget(0.5, 1e-5))
     with pytest.raises(BudgetSpentError) as caught:
         ledger.reserve(task="task", round_number=1, plan=SETTINGS.plan().message(), now_s=0.0)
     return str(caught.value)
 
 
-def test_a_run_is_stuck_when_too_few_wrists_have_budget_left(observation: Observation) -> None:
-    ended: Event = {"event": "participation_ended", "at_s": 1.0, "round": 3, "reason": refusal_of_a_spent_ledger()}
+@pytest.mark.parametrize("event", ["participation_ended", "round_skipped"])
+def test_a_run_is_stuck_when_too_few_wrists_have_budget_left(observation: Observation, event: str) -> None:
+    ended: Event = {"event": event, "at_s": 1.0, "round": 3, "reason": refusal_of_a_spent_ledger()}
     feed(observation, *((name, ended) for name in TRAINING[:8] * 2))
     assert not observation.is_stuck  # eight are left, as many as a round needs
     feed(observation, (TRAINING[8], {**ended, "reason": "round 3 of task was charged before"}))

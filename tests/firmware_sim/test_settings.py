@@ -13,6 +13,7 @@ from device_client.ledger import Budget, PrivacyLedger
 from firmware_sim.errors import SettingsError
 from firmware_sim.settings import DemoSettings
 from firmware_sim.watch_data import PEOPLE
+from tests.device_client.ledger_ports import MemoryCounter
 from tests.device_client.ports import MemoryStore
 
 
@@ -55,7 +56,7 @@ def test_wrists_either_train_or_measure() -> None:
 )
 def test_the_noise_admits_exactly_the_rounds_and_not_one_more(rounds: int, epsilon: float, delta: float) -> None:
     settings = DemoSettings(rounds=rounds, epsilon=epsilon, delta=delta)
-    ledger = PrivacyLedger(MemoryStore(), Budget(epsilon, delta))
+    ledger = PrivacyLedger(MemoryStore(), MemoryCounter(), Budget(epsilon, delta))
     plan = settings.plan().message()
     for number in range(1, rounds + 1):
         ledger.reserve(task="task", round_number=number, plan=plan, now_s=float(number))
@@ -68,7 +69,7 @@ def test_the_noise_admits_exactly_the_rounds_and_not_one_more(rounds: int, epsil
 def test_a_little_less_noise_would_not_last(rounds: int) -> None:
     settings = DemoSettings(rounds=rounds)
     less = msgspec.structs.replace(settings.plan(), noise_multiplier=settings.noise_multiplier - 2e-4).message()
-    ledger = PrivacyLedger(MemoryStore(), Budget(3.0, 1e-5))
+    ledger = PrivacyLedger(MemoryStore(), MemoryCounter(), Budget(3.0, 1e-5))
     for number in range(1, rounds):
         ledger.reserve(task="task", round_number=number, plan=less, now_s=0.0)
     with pytest.raises(BudgetSpentError):
@@ -78,7 +79,7 @@ def test_a_little_less_noise_would_not_last(rounds: int) -> None:
 def test_without_a_budget_there_is_no_noise_and_no_end() -> None:
     settings = DemoSettings(epsilon=None)
     assert settings.noise_multiplier == 0.0
-    ledger = PrivacyLedger(MemoryStore(), Budget(math.inf, settings.delta))
+    ledger = PrivacyLedger(MemoryStore(), MemoryCounter(), Budget(math.inf, settings.delta))
     for number in range(1, 200):
         ledger.reserve(task="task", round_number=number, plan=settings.plan().message(), now_s=0.0)
     assert ledger.spent_epsilon == math.inf
