@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import ArrayLike
@@ -36,7 +37,7 @@ from device_client.recordings.window_store import Retention, WindowFiles, Window
 from device_client.session import DeviceSession, SessionConfig
 from device_client.status import Status, status_of
 from device_client.studies import LONGEST_ABSENCE_S, NoNameError, Studies, WireName
-from device_client.study_runner import StudyRunner
+from device_client.study_runner import DELIVERIES_LOG, DeliveryEntry, StudyRunner
 from device_client.training import Records
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
@@ -325,8 +326,21 @@ class Device:
         return WireName(current.id, current.period.ends_s, current.not_after_s)
 
     def _forget_old_names(self, study: StudyConfig) -> None:
-        """The broker accepted the present name, so the clock is right: names whose time is over go, with their keys."""
-        self.pseudonyms[study.study].forget_expired(self._ports.clock.now_s())
+        """The broker accepted the present name, so the clock is right: names whose time is over go, with their keys
+        and the updates that were sealed for them.
+        """
+        names, now_s = self.pseudonyms[study.study], self._ports.clock.now_s()
+        names.forget_expired(now_s)
+        for pending in self.outbox.of(study.study):
+            # Nobody can send it any more, and what stays would in time leave no room for other updates.
+            if study.id is None and names.get(pending.device) is None:
+                entry = DeliveryEntry(now_s, pending.update_id.hex(), "expired")
+                self.store.append_log(DELIVERIES_LOG, msgspec.json.encode(entry))
+                self.outbox.discard(pending.update_id)
+                reason = "the name on the wire that it was sealed for has ended"
+                self._ports.journal.write(
+                    "update_expired", at_s=now_s, study=study.study, round=pending.round, reason=reason
+                )
 
     def _start(self, study: StudyConfig, name: WireName) -> StudyRunner:
         """A runner for a study, connecting. Raises CoveyError."""
