@@ -64,6 +64,7 @@ class Watch:
     subscribed: set[str] = field(default_factory=set)
     working: RoundManifestMsg | None = None
     highest: int = 0
+    decided: int = 0
     may_train: bool = False
     last_reading: ConditionsRead = field(default_factory=lambda: ConditionsRead(("not read yet",)))
     subject: type[DeviceSession] = DeviceSession
@@ -173,6 +174,8 @@ class Watch:
                 self.working = None
             case Remember():
                 assert action.state.highest_round >= self.highest
+                assert action.state.decided_round >= self.decided, "each coin is tossed once"
+                self.decided = action.state.decided_round
                 if action.state.highest_round > self.highest:
                     self.may_train = False  # what was read for an earlier round may be hours old
                 self.highest = action.state.highest_round

@@ -118,9 +118,7 @@ def test_a_device_that_takes_any_whole_for_the_model_is_caught(monkeypatch: pyte
 def test_a_device_that_forgets_its_decisions_is_caught() -> None:
     class Forgetful(DeviceSession):
         def _toss(self, here: CurrentRound, now_s: float) -> list[Action]:
-            actions = super()._toss(here, now_s)
-            self._remember(decided_round=0)
-            return actions
+            return [*super()._toss(here, now_s), self._remember(decided_round=0)]
 
     assert is_caught(3000, Forgetful)
 
