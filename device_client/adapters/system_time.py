@@ -37,7 +37,7 @@ class SystemBell:
         """Wait for a ring; all that rang by then count as one."""
         try:
             self._rings.get(timeout=max(0.0, timeout_s))
-            while True:
+            for _ in range(self._rings.qsize()):
                 self._rings.get_nowait()
         except queue.Empty:
             return
