@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,6 +24,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from device_client.assembly import DeviceFiles, RealDevice
 from device_client.cli import _EPILOG, _parser, main
 from device_client.events import PendingUpdate
+from device_client.recordings.frames import DamagedFramesError
+from fl_protocol.errors import CoveyError
 from fl_protocol.signing import public_key_hex
 from tests.device_client.ports import make_plan
 from tests.virtual_fleet import AGGREGATOR_KEY, bundle_folder, load_bundle, synthetic_records
@@ -751,3 +754,81 @@ def test_the_configuration_names_every_file_relative_to_itself(desk: Desk, monke
     assert files.store_folder == desk.folder / "store"
     assert files.counter_file == desk.folder / "store.counter"
     assert files.control_socket == desk.folder / "store.sock"
+
+
+# Nothing of the wearer's is left on the disk.
+
+
+def fill_with_secrets(desk: Desk) -> list[bytes]:
+    """Recordings, personal layers, work and a pending update; what of them may not be found afterwards."""
+    desk.prepare()
+    windows = synthetic_records(load_bundle(), seed=1, count=12).x
+    layers = np.linspace(1, 2, 64, dtype="<f4")
+    pending = PendingUpdate(
+        update_id=b"\x0b" * 16,
+        study=STUDY,
+        device="watch-7",
+        round=3,
+        envelope=b"an update that was sealed and waits" * 20,
+        sealed_digest=bytes(32),
+        deadline_s=0.0,
+        recipient_key="ab" * 16,
+    )
+    with RealDevice.open(desk.config) as device:
+        device.ledger.reserve(task=STUDY, round_number=3, plan=make_plan(), now_s=1_800_000_000.0)
+        device.outbox.put(pending)
+        device.store.write("personal/0123", layers.tobytes())
+        device.store.write("control/0123", layers.tobytes()[::-1])
+    fragments = [window[row : row + 4].astype("<f4").tobytes() for window in windows for row in (0, 64, 100)]
+    return [*fragments, layers.tobytes()[:64], layers.tobytes()[::-1][:64], pending.envelope[:64]]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def check_erasing_leaves_nothing(desk: Desk, erase: Callable[[], object]) -> None:
+    secrets = fill_with_secrets(desk)
+    place = desk.folder / "store"
+    scopes = ("recordings/", "personal/", "control/", "outbox/")
+    before = {name: data for name, data in bytes_of(place).items() if name.startswith(scopes)}
+    assert {name.split("/")[0] for name in before} == {scope[:-1] for scope in scopes}
+    erase()
+    (desk.folder / "windows.npz").unlink()  # the sender's own copy
+    for name, data in bytes_of(desk.folder).items():
+        assert not any(secret in data for secret in secrets), name
+        assert not any(old[:32] in data or old[-32:] in data for old in before.values()), name
+    # Somebody kept the ciphertext: what keys are left open none of it.
+    store = DeviceFiles.load(desk.config).open_store()
+    for name, data in before.items():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes(data)
+        opened = None
+        with contextlib.suppress(CoveyError, DamagedFramesError):
+            opened = store.frames(name) if name.startswith("recordings") else store.read(name)
+        assert not opened, f"{name} can still be read"
+        (place / name).unlink()
+    store.close()
+    assert desk.import_windows()[0] == 0
+    assert json.loads(desk.run("status", "--json")[1])["streams"][0]["records"] == 12
+
+
+def test_after_erasing_nothing_of_the_wearers_can_be_found_or_opened(desk: Desk) -> None:
+    check_erasing_leaves_nothing(desk, lambda: desk.run("erase", "--data", "--yes"))
+
+
+def test_after_erasing_through_the_daemon_nothing_can_be_found_or_opened(desk: Desk) -> None:
+    def erase() -> None:
+        with desk.daemon():
+            assert desk.run("erase", "--data", "--yes")[0] == 0
+
+    check_erasing_leaves_nothing(desk, erase)
+
+
+def test_an_erasure_that_only_removes_files_is_noticed(desk: Desk) -> None:
+    def erase() -> None:
+        for folder in ("recordings", "personal", "control", "outbox"):
+            shutil.rmtree(desk.folder / "store" / folder)
+
+    with pytest.raises(AssertionError, match="can still be read"):
+        check_erasing_leaves_nothing(desk, erase)
