@@ -352,7 +352,7 @@ class Device:
             entropy=ports.jitter,
             state=load_session(self.store, study.study),
             outbox=[pending for pending in self.outbox.of(study.study) if pending.device == name.device],
-            kept_chunks=kept_chunks(self.store),
+            kept_chunks=kept_chunks(self.store, study.study),
             working_on=manifest,
         )
         will = session.offline_presence()

@@ -12,8 +12,6 @@ from device_client.events import SessionState
 from device_client.noise import Entropy
 from device_client.ports import Store
 
-_DOWNLOADS = "download/"
-
 
 def study_blob(kind: str, study: str) -> str:
     """Name of a study's blob of a kind; a digest, because a store's names hold no second slash."""
@@ -54,24 +52,29 @@ def load_session(store: Store, study: str) -> SessionState:
         raise StoreError(f"the session's state of {study} cannot be read ({error})") from error
 
 
-def keep_chunk(store: Store, digest: bytes, index: int, payload: bytes) -> None:
-    """Keep one verified piece of a download."""
-    store.write(f"{_DOWNLOADS}{digest.hex()}-{index}", payload)
+def keep_chunk(store: Store, study: str, digest: bytes, *, index: int, payload: bytes) -> None:
+    """Keep one verified piece of a study's download."""
+    store.write(f"{_chunks_of(study)}{digest.hex()}-{index}", payload)
 
 
-def kept_chunks(store: Store) -> dict[bytes, list[bytes]]:
-    """By digest, the pieces of downloads that were kept."""
+def kept_chunks(store: Store, study: str) -> dict[bytes, list[bytes]]:
+    """By digest, the pieces of a study's downloads that were kept."""
     found: dict[bytes, list[bytes]] = {}
-    for name in store.names(_DOWNLOADS):
+    for name in store.names(_chunks_of(study)):
         data = store.read(name)
         if data is not None:
-            digest = bytes.fromhex(name.removeprefix(_DOWNLOADS).split("-")[0])
+            digest = bytes.fromhex(name.removeprefix(_chunks_of(study)).split("-")[0])
             found.setdefault(digest, []).append(data)
     return found
 
 
-def drop_chunks(store: Store, digests: tuple[bytes, ...]) -> None:
-    """Forget what is kept of these downloads."""
+def drop_chunks(store: Store, study: str, digests: tuple[bytes, ...]) -> None:
+    """Forget what is kept of a study's downloads."""
     for digest in digests:
-        for name in list(store.names(f"{_DOWNLOADS}{digest.hex()}-")):
+        for name in list(store.names(f"{_chunks_of(study)}{digest.hex()}-")):
             store.delete(name)
+
+
+def _chunks_of(study: str) -> str:
+    """Where a study's pieces are; apart from other studies', which it would take for left-overs of its own."""
+    return f"{study_blob('download', study)}-"

@@ -35,6 +35,7 @@ from tests.virtual_fleet import AGGREGATOR_KEY, MemoryJournal, SeededEntropy, lo
 TENANT = "clinic"
 BUNDLE = load_bundle()
 START_S = 1_800_000_000.0
+ALL_CHUNKS = slice(None)
 ANYTIME = EligibilityConfig(require_idle=False, require_unmetered=False)
 SOME_HELD_OUT = RecordsConfig(held_out_fraction=0.25)
 
@@ -68,9 +69,18 @@ class ScriptedStudy:
     def study(self) -> str:
         return f"{TENANT}/{self.task}"
 
-    def open_round(self, number: int = 1, *, lasts_s: float = 86_400.0, **changes: Any) -> RoundManifestMsg:
-        """Publish a round and its model."""
-        params = BUNDLE.shared_params.astype("<f4").tobytes()
+    def open_round(
+        self,
+        number: int = 1,
+        *,
+        lasts_s: float = 86_400.0,
+        factor: float = 1.0,
+        cut_bytes: int = 60_000,
+        chunks: slice = ALL_CHUNKS,
+        **changes: Any,
+    ) -> RoundManifestMsg:
+        """Publish a round, and of its model, which is the bundle's times `factor`, these chunks."""
+        params = (factor * BUNDLE.shared_params).astype("<f4").tobytes()
         digest = hashlib.sha256(params).digest()
         plan = make_plan(**changes.pop("plan", {}))
         manifest = make_manifest(
@@ -85,7 +95,7 @@ class ScriptedStudy:
             plan=plan,
             **changes,
         )
-        for chunk in split(digest[:16], params, data_bytes=60_000):
+        for chunk in list(split(digest[:16], params, data_bytes=cut_bytes))[chunks]:
             self.broker.publish(model_topic(TENANT, digest, chunk.index), sign(chunk, AGGREGATOR_KEY), retain=True)
         self.broker.publish(round_topic(TENANT, self.task), sign(manifest, AGGREGATOR_KEY), retain=True)
         return manifest

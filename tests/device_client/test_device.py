@@ -184,6 +184,25 @@ def test_a_study_that_cannot_start_says_why_and_does_not_disturb_the_other() -> 
     assert one.connections == {"watch": ["watch-7"]}
 
 
+def test_a_download_of_one_study_goes_on_after_a_restart_whatever_the_other_downloads() -> None:
+    one = OneDevice(tasks=("watch", "steps"))
+    one.start()
+    for index, script in enumerate(one.scripts.values()):
+        script.open_round(factor=1.0 + index, cut_bytes=400, chunks=slice(0, 2))
+    one.steps(10)
+    kept = {name for name in one.flash.names() if name.startswith("download/")}
+    assert len(kept) == 4
+    one.restart()
+    one.steps(10)
+    assert {name for name in one.flash.names() if name.startswith("download/")} == kept
+    for index, script in enumerate(one.scripts.values()):
+        script.open_round(factor=1.0 + index, cut_bytes=400, chunks=slice(2, None))
+    one.until("update_sent")
+    one.steps(20)
+    assert all(len(script.updates()) == 1 for script in one.scripts.values())
+    assert not [name for name in one.flash.names() if name.startswith("download/")]
+
+
 # Conditions.
 
 
