@@ -16,13 +16,14 @@ import pytest
 from device_client.adapters.tflite_graph import TfliteGraph
 from firmware_sim.virtual_flash import PowerCut
 from tests.system.power_cuts.broken import BROKEN
-from tests.system.power_cuts.week import VARIANTS, Cuts, Moment, Variant, Week
+from tests.system.power_cuts.variants import VARIANTS, Variant
+from tests.system.power_cuts.week import Cuts, Moment, Week
 from tests.system.power_cuts.witness import Promise
 from tests.virtual_fleet import load_bundle
 
 CUTS_PER_WEEK = 25
 WEEKS_PER_TEST = 3
-TESTS_PER_VARIANT = 4
+TESTS_PER_VARIANT = 3
 DAY = Variant(plan={"control_variates": True}, has_personal_layers=True, counts_records=True, days=0.6)
 SLICES = 8
 

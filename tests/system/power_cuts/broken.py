@@ -17,8 +17,8 @@ from device_client.events import PendingUpdate
 from device_client.outbox import Work
 from device_client.participation import LocalWork, Participant
 from fl_protocol.bundle import ModelBundle
-from fl_protocol.messages import RoundManifestMsg
-from tests.system.power_cuts.week import VARIANTS, Parts, Variant
+from tests.system.power_cuts.variants import VARIANTS, Variant
+from tests.system.power_cuts.week import Parts
 from tests.system.power_cuts.witness import Promise
 
 
@@ -200,9 +200,10 @@ class _SealsAnew(LocalWork):
 
 
 def with_participant(kind: type[Participant], *, settles: bool = True) -> Callable[..., Device]:
-    """A device whose participations are of this kind.
+    """A device with broken participations.
 
     Args:
+        kind: of participations.
         settles: whether it looks after a start for work that was released already.
     """
 
@@ -240,6 +241,13 @@ class FireAndForget(Device):
             for pending in self.outbox.of(runner.study):
                 if runner.session.view().pending:
                     self.outbox.discard(pending.update_id)
+
+
+class Hoarding(Device):
+    """Keeps what was sealed for a name that nobody can use any more."""
+
+    def _forget_old_names(self, study: StudyConfig) -> None:
+        self.pseudonyms[study.study].forget_expired(self._ports.clock.now_s())
 
 
 class SendingOnAfterwards(Device):
@@ -291,6 +299,9 @@ BROKEN = {
     "outbox without fsync": Broken(Parts(files=UnsyncedOutbox), "not lost"),
     "update sent before it is kept": Broken(Parts(device=with_participant(SendingFirst)), "not lost"),
     "update dropped once it is sent": Broken(Parts(device=FireAndForget), "not lost"),
+    "update kept for a name that has ended": Broken(
+        Parts(device=Hoarding), "not lost", VARIANTS["pseudonyms, and away from any network for days"]
+    ),
     "update sealed anew after a start": Broken(
         Parts(device=with_participant(SealingAnew, settles=False)), "one update"
     ),

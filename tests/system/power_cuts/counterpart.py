@@ -163,7 +163,10 @@ class Counterpart:
                 self._intake.take(event, self.current)
         self._intake.ask_for_missing_chunks()
         now_s = self.now_s()
-        due, self._later = [one for one in self._later if one[0] <= now_s], [one for one in self._later if one[0] > now_s]
+        due, self._later = (
+            [one for one in self._later if one[0] <= now_s],
+            [one for one in self._later if one[0] > now_s],
+        )
         for _, _, topic, payload in sorted(due):
             self.broker.publish(topic, payload, retain=False)
 

@@ -1,4 +1,4 @@
-"""What is on a device's flash, read with nothing of the device's own code but the formats: AES-GCM, MessagePack, JSON."""
+"""What is on a device's flash, read without any of the device's own code: AES-GCM, MessagePack, JSON."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from random import Random
 
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
 from firmware_sim.virtual_flash import VirtualFlash
@@ -65,9 +66,7 @@ class Partition:
 
 def formatted_flash(random_seed: str) -> VirtualFlash:
     """A new flash with the two folders."""
-    from random import Random  # noqa: PLC0415 - a simulation's
-
-    flash = VirtualFlash(random=Random(random_seed))  # noqa: S311
+    flash = VirtualFlash(random=Random(random_seed))  # noqa: S311 - a simulation's
     for folder in ("store", "counter"):
         flash.make_folder(folder)
     flash.sync_folder()

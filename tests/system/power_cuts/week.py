@@ -8,126 +8,52 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
 
 import numpy as np
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from aggregator.certificates import certify, make_ca
 from device_client.adapters.counter_file import CounterFile
 from device_client.adapters.encrypted_files import EncryptedFiles
 from device_client.config import (
     DeviceConfig,
-    DeviceSection,
-    EligibilityConfig,
-    PrivacyConfig,
-    RecordsConfig,
-    StudyConfig,
 )
 from device_client.device import Connection, Device, DevicePorts
 from device_client.device_store import create_identity
-from device_client.eligibility import Conditions
-from device_client.ports import Float32, Graph, Labels
-from device_client.pseudonyms import Pseudonyms
+from device_client.ports import Float32, Graph
 from firmware_sim.virtual_board import VirtualBoard, scripted_days
 from firmware_sim.virtual_broker import VirtualBroker
 from firmware_sim.virtual_device import VirtualClock, VirtualHardware, virtual_device
 from firmware_sim.virtual_flash import PowerCut, PowerCutError
-from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.bundle import ModelBundle
-from fl_protocol.enrolment import (
-    IssuedCertificate,
-    PseudonymRequest,
-    decode_file,
-    encode_file,
-    periods_from,
-    signed_answer,
-)
 from fl_protocol.errors import CoveyError
-from fl_protocol.messages import TrainingPlanMsg
-from fl_protocol.model_manifest import (
-    BundleManifest,
-    ClipGroup,
-    DropoutMask,
-    InputSchema,
-    LabelSchema,
-    LossSpec,
-    ParameterSpec,
-    TrainingDefaults,
-)
-from tests.device_client.ports import LogisticGraph
+from fl_protocol.messages import UpdateHeaderMsg
 from tests.system.power_cuts.counterpart import Answers, Counterpart, RegisteredName
 from tests.system.power_cuts.power_domain import Partition, Radio, formatted_flash
+from tests.system.power_cuts.variants import (
+    MIDNIGHT_S,
+    Variant,
+    certified_names,
+    config_of,
+    logistic_bundle,
+    logistic_graph,
+    plan_of,
+)
+from tests.system.power_cuts.watched_ports import (
+    DeviceClock,
+    HeardJournal,
+    WakefulBell,
+    WatchedGraph,
+    watched_files,
+)
 from tests.system.power_cuts.witness import ALL_PROMISES, Promise, Witness
-from tests.virtual_fleet import AGGREGATOR_KEY, STUDY, TASK, TENANT, MemoryJournal, SeededEntropy
+from tests.virtual_fleet import AGGREGATOR_KEY, STUDY, SeededEntropy
 
 _HOUR_S, _DAY_S = 3600.0, 86_400.0
-# A midnight UTC in which a period of two days, of pseudonyms, begins.
-_MIDNIGHT_S = 2 * _DAY_S * 10_000
 _STORE_KEY = hashlib.sha256(b"a wearer's store").digest()
-_SAMPLES, _CHANNELS, _CLASSES = 40, 2, 4
-_PERSONAL = 20
 Moment = Literal["before", "during", "after"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """What kind of device, study and wearer.
-
-    Args:
-        plan: changes of the rounds' plan.
-        has_personal_layers: whether the last parameters stay on the device.
-        rotates: whether names on the wire change, every two days.
-        withdraws: whether the wearer withdraws consent, and grants it again, every other day.
-        erases: whether the wearer erases the data, once.
-        counts_records: whether there must be new records.
-        requires_charging: whether it trains on its charger only.
-        maximum_packet_bytes: of the broker.
-        probability: with which a device takes part in a round.
-        epsilon: budget.
-        maximum_count, maximum_age_days: of records.
-        days: how long it lasts.
-    """
-
-    plan: dict[str, Any] = field(default_factory=dict)
-    has_personal_layers: bool = False
-    rotates: bool = False
-    withdraws: bool = False
-    erases: bool = False
-    counts_records: bool = False
-    requires_charging: bool = False
-    maximum_packet_bytes: int = 1600
-    probability: float = 1.0
-    epsilon: float = 200.0
-    maximum_count: int = 60
-    maximum_age_days: float = 30.0
-    days: float = 7.0
-
-
-VARIANTS = {
-    "a fixed name": Variant(),
-    "momentum and personal layers, trained on the charger": Variant(
-        plan={"momentum": 0.8, "local_steps": 6}, has_personal_layers=True, requires_charging=True
-    ),
-    "control variates, personal layers": Variant(plan={"control_variates": True}, has_personal_layers=True),
-    "pseudonyms and a coin": Variant(rotates=True, probability=0.7),
-    "consent withdrawn and granted again": Variant(withdraws=True, maximum_age_days=2.0),
-    "data erased": Variant(erases=True, has_personal_layers=True, plan={"control_variates": True}),
-    "new records are counted, little budget": Variant(counts_records=True, probability=0.8, epsilon=14.0),
-    "everything": Variant(
-        plan={"control_variates": True, "local_steps": 6},
-        has_personal_layers=True,
-        rotates=True,
-        withdraws=True,
-        erases=True,
-        counts_records=True,
-        maximum_packet_bytes=4096,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -152,55 +78,6 @@ class Parts:
     device: Callable[[DeviceConfig, DevicePorts], Device] = Device
     files: type[EncryptedFiles] = EncryptedFiles
     counter: type[CounterFile] = CounterFile
-
-
-class WatchedGraph:
-    """`device_client.ports.Graph` that takes its time, and is watched."""
-
-    def __init__(self, graph: Graph, begins: Callable[[Float32], None]) -> None:
-        self._graph, self._begins = graph, begins
-
-    @property
-    def batch_size(self) -> int:
-        return self._graph.batch_size
-
-    @property
-    def dropout(self) -> tuple[DropoutMask, ...]:
-        return self._graph.dropout
-
-    def train(
-        self, params: Float32, x: Float32, y: Labels, mask: Float32, *, clip: float, dropout: Float32 | None = None
-    ) -> Float32:
-        self._begins(params)
-        return self._graph.train(params, x, y, mask, clip=clip, dropout=dropout)
-
-    def evaluate(self, params: Float32, x: Float32, y: Labels, mask: Float32) -> tuple[float, float]:
-        return self._graph.evaluate(params, x, y, mask)
-
-
-class WakefulBell:
-    """`device_client.ports.Bell` that notes for how long the device means to sleep."""
-
-    def __init__(self) -> None:
-        self.sleeps_s: float | None = None
-
-    def ring(self) -> None:
-        self.sleeps_s = 0.0
-
-    def wait(self, timeout_s: float) -> None:
-        self.sleeps_s = timeout_s
-
-
-class DeviceClock(VirtualClock):
-    """The device's own clock, which may be wrong."""
-
-    error_s = 0.0
-
-    def now_s(self) -> float:
-        return max(0.0, self.time_s + self.error_s)
-
-    def local_time_s(self) -> float:
-        return self.now_s() % _DAY_S
 
 
 class Week:
@@ -232,37 +109,37 @@ class Week:
         self.outcomes: Counter[str] = Counter()
         self._chance = Random(f"week {seed}")  # noqa: S311 - a simulation's
         self._cut_chance = Random(f"cuts of week {seed}")  # noqa: S311
-        self.true, self.clock = VirtualClock(_MIDNIGHT_S), DeviceClock(_MIDNIGHT_S)
+        self.true, self.clock = VirtualClock(MIDNIGHT_S), DeviceClock(MIDNIGHT_S)
         self._cut_by_s = np.inf
-        self._ends_s = _MIDNIGHT_S + variant.days * _DAY_S
-        board = scripted_days(seed, midnight_s=_MIDNIGHT_S, days=math.ceil(variant.days) + 2)
-        self._board = VirtualBoard(_at_home(board), self.true)
+        self._ends_s = MIDNIGHT_S + variant.days * _DAY_S
+        board = scripted_days(seed, midnight_s=MIDNIGHT_S, days=math.ceil(variant.days) + 2)
+        self._board = VirtualBoard(board, self.true)
         self._bell, self._lives, self._numbers = WakefulBell(), itertools.count(1), itertools.count(1)
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._errands: list[Callable[[Device], None]] = []  # what the wearer wants done, until it is
         self._serial = itertools.count()
         self.device: Device | None = None
         self.flash = formatted_flash(f"flash of week {seed}")
-        self.bundle = bundle if bundle is not None else _bundle(variant)
-        self.journal = MemoryJournal()
+        self.bundle = bundle if bundle is not None else logistic_bundle(variant)
+        self.journal = HeardJournal(heard=lambda text: self.witness.fault("store", text))
         broker = VirtualBroker(maximum_packet_bytes=variant.maximum_packet_bytes)
         names: dict[str, RegisteredName] = {}
         self.counterpart = Counterpart(
             broker,
-            _plan(variant, steps=4),
+            plan_of(variant, steps=4),
             self.bundle.graph_digest,
             self.bundle.manifest.num_shared_parameters,
             names,
             self.true.now_s,
-            lambda topic, payload: self.witness.answered(topic, payload),
-            lambda header, values: self.witness.took(header, values),
+            self._answered,
+            self._took,
             seed=f"week {seed}",
             probability=variant.probability,
         )
         self.witness = Witness(
             STUDY,
             _STORE_KEY,
-            lambda: self.flash.durable(),
+            self._durable,
             lambda: {name: self.flash.read(name) or b"" for name in self.flash.names()},
             self.counterpart.rounds,
             variant.maximum_count,
@@ -271,7 +148,7 @@ class Week:
             watches=watches,
         )
         self.radio = Radio(broker, self.witness.sent, self.witness.asked_for)
-        inner = graph if graph is not None else _graph()
+        inner = graph if graph is not None else logistic_graph()
         self._graph = WatchedGraph(inner, self._train_step)
         self._set_up(names)
         self._write_agenda()
@@ -301,6 +178,17 @@ class Week:
             f"{dict(self.outcomes)}: {faults or 'no promise broken'}"
         )
 
+    # What others are told, by the flash and the witness that there are by then.
+
+    def _durable(self) -> dict[str, bytes]:
+        return self.flash.durable()
+
+    def _answered(self, topic: str, payload: bytes) -> None:
+        self.witness.answered(topic, payload)
+
+    def _took(self, header: UpdateHeaderMsg, values: Float32) -> None:
+        self.witness.took(header, values)
+
     # Setting up.
 
     def _set_up(self, names: dict[str, RegisteredName]) -> None:
@@ -308,7 +196,7 @@ class Week:
         device = self._start()
         entropy = SeededEntropy(f"keys of week {self.seed}")
         if self.variant.rotates:
-            names.update(_certified(device.pseudonyms[STUDY], entropy))
+            names.update(certified_names(device.pseudonyms[STUDY], entropy))
         else:
             key = create_identity(device.store, STUDY, entropy).public_key()
             names["watch-0"] = RegisteredName(key.public_bytes_raw())
@@ -323,7 +211,10 @@ class Week:
             at(hour + 4.8, self.counterpart.close_round)
         for _ in range(round(14 * days)):
             at(chance.uniform(0, 24 * days), functools.partial(self._record, chance.randint(1, 3)))
-        for _ in range(round(0.7 * days)):
+        if self.variant.is_away:
+            at(40 + chance.uniform(0, 8), self.radio.go_down)
+            at(125, self.radio.come_up)
+        for _ in range(0 if self.variant.is_away else round(0.7 * days)):
             hour = chance.uniform(0, 24 * days)
             at(hour, self.radio.go_down)
             at(hour + chance.choice((0.1, 0.5, 2.0, 7.0)), self.radio.come_up)
@@ -340,7 +231,7 @@ class Week:
 
     def _at(self, hour: float, what: Callable[[], None]) -> None:
         """Put something on the agenda."""
-        heapq.heappush(self._agenda, (_MIDNIGHT_S + hour * _HOUR_S, next(self._serial), what))
+        heapq.heappush(self._agenda, (MIDNIGHT_S + hour * _HOUR_S, next(self._serial), what))
 
     # Living.
 
@@ -357,9 +248,9 @@ class Week:
 
     def _turn(self) -> None:
         """Whatever is due, and one turn of the device."""
-        self.witness.clock_says(self.clock.now_s())
         while self._agenda and self._agenda[0][0] <= self.true.time_s:
             heapq.heappop(self._agenda)[2]()
+        self.witness.clock_says(self.clock.now_s())
         self.counterpart.step()
         self._hurry_cut()
         if self.device is None:
@@ -417,10 +308,7 @@ class Week:
         """Boot."""
         life = f"week {self.seed} life {next(self._lives)}"
         self.witness.before_boot()
-        if self.parts.files is EncryptedFiles:
-            files: Callable[..., EncryptedFiles] = functools.partial(_WatchedFiles, keeps=self.witness.keeps)
-        else:
-            files = functools.partial(_watched(self.parts.files), keeps=self.witness.keeps)
+        files = functools.partial(watched_files(self.parts.files), keeps=self.witness.keeps)
         hardware = VirtualHardware(
             flash=Partition(self.flash, "store"),
             counter_flash=Partition(self.flash, "counter"),
@@ -437,7 +325,7 @@ class Week:
             counter_file=self.parts.counter,
         )
         device = virtual_device(
-            _config(self.variant),
+            config_of(self.variant),
             hardware,
             bundle=lambda _study: self.bundle,
             graph=lambda _bundle: self._graph,
@@ -473,7 +361,7 @@ class Week:
         chance = self._cut_chance
         self.clock.error_s = chance.choice((0.0, 0.0, last_s - self.true.time_s, 10.0 - self.true.time_s))
         right_s = self.true.time_s + chance.choice((5.0, 300.0, 3 * _HOUR_S))
-        self._at((right_s - _MIDNIGHT_S) / _HOUR_S, self._clock_is_set)
+        self._at((right_s - MIDNIGHT_S) / _HOUR_S, self._clock_is_set)
 
     def _clock_is_set(self) -> None:
         """The network's time."""
@@ -489,7 +377,7 @@ class Week:
         elif self.cut_count < cuts.count:
             at = self.flash.operations + chance.randrange(0, max(2, round(2 * cuts.every)))
             self.flash.power_cut = PowerCut(at, chance.choice(("before", "during", "after")))
-            self._cut_by_s = _MIDNIGHT_S + 0.92 * (self.cut_count + 1) / cuts.count * (self._ends_s - _MIDNIGHT_S)
+            self._cut_by_s = MIDNIGHT_S + 0.92 * (self.cut_count + 1) / cuts.count * (self._ends_s - MIDNIGHT_S)
 
     def _hurry_cut(self) -> None:
         """In quiet times the next cut comes earlier, so that a week has all of its own."""
@@ -534,122 +422,3 @@ class Week:
         """A clean stop, as for a new version; the next turn starts it again."""
         device.close()
         self.device = self._start()
-
-
-class _WatchedFiles(EncryptedFiles):
-    """The store; the witness hears of each blob before it is written."""
-
-    def __init__(self, *arguments: Any, keeps: Callable[[str, bytes], None], **named: Any) -> None:
-        self._keeps = keeps
-        super().__init__(*arguments, **named)
-
-    def write(self, name: str, data: bytes) -> None:
-        self._keeps(name, data)
-        super().write(name, data)
-
-
-def _watched(files: type[EncryptedFiles]) -> Callable[..., EncryptedFiles]:
-    """The same over a broken store."""
-    return type("_WatchedBrokenFiles", (_WatchedFiles, files), {})
-
-
-def _at_home(script: Iterable[tuple[float, Conditions]]) -> list[tuple[float, Conditions]]:
-    """A wearer's days as they are scripted."""
-    return list(script)
-
-
-def _plan(variant: Variant, *, steps: int) -> TrainingPlanMsg:
-    """Every round's."""
-    settings: dict[str, Any] = {
-        "sampling_rate": 0.9,
-        "local_steps": steps,
-        "learning_rate": 0.2,
-        "l2_norm_clip": 0.5,
-        "noise_multiplier": 2.0,
-        "expected_batch_size": 20.0,
-    }
-    return TrainingPlanMsg(**{**settings, **variant.plan})
-
-
-def _config(variant: Variant) -> DeviceConfig:
-    """The device's ``device.toml``."""
-    study = StudyConfig(
-        tenant=TENANT,
-        task=TASK,
-        broker=BrokerConfig("virtual", 1),
-        bundle="unused",
-        publisher_key="unused",
-        aggregator_key="unused",
-        id=None if variant.rotates else "watch-0",
-    )
-    return DeviceConfig(
-        studies=(study,),
-        device=DeviceSection(store="unused", store_key="unused"),
-        privacy=PrivacyConfig(epsilon=variant.epsilon, delta=1e-5),
-        eligibility=EligibilityConfig(
-            require_charging=variant.requires_charging,
-            require_idle=False,
-            require_unmetered=False,
-            minimum_new_records=1 if variant.counts_records else 0,
-            new_records_noise=3.0,
-        ),
-        records=RecordsConfig(
-            maximum_count=variant.maximum_count, maximum_age_days=variant.maximum_age_days, held_out_fraction=0.2
-        ),
-    )
-
-
-def _graph() -> LogisticGraph:
-    """Softmax regression."""
-    return LogisticGraph(8, _SAMPLES * _CHANNELS, _CLASSES)
-
-
-def _bundle(variant: Variant) -> ModelBundle:
-    """The bundle of `_graph`; only its manifest and parameters are used."""
-    count = _SAMPLES * _CHANNELS * _CLASSES
-    shared = count - _PERSONAL if variant.has_personal_layers else count
-    specs = (ParameterSpec("shared/kernel", (shared,), 0), ParameterSpec("own/kernel", (count - shared,), shared))
-    manifest = BundleManifest(
-        format=2,
-        name="logistic",
-        version=1,
-        description="",
-        data="",
-        batch_size=8,
-        num_parameters=count,
-        num_shared_parameters=shared,
-        parameters=specs[: 1 + variant.has_personal_layers],
-        layers=(),
-        input=InputSchema((_SAMPLES, _CHANNELS), ("x", "y"), ("1", "1"), 20.0),
-        label=LabelSchema("class", tuple("abcd")),
-        loss=LossSpec("softmax_cross_entropy"),
-        preprocessing="",
-        defaults=TrainingDefaults(0.1, 1.0, 0.0),
-        norm_clips=(ClipGroup(("shared",), 1.0),),
-        dropout=(),
-        train_flops=1,
-        train_arena_bytes=1,
-        infer_params_offset=0,
-    )
-    params = np.linspace(-0.1, 0.1, count).astype(np.float32)
-    return ModelBundle(manifest, b"no graph", b"", params, b"", np.zeros(0, np.float32))
-
-
-def _certified(pseudonyms: Pseudonyms, entropy: SeededEntropy) -> dict[str, RegisteredName]:
-    """Names for the week with their public signing keys, as the study's operator admits them."""
-    request = decode_file(pseudonyms.prepare(count=7, entropy=entropy), PseudonymRequest)
-    ca, issued = make_ca("clinic", now_s=_MIDNIGHT_S - _DAY_S), []
-    periods = periods_from(_MIDNIGHT_S, period_days=2, count=len(request.pseudonyms))
-    for one, period in zip(request.pseudonyms, periods, strict=True):
-        key = x509.load_pem_x509_csr(one.csr.encode()).public_key()
-        assert isinstance(key, ec.EllipticCurvePublicKey)
-        certificate = certify(ca, one.id, key, not_before_s=period.not_before_s, not_after_s=period.not_after_s)
-        issued.append(IssuedCertificate(id=one.id, certificate=certificate.decode()))
-    answer = signed_answer(
-        tenant=TENANT, task=TASK, ca=ca.certificate.decode(), certificates=issued, key=AGGREGATOR_KEY
-    )
-    pseudonyms.install(encode_file(answer), aggregator_key=AGGREGATOR_KEY.public_key())
-    return {
-        one.id: RegisteredName(bytes.fromhex(one.signing_key), period.not_before_s, period.not_after_s)
-        for one, period in zip(request.pseudonyms, periods, strict=True)
-    }

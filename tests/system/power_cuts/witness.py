@@ -293,8 +293,9 @@ class Witness:
         """A yes of the coin that was kept is not forgotten."""
         number = self._session.get("willing_round", 0)
         for runner in device.studies.running if number else ():
-            if runner.session.view().doing.startswith(f"not in round {number}:"):
-                self.fault("coin", f"it was decided to take part in round {number}, and the device does not know: {runner.session.view().doing}")
+            doing = runner.session.view().doing
+            if doing.startswith(f"not in round {number}:"):
+                self.fault("coin", f"it was decided to take part in round {number}, and the device says: {doing}")
 
     def at_the_end(self, device: Device) -> None:
         """All was quiet for a while: nothing is left, and nothing was lost."""
@@ -335,8 +336,10 @@ class Witness:
                 update.ended.add("erased")
         entries = medium.outbox()
         for update_id, entry in entries.items():
-            if entry["type"] == "sealed" and (known := self.updates.get(update_id)) is not None:
-                if (known.round, known.digest) != (entry["round"], hashlib.sha256(entry["envelope"]).digest()):
+            known = self.updates.get(update_id)
+            if entry["type"] == "sealed" and known is not None:
+                digest = hashlib.sha256(entry["envelope"]).digest()
+                if (known.round, known.digest) != (entry["round"], digest):
                     self.fault("one update", f"update {update_id} is kept with other bytes than before")
         for update_id, update in self.updates.items():
             if entries.get(update_id, {}).get("type") != "sealed" and not self._has_ended(update):
