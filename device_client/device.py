@@ -333,7 +333,7 @@ class Device:
         names.forget_expired(now_s)
         for pending in self.outbox.of(study.study):
             # Nobody can send it any more, and what stays would in time leave no room for other updates.
-            if study.id is None and names.get(pending.device) is None:
+            if pending.device != study.id and names.get(pending.device) is None:
                 entry = DeliveryEntry(now_s, pending.update_id.hex(), "expired")
                 self.store.append_log(DELIVERIES_LOG, msgspec.json.encode(entry))
                 self.outbox.discard(pending.update_id)

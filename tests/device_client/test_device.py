@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from device_client.config import EligibilityConfig, RecordsConfig
+from device_client.control import answer
 from device_client.daemon import DeviceDaemon
 from device_client.device import Device
 from device_client.eligibility import Conditions
 from device_client.errors import LedgerError, StoreError
+from device_client.events import PendingUpdate
 from device_client.outbox import PREFIX, Outbox
 from device_client.readiness import READ_EVERY_S
 from device_client.studies import LOOK_EVERY_S
@@ -20,6 +24,7 @@ from firmware_sim.virtual_board import VirtualBoard
 from firmware_sim.virtual_device import SteadyBoard
 from fl_protocol.errors import ConfigError, CoveyError
 from tests.device_client.one_device import BUNDLE, START_S, OneDevice
+from tests.device_client.ports import make_plan
 
 LONG = {"local_steps": 5}
 
@@ -364,6 +369,82 @@ def test_killed_anywhere_it_goes_on_with_one_charge_and_one_update(steps: int) -
     assert device.outbox.size_bytes == 0
 
 
+def pending_of(device: Device, number: int, *, name: str = "watch-7") -> PendingUpdate:
+    """An update that was charged for and sealed, and is in the outbox; the power went before it was written down."""
+    device.ledger.reserve(task="clinic/watch", round_number=number, plan=make_plan(), now_s=START_S)
+    pending = PendingUpdate(
+        update_id=bytes([number]) * 16,
+        study="clinic/watch",
+        device=name,
+        round=number,
+        envelope=b"sealed",
+        sealed_digest=bytes(32),
+        deadline_s=START_S + 9000.0,
+        recipient_key="ab" * 16,
+    )
+    device.outbox.put(pending)
+    return pending
+
+
+def test_an_update_that_was_sealed_and_not_written_down_is_before_it_is_sent() -> None:
+    one = OneDevice()
+    pending = pending_of(one.start(), 1)
+    device = one.restart()
+    assert [line.update_id for line in device.ledger.releases] == [pending.update_id.hex()]
+
+
+def test_an_update_with_other_bytes_than_were_released_stops_the_device() -> None:
+    one = OneDevice()
+    device = one.start()
+    pending = pending_of(device, 1)
+    device.ledger.record_release(pending, now_s=START_S)
+    device.outbox.put(msgspec.structs.replace(pending, sealed_digest=b"\x01" * 32))
+    with pytest.raises(LedgerError, match="other bytes"):
+        one.restart()
+
+
+def test_work_of_a_name_that_is_not_used_any_more_is_given_up() -> None:
+    one = OneDevice()
+    one.start()
+    one.scripts["watch"].open_round(plan=LONG)
+    one.until("charged")
+    one.steps(1)
+    one.study_settings = {"watch": {"id": "watch-8"}}
+    device = one.restart()
+    one.steps(60)
+    assert "name on the wire has changed" in one.journal.named("work_given_up")[0]["reason"]
+    assert device.outbox.size_bytes == 0
+    assert one.scripts["watch"].updates() == {}
+    assert len(device.ledger.reservations) == 1
+
+
+def test_an_update_under_a_name_that_nobody_may_use_any_more_does_not_stay_for_ever() -> None:
+    one = OneDevice()
+    device = one.start()
+    pending_of(device, 1, name="watch-6")
+    pending_of(device, 2)
+    device = one.restart()
+    one.scripts["watch"].is_down = True
+    one.steps(5)
+    one.clock.time_s += 2 * LOOK_EVERY_S
+    one.steps(5)
+    assert [pending.round for pending in device.outbox] == [2]
+    assert one.journal.named("update_expired")[0]["round"] == 1
+    outcomes = json.loads(answer(device, b'{"ask": "sent"}'))["value"]
+    assert [sent["outcome"] for sent in outcomes] == ["expired", "waiting"]
+
+
+def test_without_a_connection_nothing_is_taken_for_undeliverable() -> None:
+    """The clock may be wrong; only a broker that accepts the present name says that it is not."""
+    one = OneDevice()
+    pending_of(one.start(), 1, name="watch-6")
+    one.scripts["watch"].is_down = True
+    device = one.restart()
+    one.clock.time_s += 10 * 365 * 86_400.0
+    one.steps(5)
+    assert len(list(device.outbox)) == 1
+
+
 # Erasure.
 
 
@@ -470,6 +551,7 @@ def test_while_it_waits_for_its_conditions_it_reads_them_every_quarter_minute(ro
     one.start()
     one.scripts["watch"].open_round(lasts_s=7200.0)
     check_it_sleeps(one, 3600 / READ_EVERY_S)
+    assert max(one.bell.waits[-20:]) <= READ_EVERY_S  # no later than that it notices the charger
     one.clock.time_s += 7200.0  # the deadline passes
     check_it_sleeps(one, 3600 / READ_EVERY_S)
 
