@@ -424,7 +424,6 @@ def test_an_update_under_a_name_that_nobody_may_use_any_more_does_not_stay_for_e
     pending_of(device, 1, name="watch-6")
     pending_of(device, 2)
     device = one.restart()
-    one.scripts["watch"].is_down = True
     one.steps(5)
     one.clock.time_s += 2 * LOOK_EVERY_S
     one.steps(5)
