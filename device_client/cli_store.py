@@ -49,7 +49,7 @@ def import_records(files: DeviceFiles, arguments: argparse.Namespace) -> int:
         target = device.targets().get(arguments.stream)
         if target is None:
             raise ConfigError(f"--stream {arguments.stream}: expected one of {', '.join(sorted(device.streams))}")
-        if arguments.recordings.suffix == ".csv":
+        if arguments.recordings.suffix.lower() == ".csv":
             result = store_csv(
                 arguments.recordings,
                 target=target,

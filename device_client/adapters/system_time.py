@@ -31,7 +31,8 @@ class SystemBell:
 
     def ring(self) -> None:
         """End the wait."""
-        self._rings.put(None)
+        if self._rings.empty():  # one is enough; a daemon that is busy for hours would otherwise collect them
+            self._rings.put(None)
 
     def wait(self, timeout_s: float) -> None:
         """Wait for a ring; all that rang by then count as one."""

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,8 +188,9 @@ def test_a_bell_over_an_event_is_noticed() -> None:
 
 def test_a_ring_before_the_wait_counts_and_many_count_once() -> None:
     bell = SystemBell()
-    for _ in range(5):
+    for _ in range(100_000):
         bell.ring()
+    assert bell._rings.qsize() == 1  # while nobody waits they do not pile up
     begun_s = time.monotonic()
     bell.wait(60.0)
     assert time.monotonic() - begun_s < 30.0
@@ -233,6 +235,17 @@ def port() -> Iterator[int]:
     broker = iotcore_broker.start(free_port())
     yield broker.port
     broker.stop()
+
+
+def test_a_wait_ends_when_another_thread_rings() -> None:
+    bell = SystemBell()
+    begun_s = time.monotonic()
+    for _ in range(200):
+        ringing = threading.Thread(target=bell.ring)
+        ringing.start()
+        bell.wait(60.0)
+        ringing.join()
+    assert time.monotonic() - begun_s < 50.0
 
 
 @contextmanager
