@@ -214,7 +214,7 @@ def test_a_csv_file_is_imported_and_rows_that_were_left_out_are_told(desk: Desk)
     rate, samples = schema.sampling_rate_hz, schema.shape[0]
     names = [f"{channel}[{unit}]" for channel, unit in zip(schema.channels, schema.units, strict=True)]
     rows = [f"{index / rate:.6f},{','.join(['0.5'] * len(names))},{0}" for index in range(samples + samples // 2)]
-    path = desk.folder / "walk.csv"
+    path = desk.folder / "Walk.CSV"
     path.write_text("\n".join([",".join(["t_s", *names, "label"]), *rows]) + "\n")
     code, out, err = desk.run("import", str(path))
     assert code == 0, err
@@ -254,6 +254,19 @@ def test_consent_is_listed_granted_and_withdrawn(desk: Desk) -> None:
     assert "consent was withdrawn" in desk.run("consent", "list")[1]
     found = json.loads(desk.run("consent", "grant", "watch", "--json")[1])
     assert (found["study"], found["terms"]["study"]) == (STUDY, STUDY)
+
+
+def test_withdrawing_while_no_daemon_runs_drops_what_waits(desk: Desk) -> None:
+    fill_with_secrets(desk)
+    desk.run("consent", "grant", "watch")
+    assert json.loads(desk.run("status", "--json")[1])["studies"][0]["pending"] == 1
+    out = desk.run("consent", "withdraw", "watch")[1]
+    assert out == f"withdrawn: {STUDY}; 1 update(s) that were not delivered are dropped\n"
+    assert not list((desk.folder / "store" / "outbox").iterdir())
+    assert json.loads(desk.run("status", "--json")[1])["studies"][0]["pending"] == 0
+    (sent,) = json.loads(desk.run("sent", "--json")[1])
+    assert sent["outcome"] == "dropped"
+    assert "charges: 1" in desk.run("ledger")[1]
 
 
 def test_status_says_what_it_does_and_why_it_does_not_train(desk: Desk) -> None:
