@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -18,7 +19,7 @@ from firmware_sim.virtual_flash import PowerCut
 from tests.system.power_cuts.broken import BROKEN
 from tests.system.power_cuts.variants import VARIANTS, Variant
 from tests.system.power_cuts.week import Cuts, Moment, Week
-from tests.system.power_cuts.witness import Promise
+from tests.system.power_cuts.witness import ALL_PROMISES, Promise
 from tests.virtual_fleet import load_bundle
 
 CUTS_PER_WEEK = 25
@@ -72,6 +73,17 @@ def test_weeks_with_a_real_graph_keep_every_promise() -> None:
         week = Week(seed, Variant(maximum_packet_bytes=8192), cuts=Cuts(15), bundle=bundle, graph=graph).run()
         assert not week.witness.faults, week.summary()
         assert week.witness.seen["updates accepted"] >= 3, week.summary()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_weeks_in_which_the_card_fills_up_too_lose_no_charge_no_update_and_no_recording(seed: int) -> None:
+    # What cannot be written cannot be remembered: a round may be left out, and the journal says so.
+    watched = ALL_PROMISES - {"coin", "store"}
+    variant = replace(VARIANTS["control variates, personal layers"], card_fills=True)
+    week = Week(seed, variant, cuts=Cuts(CUTS_PER_WEEK), watches=watched).run()
+    assert not week.witness.faults, week.summary()
+    assert week.witness.seen["updates accepted"] >= 3, week.summary()
+    assert week.journal.named("store_failed"), "the card was never full when it mattered"
 
 
 def test_the_weeks_have_everything_in_them_that_can_go_wrong() -> None:

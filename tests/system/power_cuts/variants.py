@@ -63,6 +63,7 @@ class Variant:
         counts_records: whether there must be new records.
         requires_charging: whether it trains on its charger only.
         is_away: whether there is no network for three days and a half.
+        card_fills: whether there is no room left on the flash for some hours, again and again.
         maximum_packet_bytes: of the broker.
         probability: with which a device takes part in a round.
         epsilon: budget.
@@ -78,6 +79,7 @@ class Variant:
     counts_records: bool = False
     requires_charging: bool = False
     is_away: bool = False
+    card_fills: bool = False
     maximum_packet_bytes: int = 1600
     probability: float = 1.0
     epsilon: float = 200.0

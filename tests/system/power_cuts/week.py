@@ -22,6 +22,7 @@ from device_client.config import (
 )
 from device_client.device import Connection, Device, DevicePorts
 from device_client.device_store import create_identity
+from device_client.errors import StoreError
 from device_client.ports import Float32, Graph
 from firmware_sim.virtual_board import VirtualBoard, scripted_days
 from firmware_sim.virtual_broker import VirtualBroker
@@ -121,7 +122,7 @@ class Week:
         self.device: Device | None = None
         self.flash = formatted_flash(f"flash of week {seed}")
         self.bundle = bundle if bundle is not None else logistic_bundle(variant)
-        self.journal = HeardJournal(heard=lambda text: self.witness.fault("store", text))
+        self.journal = HeardJournal(heard=self._trouble)
         broker = VirtualBroker(maximum_packet_bytes=variant.maximum_packet_bytes)
         names: dict[str, RegisteredName] = {}
         self.counterpart = Counterpart(
@@ -180,6 +181,9 @@ class Week:
 
     # What others are told, by the flash and the witness that there are by then.
 
+    def _trouble(self, text: str) -> None:
+        self.witness.fault("store", text)
+
     def _durable(self) -> dict[str, bytes]:
         return self.flash.durable()
 
@@ -227,6 +231,10 @@ class Week:
             at(hour + chance.uniform(0.2, 20), lambda: self._errands.append(self._grant))
         if self.variant.erases:
             at(chance.uniform(30, 24 * days - 40), lambda: self._errands.append(self._erase))
+        for _ in range(6 if self.variant.card_fills else 0):
+            hour = chance.uniform(10, 24 * days - 12)
+            at(hour, functools.partial(self._leave_room, chance.randrange(0, 3000)))
+            at(hour + chance.choice((0.5, 4.0, 9.0)), functools.partial(self._leave_room, None))
         at(24 * days * 0.55, lambda: self._errands.append(self._restart))
 
     def _at(self, hour: float, what: Callable[[], None]) -> None:
@@ -290,7 +298,7 @@ class Week:
 
     def _quiet_time(self) -> None:
         """No cuts, a good network, a right clock, and time for everything that is still pending."""
-        self.flash.power_cut = None
+        self.flash.power_cut = self.flash.capacity_bytes = None
         self.cuts = Cuts(0)
         self.counterpart.close_round()
         self.counterpart.network = Answers(0, 0, 0, 0)
@@ -393,6 +401,11 @@ class Week:
         for _ in range(count if self.device is not None else 0):
             self._errands.append(functools.partial(self._store_record, next(self._numbers)))
 
+    def _leave_room(self, num_bytes: int | None) -> None:
+        """From now on the flash takes so many bytes more, or without a bound."""
+        used = sum(self.flash.size(name) or 0 for name in self.flash.names())
+        self.flash.capacity_bytes = None if num_bytes is None else used + num_bytes
+
     def _store_record(self, number: int, device: Device) -> None:
         """One window, with its number in its first sample."""
         self._errands.pop(0)  # what the power takes is not recorded again
@@ -401,8 +414,14 @@ class Week:
         x = np.full(shape, 0.01 * (number % 7), np.float32)
         x.reshape(-1)[0] = number
         self.witness.offers(number, self.clock.now_s())
-        device.add(x, number % len(self.bundle.manifest.label.names))
-        self.witness.acknowledged()
+        try:
+            device.add(x, number % len(self.bundle.manifest.label.names))
+        except StoreError:
+            if not self.variant.card_fills:
+                raise
+            self.witness.refused()
+        else:
+            self.witness.acknowledged()
 
     def _withdraw(self, device: Device) -> None:
         self.witness.withdraws()

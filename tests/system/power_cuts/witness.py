@@ -222,6 +222,10 @@ class Witness:
         """The last one handed over is stored, the device says."""
         self.records[-1].is_acknowledged = True
 
+    def refused(self) -> None:
+        """The last one handed over is not stored, the device says."""
+        self.records.pop()
+
     def withdraws(self) -> None:
         """The wearer begins to withdraw consent."""
         self._learn_updates(self._medium())
