@@ -212,7 +212,11 @@ class Device:
     def grant(self, study: str) -> None:
         """Agree to a study (``tenant/task``) under its present terms. Raises ConfigError, StoreError."""
         name = self.study_config(study).study
-        terms = terms_digest(self.terms(name))
+        terms, known = terms_digest(self.terms(name)), self.consents.of(name)
+        if known is not None and known.terms != terms:
+            # What was begun under other terms may break these: a role that sends nothing, a higher floor.
+            self.studies.stop(name, "its terms have changed")
+            self.outbox.drop(name)
         self.consents.grant(name, terms=terms, now_s=self._ports.clock.now_s())
         self.studies.look_again()
 

@@ -444,6 +444,43 @@ def test_without_a_connection_nothing_is_taken_for_undeliverable() -> None:
     assert len(list(device.outbox)) == 1
 
 
+@pytest.mark.parametrize("event", ["charged", "update_sent"])
+@pytest.mark.parametrize(
+    ("study", "privacy"), [({"role": "evaluate"}, {}), ({}, {"minimum_cohort": 5}), ({}, {"maximum_l2_norm_clip": 0.1})]
+)
+def test_what_was_begun_under_other_terms_is_not_sent(
+    event: str, study: dict[str, Any], privacy: dict[str, Any]
+) -> None:
+    one = OneDevice()
+    one.start()
+    one.scripts["watch"].open_round(plan=LONG)
+    one.until(event)
+    one.kill()
+    one.scripts["watch"].published.clear()
+    one.study_settings, one.privacy = {"watch": study}, privacy
+    device = one.start()
+    one.steps(5)
+    assert not device.studies.running  # its terms changed
+    device.grant("watch")
+    one.steps(60)
+    assert device.studies.running
+    assert one.scripts["watch"].updates() == {}
+    assert device.outbox.size_bytes == 0
+    assert len(device.ledger.reservations) == 1
+
+
+def test_granting_the_same_terms_again_disturbs_nothing() -> None:
+    one = OneDevice()
+    device = one.start()
+    one.scripts["watch"].open_round(plan=LONG)
+    one.until("charged")
+    device.grant("watch")
+    one.until("update_sent")
+    device.grant("watch")
+    assert len(list(device.outbox)) == 1
+    assert len(one.connections["watch"]) == 1
+
+
 # Erasure.
 
 
