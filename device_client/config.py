@@ -88,6 +88,7 @@ class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         minimum_noise_multiplier: least noise per step that is accepted.
         minimum_cohort: fewest devices an update may be combined with.
         maximum_l2_norm_clip: largest clip that is accepted.
+        maximum_local_steps: most steps of training a round; each costs time and battery.
     """
 
     epsilon: Epsilon
@@ -96,6 +97,7 @@ class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     minimum_noise_multiplier: AtLeastZero = 0.0
     minimum_cohort: Annotated[int, Meta(ge=1)] = 1
     maximum_l2_norm_clip: Annotated[float, Meta(gt=0)] | None = None
+    maximum_local_steps: Annotated[int, Meta(ge=1)] | None = None
 
 
 class EligibilityConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
