@@ -21,17 +21,19 @@ class Floors:
         minimum_noise_multiplier: least noise per step.
         minimum_cohort: fewest devices an update may be combined with.
         maximum_l2_norm_clip: largest bound on one record's gradient.
+        maximum_local_steps: most noisy gradient steps of one round.
     """
 
     minimum_noise_multiplier: float = 0.0
     minimum_cohort: int = 1
     maximum_l2_norm_clip: float = math.inf
+    maximum_local_steps: float = math.inf
 
     def check(self, manifest: RoundManifestMsg) -> None:
         """Accept an open round's manifest.
 
         Raises:
-            FloorsError: it asks for weaker noise, a smaller cohort or a larger clip.
+            FloorsError: it asks for weaker noise, a smaller cohort, a larger clip or more steps.
         """
         plan = manifest.plan
         if plan.noise_multiplier < self.minimum_noise_multiplier:
@@ -46,4 +48,8 @@ class Floors:
         if plan.l2_norm_clip > self.maximum_l2_norm_clip:
             raise FloorsError(
                 f"l2_norm_clip {plan.l2_norm_clip:g} is above the wearer's limit {self.maximum_l2_norm_clip:g}"
+            )
+        if plan.local_steps > self.maximum_local_steps:
+            raise FloorsError(
+                f"local_steps {plan.local_steps} is above the wearer's limit {self.maximum_local_steps:g}"
             )
