@@ -292,6 +292,14 @@ class PrivacyLedger:
         """Whether exactly this round was charged."""
         return self._spending.was_charged(task, round_number, purpose)
 
+    def was_accepted_since_charge(self, task: str, round_number: int) -> bool:
+        """Whether a person accepted the ledger after this round was charged.
+
+        Then lines may be missing that came after the charge, the one of its release among them. What is left of such a
+        round must not be gone on with: it may have been released before, and its noise would be drawn a second time.
+        """
+        return self._spending.was_accepted_since_charge(task, round_number)
+
     def remaining_participations(self, cost: Vector, *, task: str | None = None, now_s: float | None = None) -> float:
         """How many more participations the budgets admit in a period.
 

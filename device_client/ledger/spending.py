@@ -98,7 +98,7 @@ class Spending:
         self.period: Period | None = None  # of the last line
         self._first_s = math.nan
         self._last_rounds: dict[tuple[str, Purpose], int] = {}
-        self._charged: set[tuple[str, int, Purpose]] = set()
+        self._charged: dict[tuple[str, int, Purpose], int] = {}  # and how many acceptances came before
         self._ever = np.zeros(len(ORDERS))
         self._ever_by_study: dict[str, Vector] = {}
 
@@ -121,7 +121,7 @@ class Spending:
         self._ever = self._ever + cost
         self._ever_by_study[line.task] = self._ever_by_study.get(line.task, 0.0) + cost
         self._last_rounds[line.task, line.purpose] = max(self.last_round(line.task, line.purpose), line.round)
-        self._charged.add((line.task, line.round, line.purpose))
+        self._charged[line.task, line.round, line.purpose] = len(self.acceptances)
 
     def period_at(self, at_s: float) -> Period:
         """The period of a time not before the last line's; it is only counted on once a line is taken in it."""
@@ -146,6 +146,10 @@ class Spending:
     def was_charged(self, task: str, round_number: int, purpose: Purpose) -> bool:
         """Whether there is a line for exactly this."""
         return (task, round_number, purpose) in self._charged
+
+    def was_accepted_since_charge(self, task: str, round_number: int) -> bool:
+        """Whether an acceptance stands after the line that charged a round's update; not if there is none."""
+        return self._charged.get((task, round_number, "update"), math.inf) < len(self.acceptances)
 
     def epsilon_ever(self, task: str | None = None) -> float:
         """Epsilon over all periods, of all studies or of one, as an accountant would state it."""

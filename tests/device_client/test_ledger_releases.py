@@ -178,3 +178,49 @@ def test_without_a_budget_a_release_is_noted_too() -> None:
     ledger.record_release(sealed(1), now_s=START_S)
     assert PrivacyLedger(store, counter, budget).was_released(TASK, 1)
     assert msgspec.json.decode(store.read_log(LOG_NAME).splitlines()[1])["kind"] == "release"
+
+
+# --- what was begun before a person accepted the ledger ---------------------------------------------------------------
+
+
+class AnywhereLedger(PrivacyLedger):
+    """Broken: any acceptance will do, whenever it was."""
+
+    def was_accepted_since_charge(self, task: str, round_number: int) -> bool:
+        return self.was_charged(task, round_number) and bool(self.acceptances)
+
+
+class OldChargeLedger(PrivacyLedger):
+    """Broken: a charge is a charge."""
+
+    def was_accepted_since_charge(self, task: str, round_number: int) -> bool:
+        del task, round_number
+        return False
+
+
+def check_only_rounds_charged_before_an_acceptance_are_told(open_ledger: Open) -> None:
+    budget = Budget(3.0, 1e-5, period_s=30 * DAY_S)
+    old, counter = filled(2)
+    newer = PrivacyLedger(old, counter, budget)
+    put_back = old.after_restart()
+    newer.record_release(sealed(2), now_s=START_S)
+    PrivacyLedger.reanchor(put_back, counter, budget, now_s=START_S + DAY_S)
+    for _ in range(2):  # as well after a restart
+        ledger = open_ledger(put_back, counter, budget)
+        assert [ledger.was_accepted_since_charge(TASK, number) for number in (1, 2)] == [True, True]
+        if ledger.last_round(TASK) < 3:
+            reserve(ledger, 3, now_s=START_S + 31 * DAY_S)
+            reserve(ledger, 1, task=OTHER, now_s=START_S + 31 * DAY_S)
+        assert not ledger.was_accepted_since_charge(TASK, 3)
+        assert not ledger.was_accepted_since_charge(OTHER, 1)
+        assert not ledger.was_accepted_since_charge(TASK, 99)  # nothing was charged for it
+
+
+def test_a_round_charged_before_an_acceptance_is_told_and_none_after() -> None:
+    check_only_rounds_charged_before_an_acceptance_are_told(PrivacyLedger)
+
+
+@pytest.mark.parametrize("broken", [AnywhereLedger, OldChargeLedger])
+def test_a_ledger_that_mixes_up_acceptance_and_charge_is_caught(broken: Open) -> None:
+    with pytest.raises(AssertionError):
+        check_only_rounds_charged_before_an_acceptance_are_told(broken)
