@@ -18,7 +18,7 @@ import stat
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +92,7 @@ class LineServer:
         limits: what clients may take up.
 
     Raises:
-        ConfigError: the path is too long or holds something else, or there is no such group.
+        ConfigError: the name is too long, the path holds something else, or there is no such group.
         DeviceError: another process listens there, or the socket cannot be made.
     """
 
@@ -214,16 +214,16 @@ def ask(path: Path, payload: bytes, *, timeout_s: float, encoding: Encoding = "j
         encoding: how it is encoded.
 
     Raises:
-        ConfigError: the path is too long.
+        ConfigError: the socket's name is too long.
         DeviceError: nobody listens there, it may not be spoken to, or no reply came in time.
     """
     if not 0 < len(payload) <= MAX_FRAMED_BYTES or (encoding == "json" and b"\n" in payload):
         raise LocalMisuseError("payload: expected one message below 16 MiB, JSON on one line")
-    _check_length(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)
         try:
-            connection.connect(str(path))
+            with _address(path) as address:
+                connection.connect(address)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused half-way: the reply says why
                 connection.sendall(framed(payload, encoding))
             answer = MessageReader(connection, MAX_FRAMED_BYTES, timeout_s).next()
@@ -254,19 +254,32 @@ def _peer_uid(connection: socket.socket) -> int:
     return int(uid)
 
 
-def _check_length(path: Path) -> None:
-    """A path that the kernel can bind."""
-    length = len(os.fsencode(path))
-    if length > MAX_PATH_BYTES:
-        raise ConfigError(
-            f"{path}: expected a path of at most {MAX_PATH_BYTES} bytes for a Unix socket, got {length}; "
-            "choose a shorter one"
-        )
+@contextlib.contextmanager
+def _address(path: Path) -> Iterator[str]:
+    """What the kernel is told: the path, or a short one to the same place through a descriptor of its folder.
+
+    Raises:
+        ConfigError: the name itself is too long.
+        OSError: there is no such folder.
+    """
+    if len(os.fsencode(path)) <= MAX_PATH_BYTES:
+        yield str(path)
+        return
+    descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        short = f"/proc/self/fd/{descriptor}/{path.name}"
+        if len(os.fsencode(short)) > MAX_PATH_BYTES:
+            raise ConfigError(
+                f"{path}: expected a name of at most {MAX_PATH_BYTES - 20} bytes for a Unix socket, got "
+                f"{len(os.fsencode(path.name))}; choose a shorter one"
+            )
+        yield short
+    finally:
+        os.close(descriptor)
 
 
 def _listen(path: Path, group: str | None) -> socket.socket:
     """A listening socket whose file had from its first instant no more than the permissions it ends with."""
-    _check_length(path)
     group_id = _group_id(group)
     try:
         _remove_stale(path)
@@ -274,7 +287,8 @@ def _listen(path: Path, group: str | None) -> socket.socket:
         try:
             # Security: bind gives the file this mode (less the umask); chmod after bind would come too late.
             os.fchmod(listening.fileno(), 0o600)
-            listening.bind(str(path))
+            with _address(path) as address:
+                listening.bind(address)
             _open_to_group(path, group_id)
             listening.listen(16)
         except BaseException:
@@ -329,7 +343,8 @@ def is_listening(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
-            probe.connect(str(path))
+            with _address(path) as address:
+                probe.connect(address)
         except (ConnectionRefusedError, FileNotFoundError):  # its process died, or has just removed it
             return False
         except OSError:  # alive, with many waiting, or not for this user

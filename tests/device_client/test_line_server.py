@@ -386,9 +386,9 @@ def test_whatever_is_no_socket_is_left_alone(tmp_path: Path) -> None:
         LineServer(link, wake=lambda: None)
 
 
-def test_a_path_that_no_socket_can_have_is_refused_on_both_ends(tmp_path: Path) -> None:
+def test_a_name_that_no_socket_can_have_is_refused_on_both_ends(tmp_path: Path) -> None:
     long = Path("/tmp") / ("ü" * 60)  # noqa: S108 - nothing is made there
-    sentence = f"expected a path of at most {MAX_PATH_BYTES} bytes for a Unix socket, got 125; choose a shorter one"
+    sentence = "expected a name of at most 87 bytes for a Unix socket, got 120; choose a shorter one"
     with pytest.raises(ConfigError, match=sentence):
         LineServer(long, wake=lambda: None)
     with pytest.raises(ConfigError, match=sentence):
@@ -401,6 +401,16 @@ def test_the_longest_path_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     with answering(Path("s" * MAX_PATH_BYTES), echo) as yard:
         assert ask(yard.path, b"{}", timeout_s=WITHIN_S) == b"{}"
+
+
+def test_a_folder_may_be_deeper_than_the_kernel_takes_in_one_address(tmp_path: Path) -> None:
+    folder = tmp_path / ("deep" * 20) / ("deeper" * 20)
+    folder.mkdir(parents=True)
+    with answering(folder / "store.sock", echo) as yard:
+        assert ask(yard.path, b"{}", timeout_s=WITHIN_S) == b"{}"
+        with pytest.raises(DeviceError, match="another process listens there"):
+            LineServer(yard.path, wake=lambda: None)
+    assert not (folder / "store.sock").exists()
 
 
 def test_closing_disconnects_everybody_and_removes_the_file(tmp_path: Path) -> None:

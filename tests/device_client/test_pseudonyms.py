@@ -252,7 +252,7 @@ def test_a_full_disk_changes_nothing() -> None:
 
 
 def test_keys_are_encrypted_on_disk_and_read_by_the_next_process(tmp_path: Path) -> None:
-    store = EncryptedFiles(tmp_path / "store", bytes(32))
+    store = EncryptedFiles.in_folder(tmp_path / "store", bytes(32))
     device = Pseudonyms(store, tenant="a" * 64, task="b" * 64)
     request = device.prepare(count=2, entropy=os.urandom)
     device.install(Office(tenant="a" * 64, task="b" * 64).admit(request), aggregator_key=PINNED)
@@ -262,7 +262,9 @@ def test_keys_are_encrypted_on_disk_and_read_by_the_next_process(tmp_path: Path)
     assert known.signing_key.private_bytes_raw() not in raw
     assert b"PRIVATE KEY" not in raw
     assert known.id.encode() not in raw
-    again = in_use(Pseudonyms(EncryptedFiles(tmp_path / "store", bytes(32)), tenant="a" * 64, task="b" * 64), NOW_S)
+    again = in_use(
+        Pseudonyms(EncryptedFiles.in_folder(tmp_path / "store", bytes(32)), tenant="a" * 64, task="b" * 64), NOW_S
+    )
     assert (again.id, again.tls_key, again.ca) == (known.id, known.tls_key, CA.certificate)
 
 

@@ -99,7 +99,7 @@ def started(folder: Path, *, acl: Callable[[str], str] = lambda text: text) -> I
     rights = folder / "broker" / "acl"
     rights.write_text(acl(rights.read_text()))
     store = AggregatorStore(f"sqlite:///{folder / 'aggregator.db'}", TASK)
-    device = Pseudonyms(EncryptedFiles(folder / "device", os.urandom(32)), tenant=TENANT, task=TASK)
+    device = Pseudonyms(EncryptedFiles.in_folder(folder / "device", os.urandom(32)), tenant=TENANT, task=TASK)
     answer: list[bytes] = []
     # Long ago, so that the row holds names whose time is over, the present one and later ones.
     Admitter(store, TENANT, TASK, ca, AGGREGATOR, 100).admit(
