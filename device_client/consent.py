@@ -43,6 +43,7 @@ def terms_of(study: StudyConfig, privacy: PrivacyConfig) -> dict[str, str]:
         "least noise multiplier": f"{privacy.minimum_noise_multiplier:g}",
         "never combined with fewer devices than": f"{privacy.minimum_cohort}",
         "largest clip": clip,
+        "most steps a round": "any" if privacy.maximum_local_steps is None else f"{privacy.maximum_local_steps}",
         "run by (aggregator key)": study.aggregator_key,
         "model from (publisher key)": study.publisher_key,
     }

@@ -16,7 +16,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import ArrayLike
 
-from device_client.config import DeviceConfig, StudyConfig
+from device_client.config import DeviceConfig, PrivacyConfig, StudyConfig
 from device_client.consent import Consents, terms_digest, terms_of
 from device_client.control_variate import ControlVariate
 from device_client.daemon import DeviceDaemon
@@ -413,7 +413,6 @@ class Device:
     def _session_config(self, study: StudyConfig, device: str, bundle: ModelBundle) -> SessionConfig:
         """Who the device is in a study."""
         privacy, eligibility = self.config.privacy, self.config.eligibility
-        clip = privacy.maximum_l2_norm_clip
         return SessionConfig(
             tenant=study.tenant,
             task=study.task,
@@ -422,7 +421,7 @@ class Device:
             aggregator_key=self._aggregator_keys[study.study],
             graph_digest=bundle.graph_digest,
             num_parameters=bundle.manifest.num_shared_parameters,
-            floors=Floors(privacy.minimum_noise_multiplier, privacy.minimum_cohort, np.inf if clip is None else clip),
+            floors=floors_of(privacy),
             software=self._ports.software,
             minimum_separation_s=eligibility.minimum_separation_hours * _HOUR_S,
             counts_records=True,
@@ -442,6 +441,17 @@ class Device:
             store=self.store,
             name=study_blob("counted", study.study),
         )
+
+
+def floors_of(privacy: PrivacyConfig) -> Floors:
+    """The least privacy that the wearer accepts."""
+    clip, steps = privacy.maximum_l2_norm_clip, privacy.maximum_local_steps
+    return Floors(
+        privacy.minimum_noise_multiplier,
+        privacy.minimum_cohort,
+        np.inf if clip is None else clip,
+        maximum_local_steps=np.inf if steps is None else steps,
+    )
 
 
 def budget_of(config: DeviceConfig) -> Budget:
