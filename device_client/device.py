@@ -7,6 +7,7 @@ nothing here is called from another.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +23,7 @@ from device_client.control_variate import ControlVariate
 from device_client.daemon import DeviceDaemon
 from device_client.delivery import uniform
 from device_client.device_store import kept_chunks, load_identity, load_session, study_blob
+from device_client.errors import StoreError
 from device_client.floors import Floors
 from device_client.kept_vector import KeptVector
 from device_client.ledger import Budget, Counter, PrivacyLedger
@@ -407,7 +409,8 @@ class Device:
             return participant.go_on(work, now_s=now_s), manifest
         except CoveyError as error:
             self._ports.journal.write("work_given_up", at_s=now_s, study=study, reason=str(error))
-            self.outbox.discard(work.update_id)
+            with suppress(StoreError):  # the outbox tries again
+                self.outbox.give_up(work.update_id)
             return None, None
 
     def _session_config(self, study: StudyConfig, device: str, bundle: ModelBundle) -> SessionConfig:

@@ -3,11 +3,14 @@
 An entry is `Work` until the update is sealed and `PendingUpdate` from then on, under one name that is replaced in one
 atomic write. So after a power cut there is work to go on with or an update to send, never both: a second update with
 other noise cannot come from one charge.
+
+Work that is given up is out of use at once, whether or not the disk lets go of it; see `Outbox.give_up`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -72,6 +75,16 @@ class Work(msgspec.Struct, frozen=True, tag="work", kw_only=True):
         return (_floats(self.server_control), _floats(self.own_control)) if self.server_control else None
 
 
+class GivenUp(msgspec.Struct, frozen=True, tag="given up", kw_only=True):
+    """In the place of work that was given up and that the disk would not delete."""
+
+    update_id: bytes
+    study: str
+
+
+Entry = Work | PendingUpdate | GivenUp
+
+
 class Outbox:
     """All entries of this device, in its store.
 
@@ -83,11 +96,14 @@ class Outbox:
     def __init__(self, store: Store, *, maximum_bytes: int = 4 * MAX_TRANSFER_BYTES) -> None:
         self._store, self._maximum_bytes = store, maximum_bytes
         self._sizes: dict[bytes, int] = {}
-        self._entries = {entry.update_id: entry for entry in self._load()}
+        self._given_up: set[bytes] = set()
+        self._entries: dict[bytes, Entry] = {entry.update_id: entry for entry in self._load()}
+        self._given_up.update(name for name, entry in self._entries.items() if isinstance(entry, GivenUp))
 
     def __iter__(self) -> Iterator[PendingUpdate]:
         """Updates that wait for their receipts, in the order of their names."""
-        return (entry for _, entry in sorted(self._entries.items()) if isinstance(entry, PendingUpdate))
+        entries = (entry for name, entry in sorted(self._entries.items()) if name not in self._given_up)
+        return (entry for entry in entries if isinstance(entry, PendingUpdate))
 
     def of(self, study: str) -> list[PendingUpdate]:
         """A study's updates that wait for their receipts."""
@@ -95,8 +111,8 @@ class Outbox:
 
     def work(self, study: str) -> Work | None:
         """A study's work in progress; there is at most one."""
-        works = (entry for entry in self._entries.values() if isinstance(entry, Work) and entry.study == study)
-        return next(works, None)
+        entries = (entry for name, entry in self._entries.items() if name not in self._given_up)
+        return next((entry for entry in entries if isinstance(entry, Work) and entry.study == study), None)
 
     @property
     def size_bytes(self) -> int:
@@ -123,7 +139,7 @@ class Outbox:
             )
         self.put(work)
 
-    def put(self, entry: Work | PendingUpdate) -> None:
+    def put(self, entry: Entry) -> None:
         """Durably replace an entry: progress, or the sealed update. Raises StoreError, the old entry untouched."""
         data = msgspec.msgpack.encode(entry)
         self._store.write(_name(entry.update_id), data)
@@ -134,22 +150,51 @@ class Outbox:
         self._store.delete(_name(update_id))
         self._entries.pop(update_id, None)
         self._sizes.pop(update_id, None)
+        self._given_up.discard(update_id)
+
+    def give_up(self, update_id: bytes) -> None:
+        """Never use an entry again, and durably forget it.
+
+        Security: work that failed must not be tried again from earlier progress, nor what was dropped be sent. For
+        this process the entry is out of use in any case. A disk that cannot delete it may still take a short mark in
+        its place. One that does neither keeps it: `sweep` tries again, and only if the process ends before the disk
+        takes anything does the next one find the entry as it was.
+
+        Raises:
+            StoreError: the disk does not let go of it.
+        """
+        entry = self._entries.get(update_id)
+        if entry is None:
+            return
+        self._given_up.add(update_id)
+        try:
+            self.discard(update_id)
+        except StoreError:
+            if not isinstance(entry, GivenUp):
+                with suppress(StoreError):
+                    self.put(GivenUp(update_id=update_id, study=entry.study))
+            raise
+
+    def sweep(self) -> None:
+        """Delete what was given up and is still on the disk. Raises StoreError; call it again later."""
+        for update_id in sorted(self._given_up):
+            self.give_up(update_id)
 
     def drop(self, study: str) -> int:
-        """Durably forget a study's work and updates, because the wearer left it; how many. Raises StoreError."""
+        """Give up a study's work and updates, because the wearer left it; how many. Raises StoreError."""
         entries = [entry for entry in self._entries.values() if entry.study == study]
-        for entry in entries:
-            self.discard(entry.update_id)
-        return len(entries)
+        self._given_up.update(entry.update_id for entry in entries)
+        self.sweep()
+        return sum(not isinstance(entry, GivenUp) for entry in entries)
 
-    def _load(self) -> Iterator[Work | PendingUpdate]:
+    def _load(self) -> Iterator[Entry]:
         """What the store holds."""
         for name in self._store.names(PREFIX):
             data = self._store.read(name)
             if data is None:
                 continue
             try:
-                entry = msgspec.msgpack.decode(data, type=Work | PendingUpdate)
+                entry = msgspec.msgpack.decode(data, type=Entry)
             except msgspec.DecodeError as error:
                 raise StoreError(f"the outbox entry {name} cannot be read ({error})") from error
             self._sizes[entry.update_id] = len(data)

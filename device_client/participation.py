@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
 from device_client.control_variate import ControlVariate
-from device_client.errors import BudgetSpentError
+from device_client.errors import BudgetSpentError, StoreError
 from device_client.events import PendingUpdate
 from device_client.kept_vector import KeptVector
 from device_client.ledger import PrivacyLedger
@@ -110,13 +111,14 @@ class Participant:
                 )
             return LocalWork(self, work, manifest)
         except Exception:
-            self.outbox.discard(work.update_id)
+            with suppress(StoreError):  # what failed says more; the outbox tries again
+                self.outbox.give_up(work.update_id)
             raise
 
     def _drop_work(self) -> None:
         """Drop work that nothing came of."""
         while (stale := self.outbox.work(self.study)) is not None:
-            self.outbox.discard(stale.update_id)
+            self.outbox.give_up(stale.update_id)
 
     def measure(self, params: Float32) -> dict[str, Evaluation]:
         """How a global model does on records that it is never trained on here; the result stays on the device.
@@ -176,8 +178,8 @@ class LocalWork:
         self._participant.outbox.put(self._work)
 
     def abandon(self) -> None:
-        """Forget the work; the charge stands. Raises StoreError."""
-        self._participant.outbox.discard(self._work.update_id)
+        """Forget the work; the charge stands. Raises StoreError, and it is not gone on with all the same."""
+        self._participant.outbox.give_up(self._work.update_id)
 
     def finish(self, now_s: float) -> PendingUpdate:
         """Seal the update; on return it is durably in the outbox and in the ledger, and may be sent.

@@ -47,7 +47,7 @@ DELIVERIES_LOG = "deliveries.jsonl"
 MOST_EVENTS = 64
 """Messages taken in one go, before training gets its turn."""
 RETRY_SEALING_S = 60.0
-"""A disk that did not take the sealed update is tried again after this long."""
+"""A disk that did not take the sealed update, or did not delete what was given up, is tried again after this long."""
 
 
 class DeliveryEntry(msgspec.Struct, frozen=True):
@@ -80,6 +80,7 @@ class StudyRunner:
     measured_round: int = 0
     last_problem: str = ""
     _seal_again_s: float = 0.0
+    _sweep_again_s: float = 0.0
 
     def take_events(self) -> int:
         """Hand what came from the broker to the session; how many messages that was."""
@@ -97,6 +98,8 @@ class StudyRunner:
     def tick(self, blocked: tuple[str, ...] | None) -> None:
         """Let time pass; `blocked`, if it was looked up, says why the device may not train."""
         self.tell(Tick() if blocked is None else ConditionsRead(blocked))
+        if self.clock.now_s() >= self._sweep_again_s:
+            self._sweep()
 
     def advance(self) -> bool:
         """Do one step of the training, or seal it; whether there was anything to do."""
@@ -271,6 +274,14 @@ class StudyRunner:
             count=best.count,
             **({"global_correct": found["global"].correct} if "personal" in found else {}),
         )
+
+    def _sweep(self) -> None:
+        """Try again to delete what was given up; most of the time there is nothing."""
+        try:
+            self.participant.outbox.sweep()
+        except StoreError as error:
+            self._sweep_again_s = self.clock.now_s() + RETRY_SEALING_S
+            self._store_failed(error)
 
     def _store_failed(self, error: CoveyError) -> None:
         """Say that the disk does not take what must be durable."""

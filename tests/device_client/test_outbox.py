@@ -106,6 +106,8 @@ def test_what_is_in_memory_is_always_what_a_restart_finds(changes: list[tuple[st
                 outbox.drop(study)
         except StoreError:
             assert full
+    store.full = False
+    outbox.sweep()  # what a full disk kept although it was dropped
     again = Outbox(store.after_restart())
     assert list(again) == list(outbox)
     assert again.size_bytes == outbox.size_bytes == sum(len(data) for data in store.blobs.values())
@@ -203,3 +205,60 @@ def test_a_damaged_entry_is_named(data: bytes) -> None:
 def test_work_whose_manifest_cannot_be_read_says_so() -> None:
     with pytest.raises(StoreError, match="manifest"):
         msgspec.structs.replace(work(), manifest=b"\xc1").decoded_manifest()
+
+
+class StuckStore(MemoryStore):
+    """A disk that does not delete, and may not write either."""
+
+    stuck = True
+
+    def delete(self, name: str) -> None:
+        if self.stuck:
+            raise StoreError(f"{name} cannot be deleted (Input/output error)")
+        super().delete(name)
+
+
+@pytest.mark.parametrize("entry", [work(), update()])
+@pytest.mark.parametrize("full", [False, True])
+def test_what_is_given_up_is_out_of_use_although_the_disk_does_not_let_go_of_it(
+    entry: Work | PendingUpdate, *, full: bool
+) -> None:
+    store = StuckStore()
+    outbox = Outbox(store)
+    outbox.put(entry)
+    store.full = full
+    with pytest.raises(StoreError):
+        outbox.give_up(entry.update_id)
+    with pytest.raises(StoreError, match="Input/output"):
+        outbox.sweep()
+    assert outbox.work(STUDY) is None
+    assert list(outbox) == []
+    assert outbox.size_bytes == sum(len(data) for data in store.blobs.values()) > 0
+    store.stuck = False
+    outbox.sweep()
+    assert outbox.size_bytes == 0 == len(store.blobs)
+
+
+def test_a_mark_keeps_what_was_given_up_out_of_use_for_the_next_process() -> None:
+    store = StuckStore()
+    outbox = Outbox(store)
+    outbox.put(work())
+    with pytest.raises(StoreError):
+        outbox.give_up(work().update_id)
+    again = Outbox(store)
+    assert again.work(STUDY) is None
+    store.stuck = False
+    again.sweep()
+    assert not store.blobs
+
+
+def test_what_a_wearer_left_is_out_of_use_although_the_disk_refuses() -> None:
+    store = StuckStore()
+    outbox = Outbox(store)
+    outbox.put(update(1))
+    outbox.put(work(2))
+    store.full = True
+    with pytest.raises(StoreError):
+        outbox.drop(STUDY)
+    assert list(outbox) == []
+    assert outbox.work(STUDY) is None

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from device_client.errors import TrainingError
+from device_client.outbox import Outbox
 from device_client.study_runner import MOST_EVENTS, RETRY_SEALING_S, StudyRunner
+from firmware_sim.virtual_flash import VirtualFlash
 from fl_protocol.transport import Received
 from tests.device_client.one_device import OneDevice, real_graph
 
@@ -67,6 +69,60 @@ def test_a_training_that_failed_is_given_up_for_good_across_a_restart() -> None:
 def test_a_runner_that_keeps_what_failed_is_noticed() -> None:
     with pytest.raises(AssertionError):
         check_a_training_that_failed_is_given_up_for_good(broken=True)
+
+
+class Forgetful(Outbox):
+    """Broken: what the disk did not delete is found again."""
+
+    def give_up(self, update_id: bytes) -> None:
+        self.discard(update_id)
+
+
+def check_what_failed_is_not_tried_again_when_the_disk_does_not_delete_it(kind: type[Outbox]) -> None:
+    one = OneDevice(graph=FailingGraph(fails_at=3))
+    device = one.start()
+    device.outbox.__class__ = kind
+    one.scripts["watch"].open_round(plan=STEPS)
+    one.until("charged")
+    one.runner().put_aside()  # progress is on disk, as after a pause
+    one.flash.__class__ = UndeletingFlash
+    one.until("participation_ended")
+    one.graph.fails_at = 10**9  # type: ignore[attr-defined]
+    device.studies.stop("clinic/watch", "its name changes")
+    device.studies.look_again()
+    one.steps(40)
+    assert one.scripts["watch"].updates() == {}
+    assert "cannot be deleted" in device.status().studies[0].problem
+    one.flash.__class__ = VirtualFlash
+    one.clock.time_s += RETRY_SEALING_S
+    one.steps(2)
+    assert device.outbox.size_bytes == 0
+    assert not one.flash.names("outbox/")
+
+
+class UndeletingFlash(VirtualFlash):
+    """It reads and appends, and neither deletes nor takes a new outbox entry."""
+
+    def remove(self, name: str) -> None:
+        self._refuse(name)
+        super().remove(name)
+
+    def rename(self, old: str, new: str) -> None:
+        self._refuse(new)
+        super().rename(old, new)
+
+    def _refuse(self, name: str) -> None:
+        if name.startswith("outbox/"):
+            raise OSError(5, "Input/output error")
+
+
+def test_what_failed_is_not_tried_again_when_the_disk_does_not_delete_it() -> None:
+    check_what_failed_is_not_tried_again_when_the_disk_does_not_delete_it(Outbox)
+
+
+def test_an_outbox_that_forgets_what_was_given_up_is_noticed() -> None:
+    with pytest.raises(AssertionError):
+        check_what_failed_is_not_tried_again_when_the_disk_does_not_delete_it(Forgetful)
 
 
 def test_the_next_round_is_taken_part_in_after_one_that_failed() -> None:
