@@ -234,7 +234,7 @@ def test_what_is_given_up_is_out_of_use_although_the_disk_does_not_let_go_of_it(
     assert outbox.work(STUDY) is None
     assert list(outbox) == []
     assert outbox.size_bytes == sum(len(data) for data in store.blobs.values()) > 0
-    store.stuck = False
+    store.stuck = store.full = False
     outbox.sweep()
     assert outbox.size_bytes == 0 == len(store.blobs)
 

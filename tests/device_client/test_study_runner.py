@@ -112,7 +112,7 @@ class UndeletingFlash(VirtualFlash):
         super().rename(old, new)
 
     def _refuse(self, name: str) -> None:
-        if name.startswith("outbox/"):
+        if name.startswith("outbox/") and not name.endswith(".tmp"):
             raise OSError(5, "Input/output error")
 
 
