@@ -80,6 +80,7 @@ class DeviceSession:
         self._kept = dict(kept_chunks) if kept_chunks is not None else {}
         self._working_on = working_on.round if working_on is not None else 0
         self._work_ends_s = working_on.deadline_s if working_on is not None else math.inf
+        self._latest = (self._working_on, self._work_ends_s)  # the newest open round, and its latest deadline
         self._round: CurrentRound | None = None
         self._connected = False
         self._blocked: tuple[str, ...] = _NOT_READ
@@ -238,6 +239,8 @@ class DeviceSession:
         else:
             actions += self._round.end_downloads() if self._round is not None else []
             self._round = CurrentRound(manifest, trains=self._config.role == "train")
+        if manifest.status == "open":
+            self._latest = (manifest.round, manifest.deadline_s)
         if manifest.round > self._state.highest_round:
             actions.append(self._remember(highest_round=manifest.round))
         return actions + (self._judge_work(manifest) if self._working_on else [])
@@ -252,6 +255,9 @@ class DeviceSession:
         is_finished = here is not None and here.manifest.status == "finished" and here.manifest.round == manifest.round
         if is_finished and manifest.status == "open":
             raise ProtocolError(f"the study was finished after round {manifest.round}: a replay")
+        # A deadline is only ever extended. An earlier manifest, replayed, would have charged work given up.
+        if manifest.status == "open" and manifest.round == self._latest[0] and manifest.deadline_s < self._latest[1]:
+            raise ProtocolError(f"round {manifest.round} was given a later deadline than this names: a replay")
 
     def _check_concerns_us(self, manifest: RoundManifestMsg) -> None:
         """Refuse a manifest that is for another graph, or asks below the floors."""

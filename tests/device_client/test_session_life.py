@@ -213,6 +213,39 @@ def test_a_moved_deadline_keeps_what_was_fetched_and_costs_nothing_however_often
     assert participations(driver.send(2, 3)) == [1]
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_earlier_deadline_of_the_same_round_is_a_replay_and_ends_no_work(*, restart: bool) -> None:
+    driver = Driver()
+    driver.open_round(deadline_s=9000.0)
+    assert participations(driver.send_model()) == [1]
+    if restart:
+        driver = driver.restarted(working_on=manifest(deadline_s=9000.0))
+    driver.now_s = 2100.0
+    actions = driver.open_round(deadline_s=2000.0)
+    assert abandoned(actions) == []
+    assert "a later deadline than this names: a replay" in reasons(actions)
+    driver.now_s = 8999.0
+    assert abandoned(driver.tell(Tick())) == []
+    driver.now_s = 9000.0
+    assert abandoned(driver.tell(Tick())) == [1]
+
+
+def test_the_next_round_may_end_before_the_present_one_was_to() -> None:
+    driver = Driver()
+    driver.open_round(deadline_s=9000.0)
+    assert asked_for(driver.open_round(round=2, deadline_s=2000.0)) == [0]
+
+
+def trusts_replays(_session: DeviceSession, _manifest: RoundManifestMsg) -> None:
+    return
+
+
+def test_a_session_that_takes_an_earlier_deadline_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeviceSession, "_check_is_ours_and_new", trusts_replays)
+    with pytest.raises(AssertionError):
+        test_an_earlier_deadline_of_the_same_round_is_a_replay_and_ends_no_work(restart=True)
+
+
 def test_an_open_round_after_its_study_was_finished_is_a_replay() -> None:
     driver = Driver()
     driver.open_round(round=1)
