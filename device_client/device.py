@@ -24,12 +24,13 @@ from device_client.daemon import DeviceDaemon
 from device_client.delivery import uniform
 from device_client.device_store import kept_chunks, load_identity, load_session, study_blob
 from device_client.errors import StoreError
+from device_client.events import PendingUpdate
 from device_client.floors import Floors
 from device_client.kept_vector import KeptVector
 from device_client.ledger import Budget, Counter, PrivacyLedger
 from device_client.new_records import NewRecords
 from device_client.noise import Entropy
-from device_client.outbox import Outbox
+from device_client.outbox import Outbox, Work
 from device_client.participation import LocalWork, Participant
 from device_client.ports import Bell, Board, Clock, Graph, Store, Transport, Watchdog
 from device_client.pseudonyms import NoPseudonym, Pseudonym, Pseudonyms
@@ -307,15 +308,31 @@ class Device:
         return streams
 
     def _settle_outbox(self) -> None:
-        """After a power cut: note releases that were sealed but not noted, drop work that was already released."""
+        """After a power cut: note releases that were sealed but not noted, give up what may have been released."""
         now_s = self._ports.clock.now_s()
         for pending in self.outbox:
             self.ledger.record_release(pending, now_s=now_s)
         for study in self.config.studies:
-            work = self.outbox.work(study.study)
-            # Security: an old copy of the store may hold the work of an update that was sent since.
-            if work is not None and self.ledger.was_released(study.study, work.decoded_manifest().round):
-                self.outbox.discard(work.update_id)
+            while (work := self.outbox.work(study.study)) and (reason := self._may_have_been_released(work)):
+                self._give_up(work, reason)
+
+    def _may_have_been_released(self, work: Work) -> str:
+        """Why work from the outbox must not be gone on with, in words; empty if it may."""
+        study, round_number = work.study, work.decoded_manifest().round
+        # Security: an old copy of the store holds the work of an update that was sent since. The ledger knows that; or
+        # it is an old copy itself that a person accepted, and the lines that would say so are missing.
+        if self.ledger.was_released(study, round_number):
+            return "its update was released before"
+        if self.ledger.was_accepted_since_charge(study, round_number):
+            return "its update may have been released before the ledger was accepted as it stood"
+        return ""
+
+    def _give_up(self, entry: Work | PendingUpdate, reason: str) -> None:
+        """Never use an entry of the outbox again, and say why."""
+        event = "work_given_up" if isinstance(entry, Work) else "update_given_up"
+        self._ports.journal.write(event, at_s=self._ports.clock.now_s(), study=entry.study, reason=reason)
+        with suppress(StoreError):  # it is out of use in any case, and the outbox tries again
+            self.outbox.give_up(entry.update_id)
 
     def _wire_name(self, study: StudyConfig, now_s: float) -> WireName:
         """The present name of a study. Raises NoNameError."""
@@ -408,9 +425,7 @@ class Device:
                 raise NoNameError("the name on the wire has changed since")
             return participant.go_on(work, now_s=now_s), manifest
         except CoveyError as error:
-            self._ports.journal.write("work_given_up", at_s=now_s, study=study, reason=str(error))
-            with suppress(StoreError):  # the outbox tries again
-                self.outbox.give_up(work.update_id)
+            self._give_up(work, str(error))
             return None, None
 
     def _session_config(self, study: StudyConfig, device: str, bundle: ModelBundle) -> SessionConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +11,17 @@ import msgspec
 import numpy as np
 import pytest
 
+from device_client.adapters.counter_file import CounterFile
+from device_client.adapters.encrypted_files import EncryptedFiles
 from device_client.config import EligibilityConfig, RecordsConfig
 from device_client.control import answer
 from device_client.daemon import DeviceDaemon
-from device_client.device import Device
+from device_client.device import Device, budget_of
 from device_client.eligibility import Conditions
 from device_client.errors import LedgerError, StoreError
 from device_client.events import PendingUpdate
-from device_client.outbox import PREFIX, Outbox
+from device_client.ledger import PrivacyLedger
+from device_client.outbox import PREFIX, Outbox, Work
 from device_client.readiness import READ_EVERY_S
 from device_client.studies import LOOK_EVERY_S
 from firmware_sim.virtual_board import VirtualBoard
@@ -25,6 +29,7 @@ from firmware_sim.virtual_device import SteadyBoard
 from fl_protocol.errors import ConfigError, CoveyError
 from tests.device_client.one_device import BUNDLE, START_S, OneDevice
 from tests.device_client.ports import make_plan
+from tests.virtual_fleet import SeededEntropy
 
 LONG = {"local_steps": 5}
 
@@ -352,6 +357,51 @@ def test_an_old_copy_of_the_whole_store_is_noticed_by_the_counter() -> None:
         one.flash.write(name, data)
     with pytest.raises(LedgerError):
         one.start()
+
+
+class Trusting(Device):
+    """Broken: work is gone on with unless the ledger knows of its release, although lines of it may be missing."""
+
+    def _may_have_been_released(self, work: Work) -> str:
+        return "released" if self.ledger.was_released(work.study, work.decoded_manifest().round) else ""
+
+
+def check_an_accepted_old_copy_sends_no_second_update(kind: type[Device]) -> None:
+    one = OneDevice(kind=kind, privacy={"period_days": 1.0})
+    one.start()
+    one.scripts["watch"].open_round(plan=LONG, lasts_s=10 * 86_400.0)
+    one.until("charged")
+    one.steps(2)
+    one.runner().put_aside()
+    old = deepcopy(one.flash).after_kill()
+    one.until("update_sent")
+    one.kill()
+    one.flash = old
+    with pytest.raises(LedgerError):
+        one.start()
+    accept(one)
+    device = one.start()
+    one.steps(60)
+    assert len(one.scripts["watch"].updates()) == 1
+    assert device.outbox.size_bytes == 0
+    assert "before the ledger was accepted" in one.journal.named("work_given_up")[0]["reason"]
+
+
+def accept(one: OneDevice) -> None:
+    """A person accepts the ledger as it stands, as `covey-device ledger accept-counter` does."""
+    key = one.hardware().store_key
+    store = EncryptedFiles(one.flash, key, entropy=SeededEntropy("accepted store"))
+    counter = CounterFile(one.counter_flash, "counter", key, entropy=SeededEntropy("accepted counter"))
+    PrivacyLedger.reanchor(store, counter, budget_of(one.config()), now_s=one.clock.time_s)
+
+
+def test_an_old_copy_that_a_person_accepted_sends_no_second_update() -> None:
+    check_an_accepted_old_copy_sends_no_second_update(Device)
+
+
+def test_a_device_that_trusts_an_accepted_ledger_is_noticed() -> None:
+    with pytest.raises(AssertionError):
+        check_an_accepted_old_copy_sends_no_second_update(Trusting)
 
 
 @pytest.mark.parametrize("steps", range(1, 14))
