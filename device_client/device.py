@@ -23,7 +23,7 @@ from device_client.control_variate import ControlVariate
 from device_client.daemon import DeviceDaemon
 from device_client.delivery import uniform
 from device_client.device_store import kept_chunks, load_identity, load_session, study_blob
-from device_client.errors import StoreError
+from device_client.errors import LedgerError, StoreError
 from device_client.events import PendingUpdate
 from device_client.floors import Floors
 from device_client.kept_vector import KeptVector
@@ -310,8 +310,11 @@ class Device:
     def _settle_outbox(self) -> None:
         """After a power cut: note releases that were sealed but not noted, give up what may have been released."""
         now_s = self._ports.clock.now_s()
-        for pending in self.outbox:
-            self.ledger.record_release(pending, now_s=now_s)
+        for pending in list(self.outbox):
+            try:
+                self.ledger.record_release(pending, now_s=now_s)
+            except LedgerError as error:  # its charge or its bytes are not those that the ledger knows: it is not sent
+                self._give_up(pending, str(error))
         for study in self.config.studies:
             while (work := self.outbox.work(study.study)) and (reason := self._may_have_been_released(work)):
                 self._give_up(work, reason)

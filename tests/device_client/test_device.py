@@ -20,7 +20,7 @@ from device_client.device import Device, budget_of
 from device_client.eligibility import Conditions
 from device_client.errors import LedgerError, StoreError
 from device_client.events import PendingUpdate
-from device_client.ledger import PrivacyLedger
+from device_client.ledger import LOG_NAME, PrivacyLedger
 from device_client.outbox import PREFIX, Outbox, Work
 from device_client.readiness import READ_EVERY_S
 from device_client.studies import LOOK_EVERY_S
@@ -443,14 +443,38 @@ def test_an_update_that_was_sealed_and_not_written_down_is_before_it_is_sent() -
     assert [line.update_id for line in device.ledger.releases] == [pending.update_id.hex()]
 
 
-def test_an_update_with_other_bytes_than_were_released_stops_the_device() -> None:
+def test_an_update_with_other_bytes_than_were_released_is_not_sent() -> None:
     one = OneDevice()
     device = one.start()
     pending = pending_of(device, 1)
     device.ledger.record_release(pending, now_s=START_S)
     device.outbox.put(msgspec.structs.replace(pending, sealed_digest=b"\x01" * 32))
-    with pytest.raises(LedgerError, match="other bytes"):
-        one.restart()
+    device = one.restart()
+    one.steps(10)
+    assert "other bytes" in one.journal.named("update_given_up")[0]["reason"]
+    assert device.outbox.size_bytes == 0
+    assert one.scripts["watch"].updates() == {}
+
+
+def test_a_ledger_that_was_lost_and_accepted_does_not_stop_the_device_whatever_waits() -> None:
+    one = OneDevice(privacy={"period_days": 1.0})
+    one.start()
+    one.scripts["watch"].open_round()
+    one.until("update_sent")
+    one.kill()
+    one.flash.remove(LOG_NAME)
+    with pytest.raises(LedgerError):
+        one.start()
+    accept(one)
+    one.scripts["watch"].published.clear()
+    device = one.start()
+    one.steps(10)
+    assert "never charged" in one.journal.named("update_given_up")[0]["reason"]
+    assert device.outbox.size_bytes == 0
+    assert one.scripts["watch"].updates() == {}
+    one.clock.time_s += 2 * 86_400.0
+    one.scripts["watch"].open_round(2)
+    one.until("update_sent")
 
 
 def test_work_of_a_name_that_is_not_used_any_more_is_given_up() -> None:
