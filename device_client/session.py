@@ -2,9 +2,10 @@
 
 `handle(event, now_s)` returns actions; it never sleeps, reads a clock, opens a file or touches a socket. Order of
 checks on a manifest: signature and form, this study, not older than what was seen, this model graph, the wearer's
-floors; only then is a coin tossed, once per round. Then the device waits until it may train, fetches the model, checks
-it against its digest, and takes part, if it still may; when the round is over before that, it gives up what it has
-begun. Every message from the broker is hostile until verified; a bad one is noted and changes nothing.
+floors, and whether it can be carried out; only then is a coin tossed, once per round. Then the device waits until it
+may train, fetches the model, checks it against its digest, and takes part, if it still may; when the round is over
+before that, it gives up what it has begun. Every message from the broker is hostile until verified; a bad one is
+noted and changes nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from device_client.events import (
     Tick,
     UpdateReady,
 )
+from device_client.feasibility import check_feasible
 from device_client.noise import Entropy
 from device_client.session_config import Role, SessionConfig, SessionView
 from fl_protocol.errors import LocalMisuseError, ProtocolError
@@ -260,12 +262,13 @@ class DeviceSession:
             raise ProtocolError(f"round {manifest.round} was given a later deadline than this names: a replay")
 
     def _check_concerns_us(self, manifest: RoundManifestMsg) -> None:
-        """Refuse a manifest that is for another graph, or asks below the floors."""
+        """Refuse a manifest that is for another graph, asks below the floors, or for what cannot be done."""
         config = self._config
         if manifest.graph_digest != config.graph_digest or manifest.num_parameters != config.num_parameters:
             raise ProtocolError("the manifest names another model graph than the installed bundle's")
         if manifest.status == "open" and config.role == "train":
             config.floors.check(manifest)
+            check_feasible(manifest)
 
     def _decide(self, here: CurrentRound, now_s: float) -> list[Action]:
         """Whether to take part in a round: decided once, and never under a clock that is plainly wrong."""

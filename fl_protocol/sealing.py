@@ -94,6 +94,21 @@ def _public_key(recipient: RecipientKeyMsg) -> PublicKey:
         raise ProtocolError(f"recipient key: not an ML-KEM-768 public key ({error})") from error
 
 
+def check_recipient(recipient: RecipientKeyMsg) -> None:
+    """Whether anything can be sealed to a manifest's recipient; runs at the device, before it charges for a round.
+
+    Args:
+        recipient: of a verified manifest.
+
+    Raises:
+        ProtocolError: it is no key of its KEM, or one of small order.
+    """
+    try:
+        _SUITES[recipient.kem].encrypt(b"", _public_key(recipient))
+    except ValueError as error:  # X25519 refuses points of small order
+        raise ProtocolError(f"recipient key: cannot be sealed to ({error})") from error
+
+
 def seal_info(
     *, tenant: str, task: str, round_number: int, model_digest: bytes, device: str, update_id: bytes
 ) -> bytes:

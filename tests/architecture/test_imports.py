@@ -85,6 +85,7 @@ PURE = [
     "device_client.delivery",
     "device_client.downloads",
     "device_client.floors",
+    "device_client.feasibility",
     "device_client.ledger",
     "device_client.training",
     "device_client.eligibility",

@@ -19,7 +19,7 @@ from fl_protocol.messages import (
     UpdateHeaderMsg,
     decode,
 )
-from fl_protocol.sealing import RoundKey, open_update, round_key_bytes, seal_info, seal_update
+from fl_protocol.sealing import RoundKey, check_recipient, open_update, round_key_bytes, seal_info, seal_update
 from fl_protocol.signing import header_signature_is_valid
 from tests.fl_protocol.examples import BODY, DEVICE, DEVICE_KEY, KEMS, UPDATE_ID, manifest, round_key
 
@@ -145,6 +145,13 @@ def test_a_recipient_key_that_is_no_key_is_refused(kem: KemName, public_key: byt
     bad = manifest(kem, recipient=RecipientKeyMsg(kem=kem, public_key=public_key))
     with pytest.raises(ProtocolError, match="recipient key"):
         seal_update(BODY, manifest=bad, device=DEVICE, update_id=UPDATE_ID, signing_key=DEVICE_KEY)
+    with pytest.raises(ProtocolError, match="recipient key"):
+        check_recipient(RecipientKeyMsg(kem=kem, public_key=public_key))
+
+
+@any_kem
+def test_a_recipient_key_that_is_sealed_to_passes_its_check(kem: KemName) -> None:
+    check_recipient(round_key(kem).recipient())
 
 
 def test_nothing_is_sealed_to_a_finished_task() -> None:
