@@ -372,7 +372,7 @@ class Device:
         """A runner for a study, connecting. Raises CoveyError."""
         ports, bundle = self._ports, self._bundles[study.study]
         participant = self._participant(study, name.device, bundle)
-        work, manifest = self._interrupted(study.study, participant)
+        work, manifest = self._interrupted(participant, bundle)
         session = DeviceSession(
             self._session_config(study, name.device, bundle),
             entropy=ports.jitter,
@@ -417,15 +417,20 @@ class Device:
             entropy=self._ports.entropy,
         )
 
-    def _interrupted(self, study: str, participant: Participant) -> tuple[LocalWork | None, RoundManifestMsg | None]:
+    def _interrupted(
+        self, participant: Participant, bundle: ModelBundle
+    ) -> tuple[LocalWork | None, RoundManifestMsg | None]:
         """Training that the last process was in the middle of."""
-        work = self.outbox.work(study)
+        work = self.outbox.work(participant.study)
         if work is None:
             return None, None
         now_s, manifest = self._ports.clock.now_s(), work.decoded_manifest()
         try:
             if work.device != participant.device:
                 raise NoNameError("the name on the wire has changed since")
+            given = manifest.graph_digest, manifest.num_parameters
+            if given != (bundle.graph_digest, bundle.manifest.num_shared_parameters):
+                raise StoreError("it was begun with another model than this device has now")
             return participant.go_on(work, now_s=now_s), manifest
         except CoveyError as error:
             self._give_up(work, str(error))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -26,6 +28,7 @@ from device_client.readiness import READ_EVERY_S
 from device_client.studies import LOOK_EVERY_S
 from firmware_sim.virtual_board import VirtualBoard
 from firmware_sim.virtual_device import SteadyBoard
+from fl_protocol.bundle import ModelBundle
 from fl_protocol.errors import ConfigError, CoveyError
 from tests.device_client.one_device import BUNDLE, START_S, OneDevice
 from tests.device_client.ports import make_plan
@@ -490,6 +493,55 @@ def test_work_of_a_name_that_is_not_used_any_more_is_given_up() -> None:
     assert device.outbox.size_bytes == 0
     assert one.scripts["watch"].updates() == {}
     assert len(device.ledger.reservations) == 1
+
+
+def other_graph(bundle: ModelBundle) -> ModelBundle:
+    return msgspec.structs.replace(bundle, graph=bundle.graph + b"another")
+
+
+def fewer_shared(bundle: ModelBundle) -> ModelBundle:
+    shared = bundle.manifest.parameters[-1].offset
+    manifest = msgspec.structs.replace(bundle.manifest, num_shared_parameters=shared)
+    return msgspec.structs.replace(bundle, manifest=manifest)
+
+
+class Indifferent(Device):
+    """Broken: it goes on whatever model it has by now."""
+
+    def _interrupted(self, participant: Any, bundle: Any) -> Any:
+        work = self.outbox.work("clinic/watch")
+        manifest = work.decoded_manifest() if work is not None else None
+        own = SimpleNamespace(
+            graph_digest=getattr(manifest, "graph_digest", b""),
+            manifest=SimpleNamespace(num_shared_parameters=getattr(manifest, "num_parameters", 0)),
+        )
+        return super()._interrupted(participant, own)  # type: ignore[arg-type]
+
+
+def check_work_of_another_model_is_given_up(change: Callable[[ModelBundle], ModelBundle], kind: type[Device]) -> None:
+    one = OneDevice(kind=kind)
+    one.start()
+    one.scripts["watch"].open_round(plan=LONG)
+    one.until("charged")
+    one.runner().put_aside()
+    one.bundle = change(BUNDLE)
+    device = one.restart()
+    one.steps(60)
+    assert "another model" in one.journal.named("work_given_up")[0]["reason"]
+    assert device.outbox.size_bytes == 0
+    assert one.scripts["watch"].updates() == {}
+    assert len(device.ledger.reservations) == 1
+
+
+@pytest.mark.parametrize("change", [other_graph, fewer_shared])
+def test_work_that_was_begun_with_another_model_is_given_up(change: Callable[[ModelBundle], ModelBundle]) -> None:
+    check_work_of_another_model_is_given_up(change, Device)
+
+
+@pytest.mark.parametrize("change", [other_graph, fewer_shared])
+def test_a_device_that_does_not_compare_models_is_noticed(change: Callable[[ModelBundle], ModelBundle]) -> None:
+    with pytest.raises((AssertionError, IndexError)):
+        check_work_of_another_model_is_given_up(change, Indifferent)
 
 
 def test_an_update_under_a_name_that_nobody_may_use_any_more_does_not_stay_for_ever() -> None:
