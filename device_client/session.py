@@ -48,6 +48,9 @@ from fl_protocol.signing import verify
 from fl_protocol.topics import down_filter, down_topic, round_topic, state_topic
 from fl_protocol.transport import Connected, Disconnected, Received
 
+MODELS_A_ROUND = 4
+"""How often one round may turn to a model: each is fetched, and there is one coin and one charge for all of them."""
+
 _NOT_READ = ("the conditions have not been read yet",)
 
 __all__ = ["DeviceSession", "Role", "SessionConfig", "SessionView"]
@@ -85,6 +88,7 @@ class DeviceSession:
         self._latest = (self._working_on, self._work_ends_s)  # the newest open round, and its latest deadline
         self._round: CurrentRound | None = None
         self._connected = False
+        self._models = 0  # that the newest round was announced with, one after the other
         self._blocked: tuple[str, ...] = _NOT_READ
         self._refused = ""
 
@@ -239,13 +243,22 @@ class DeviceSession:
         if self._round is not None and self._round.is_same_as(manifest):
             self._round.manifest = manifest  # what was decided, counted and fetched stays
         else:
-            actions += self._round.end_downloads() if self._round is not None else []
-            self._round = CurrentRound(manifest, trains=self._config.role == "train")
+            actions += self._next_round(manifest)
         if manifest.status == "open":
             self._latest = (manifest.round, manifest.deadline_s)
         if manifest.round > self._state.highest_round:
             actions.append(self._remember(highest_round=manifest.round))
         return actions + (self._judge_work(manifest) if self._working_on else [])
+
+    def _next_round(self, manifest: RoundManifestMsg) -> list[Action]:
+        """Turn to a manifest of another round, or of another model for the same one; to a few of those only."""
+        actions, before = self._round.end_downloads() if self._round is not None else [], self._round
+        is_again = before is not None and before.manifest.round == manifest.round and manifest.status == "open"
+        self._models = self._models + 1 if is_again else 1
+        self._round = CurrentRound(manifest, trains=self._config.role == "train")
+        if self._models > MODELS_A_ROUND and not self._working_on:
+            self._idle(f"the study named a model for it more than {MODELS_A_ROUND} times")
+        return actions
 
     def _check_is_ours_and_new(self, manifest: RoundManifestMsg) -> None:
         """Refuse a manifest that is another study's, or a replay."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from device_client import session
 from device_client.events import (
     ConditionsRead,
     Evaluate,
@@ -22,6 +23,7 @@ from device_client.events import (
     UpdateReady,
 )
 from device_client.floors import Floors
+from device_client.session import MODELS_A_ROUND
 from fl_protocol.messages import PresenceMsg, decode, encode
 from fl_protocol.signing import sign
 from fl_protocol.topics import down_topic, model_topic, round_topic, state_topic
@@ -350,6 +352,27 @@ def test_a_round_that_was_trained_is_not_trained_again_for_a_changed_manifest() 
     driver.send_model()
     driver.open_round(deadline_s=3000.0)
     assert participations(driver.send_model()) == []
+
+
+@pytest.mark.parametrize("different", [2, 20])
+def test_a_round_whose_model_changes_again_and_again_is_left(different: int) -> None:
+    """Whether they are ever new ones, or two in turn."""
+    driver, fetched = Driver(), 0
+    for number in range(20):
+        params = (PARAMS + number % different).astype("<f4").tobytes()
+        digest = hashlib.sha256(params).digest()
+        fetched += bool(asked_for(driver.open_round(model_digest=digest), digest))
+        driver.tell(chunk_message(model_chunks(params)[0], digest))
+    assert fetched == MODELS_A_ROUND
+    assert driver.disk.chunks == {}
+    assert driver.session.view().doing == "not in round 1: the study named a model for it more than 4 times"
+    assert asked_for(driver.open_round(round=2)) == [0]
+
+
+def test_a_session_that_follows_every_change_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "MODELS_A_ROUND", 1000)
+    with pytest.raises(AssertionError):
+        test_a_round_whose_model_changes_again_and_again_is_left(2)
 
 
 @pytest.mark.parametrize("maximum", [0, 1, 1024, 1535])
