@@ -125,7 +125,8 @@ class LocalOptimiser:
         if self._control is None or self._steps != self._plan.local_steps:
             raise LocalMisuseError("next_control: expected a finished training with control variates")
         server, own = self._control
-        mean_gradient = self.change[: len(own)] / -(self._plan.local_steps * self._plan.learning_rate)
+        change = self.change[: len(own)].astype(np.float64)
+        mean_gradient = change / -(self._plan.local_steps * self._plan.learning_rate)
         with np.errstate(over="ignore"):
             following: Float32 = (own.astype(np.float64) - server + mean_gradient).astype(np.float32)
         if not np.isfinite(following).all():
