@@ -245,11 +245,14 @@ class WindowStore:
     def _opened(self, segment: Segment) -> list[RecordFrame]:
         """A segment's frames, read again. Raises StoreError, the segment set aside if it is damaged by now."""
         try:
-            return decode_frames(self._store.frames(self._name(segment.number)))
+            frames = decode_frames(self._store.frames(self._name(segment.number)))
+            if len(frames) != len(segment.entries):  # the file is gone
+                raise DamagedFramesError(f"{len(frames)} of {len(segment.entries)} frames are there")
         except DamagedFramesError as error:
             self._set_aside(segment.number)
             self._segments.remove(segment)
             raise self._damaged([segment.number]) from error
+        return frames
 
     def _load(self) -> None:
         """Read what is there, without its records. Raises StoreError."""

@@ -372,6 +372,32 @@ def test_damage_under_a_running_device_is_named_and_it_goes_on() -> None:
     assert numbers_in(open_windows(flash).training()) == [*range(10), *range(20, 31)]
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_segment_that_vanishes_under_a_running_device_is_named_and_it_goes_on(number: int) -> None:
+    flash = with_segments(3)
+    windows = open_windows(flash)
+    flash.remove(segments(flash)[number])
+    with pytest.raises(StoreError, match=f"0000000{number + 1}, now set aside"):
+        windows.training()
+    left = [window for window in range(30) if window // 10 != number]
+    assert numbers_in(windows.training()) == left
+    add(windows, 30, 1)
+    assert numbers_in(windows.training()) == [*left, 30]
+    assert numbers_in(open_windows(flash).training()) == [*left, 30]
+
+
+def test_the_only_segment_may_vanish() -> None:
+    flash = with_segments(1)
+    windows = open_windows(flash)
+    flash.remove(segments(flash)[0])
+    with pytest.raises(StoreError, match="00000001, now set aside"):
+        windows.held_out()
+    assert len(windows.training()) == 0
+    windows.prune(NOW_S)
+    add(windows, 30, 1)
+    assert numbers_in(open_windows(flash).training()) == [30]
+
+
 def test_a_segment_that_the_medium_cannot_read_any_more_is_set_aside() -> None:
     class WornFlash(VirtualFlash):
         def read(self, name: str) -> bytes | None:
