@@ -393,6 +393,7 @@ class Device:
             transport=transport,
             clock=ports.clock,
             journal=ports.journal,
+            role=study.role,
             new_records=self._new_records(study),
             work=work,
         )

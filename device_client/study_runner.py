@@ -38,6 +38,7 @@ from device_client.new_records import NewRecords
 from device_client.participation import LocalWork, Participant
 from device_client.ports import Clock, Store, Transport
 from device_client.session import DeviceSession
+from device_client.session_config import Role
 from device_client.training import Evaluation
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import CoveyError
@@ -63,6 +64,7 @@ class StudyRunner:
     """See the module docstring.
 
     Args:
+        role: what the device does in the study; it decides what the journal is told of measurements.
         new_records: the rule about new records; None without.
         work: what was interrupted and goes on.
     """
@@ -74,6 +76,7 @@ class StudyRunner:
     transport: Transport
     clock: Clock
     journal: Journal
+    role: Role = "train"
     new_records: NewRecords | None = None
     work: LocalWork | None = None
     measured: dict[str, Evaluation] = field(default_factory=dict)
@@ -254,7 +257,7 @@ class StudyRunner:
             work.abandon()
 
     def _measure(self, manifest: RoundManifestMsg, params: object) -> None:
-        """Measure a global model on the device's own records; only this device's journal and status learn it."""
+        """Measure a global model on the device's own records; nothing of it is sent."""
         try:
             found = self.participant.measure(params)  # type: ignore[arg-type]
         except CoveyError as error:
@@ -263,17 +266,12 @@ class StudyRunner:
         if not found:
             return
         self.measured, self.measured_round = found, manifest.round
-        best = found.get("personal", found["global"])
-        self.note(
-            "evaluated",
-            round=manifest.round,
-            status=manifest.status,
-            model_digest=manifest.model_digest.hex(),
-            loss_sum=best.loss_sum,
-            correct=best.correct,
-            count=best.count,
-            **({"global_correct": found["global"].correct} if "personal" in found else {}),
-        )
+        # Security: the journal lies in the clear, and is often passed on. Numbers about the wearer's records are told
+        # there only by a device whose purpose is to measure; `status` tells them to whoever may ask.
+        told = _scores(found) if self.role == "evaluate" else {}
+        digest = manifest.model_digest.hex()
+        event = "evaluated" if told else "measured"
+        self.note(event, round=manifest.round, status=manifest.status, model_digest=digest, **told)
 
     def _sweep(self) -> None:
         """Try again to delete what was given up; most of the time there is nothing."""
@@ -287,3 +285,10 @@ class StudyRunner:
         """Say that the disk does not take what must be durable."""
         self.last_problem = str(error)
         self.note("store_failed", reason=str(error))
+
+
+def _scores(found: dict[str, Evaluation]) -> dict[str, float]:
+    """What a measurement gave, for the journal: of the personal model, where there is one."""
+    best = found.get("personal", found["global"])
+    scores: dict[str, float] = {"loss_sum": best.loss_sum, "correct": best.correct, "count": best.count}
+    return {**scores, "global_correct": found["global"].correct} if "personal" in found else scores

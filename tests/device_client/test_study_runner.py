@@ -192,8 +192,49 @@ def test_held_out_records_measure_every_model_that_is_trained() -> None:
     one = OneDevice()
     device = one.start()
     one.scripts["watch"].open_round()
-    note = one.until("evaluated")
+    one.until("measured")
     held_out = device.streams["default"].held_out()
-    assert note["count"] == len(held_out) > 0
+    assert len(held_out) > 0
     (measured,) = device.status().studies[0].measured
     assert (measured.model, measured.round, measured.count) == ("global", 1, len(held_out))
+
+
+class Chatty(StudyRunner):
+    """Broken: it tells its journal what it measured, whatever its role is."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, "evaluate" if name == "role" else value)
+
+
+def check_the_journal_says_nothing_about_the_records(*, broken: bool) -> None:
+    one = OneDevice()
+    device = one.start()
+    one.steps(1)
+    if broken:
+        one.runner().__class__ = Chatty
+        one.runner().role = "train"
+    one.scripts["watch"].open_round()
+    one.until("update_sent")
+    (measured,) = device.status().studies[0].measured
+    assert measured.count > 0
+    for event, fields in one.journal.events:
+        assert not {"count", "correct", "loss_sum", "global_correct"} & set(fields), event
+
+
+def test_the_journal_of_a_device_that_trains_says_nothing_about_its_records() -> None:
+    check_the_journal_says_nothing_about_the_records(broken=False)
+
+
+def test_a_device_that_tells_its_journal_what_it_measured_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="evaluated"):
+        check_the_journal_says_nothing_about_the_records(broken=True)
+
+
+def test_a_device_that_only_measures_tells_its_journal_what_it_measured() -> None:
+    one = OneDevice(study_settings={"watch": {"role": "evaluate"}})
+    device = one.start()
+    one.scripts["watch"].open_round()
+    note = one.until("evaluated")
+    (measured,) = device.status().studies[0].measured
+    assert (note["count"], note["correct"]) == (measured.count, measured.correct)
+    assert note["count"] == 40
