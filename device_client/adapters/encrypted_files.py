@@ -23,6 +23,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import pwd
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -98,7 +99,8 @@ class EncryptedFiles:
             entropy: see the class.
 
         Raises:
-            StoreError: another process has it open, or it cannot be opened.
+            StoreError: another process has it open, it belongs to another user or others may write to it, or it
+                cannot be opened.
         """
         lock = _locked(folder)
         try:
@@ -354,6 +356,7 @@ def _locked(folder: Path) -> int:
         if not folder.exists():
             folder.mkdir(mode=0o700, parents=True)
             fsync_folder(folder.parent)
+        _check_owner(folder)
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StoreError(f"the store at {folder} cannot be opened ({error.strerror})") from error
@@ -365,6 +368,29 @@ def _locked(folder: Path) -> int:
             raise StoreError(f"the store at {folder} is in use by another process; stop that one first") from None
         raise StoreError(f"the store at {folder} cannot be locked ({error.strerror})") from error
     return lock
+
+
+def _check_owner(folder: Path) -> None:
+    """Refuse a folder of another user, and one that others may write to. Raises StoreError, and OSError."""
+    found, uid = folder.stat(), os.geteuid()
+    # What root writes into another user's store, that user could not replace any more.
+    if found.st_uid != uid:
+        owner = _user_name(found.st_uid)
+        raise StoreError(
+            f"the store at {folder} belongs to {owner}, and this process runs as {_user_name(uid)}: run it as that "
+            f"user (sudo -u {owner} ...)"
+        )
+    # Security: whoever may write to a folder may exchange its files for old copies of them.
+    if found.st_mode & 0o022:
+        raise StoreError(f"the store at {folder} can be changed by others; run chmod 700 on it")
+
+
+def _user_name(uid: int) -> str:
+    """A user's name; where there is none, the number as a shell hands it to sudo."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"'#{uid}'"
 
 
 def _checked(name: str) -> str:

@@ -113,6 +113,25 @@ def test_one_process_at_a_time(folder: Path) -> None:
     assert other.returncode == 0
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_may_write_to_is_refused(folder: Path, mode: int) -> None:
+    EncryptedFiles.in_folder(folder, KEY).close()
+    folder.chmod(mode)
+    with pytest.raises(StoreError, match="can be changed by others; run chmod 700"):
+        EncryptedFiles.in_folder(folder, KEY)
+    folder.chmod(0o755)  # as systemd's StateDirectory is made
+    EncryptedFiles.in_folder(folder, KEY).close()
+
+
+def test_the_store_of_another_user_is_refused_and_left_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    EncryptedFiles.in_folder(folder, KEY).close()
+    (folder / ".lock").unlink()
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 70_000)
+    with pytest.raises(StoreError, match=r"belongs to .+ runs as '#\d+': run it as that user \(sudo -u"):
+        EncryptedFiles.in_folder(folder, KEY)
+    assert list(folder.iterdir()) == []
+
+
 def test_a_refused_opening_leaves_no_descriptor_behind(folder: Path) -> None:
     store = EncryptedFiles.in_folder(folder, KEY)
     before = len(os.listdir("/proc/self/fd"))
