@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from device_client.events import Action, Discard, Note, PendingUpdate, Publish
 from device_client.noise import Entropy
+from device_client.refusals import printable
 from fl_protocol.chunking import missing_indices, split
 from fl_protocol.errors import RefusalReason
 from fl_protocol.limits import chunk_data_bytes
@@ -153,7 +154,11 @@ class Deliveries:
         if message.reason is RefusalReason.TRUNCATED:
             self._send_missing(delivery, message.missing, now_s)
             return []
-        fields = {"round": delivery.pending.round, "reason": message.reason.value, "detail": message.detail}
+        fields = {
+            "round": delivery.pending.round,
+            "reason": message.reason.value,
+            "detail": printable(message.detail, length=400),
+        }
         if message.reason not in RETRYABLE:
             return self._close(message.update_id, "refused", **fields)
         # Somebody changed bytes on the way; giving up here would let a broker throw updates away for good. Once an

@@ -41,6 +41,7 @@ from device_client.events import (
 )
 from device_client.feasibility import check_feasible
 from device_client.noise import Entropy
+from device_client.refusals import Refusals, printable
 from device_client.session_config import Role, SessionConfig, SessionView
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.messages import NackMsg, PresenceMsg, ReceiptMsg, RoundManifestMsg, encode
@@ -88,6 +89,7 @@ class DeviceSession:
         self._latest = (self._working_on, self._work_ends_s)  # the newest open round, and its latest deadline
         self._round: CurrentRound | None = None
         self._connected = False
+        self._refusals = Refusals()
         self._models = 0  # that the newest round was announced with, one after the other
         self._blocked: tuple[str, ...] = _NOT_READ
         self._refused = ""
@@ -145,7 +147,7 @@ class DeviceSession:
                 return self._connection_made(event, now_s)
             case Disconnected():
                 self._connection_lost()
-                return [Note("disconnected", {"reason": event.reason})]
+                return [Note("disconnected", {"reason": printable(event.reason, length=400)})]
             case Received():
                 return self._received(event, now_s)
             case Tick():
@@ -213,7 +215,16 @@ class DeviceSession:
         try:
             return self._verified(message, now_s)
         except ProtocolError as error:
-            return [Note("message_refused", {"topic": message.topic[:200], "reason": str(error)[:400]})]
+            return self._refusals.note(
+                self._kind_of(message.topic), topic=message.topic, reason=str(error), now_s=now_s
+            )
+
+    def _kind_of(self, topic: str) -> str:
+        """Which of the few kinds of message a topic carries."""
+        config = self._config
+        if topic == round_topic(config.tenant, config.task):
+            return "round"
+        return "answer" if topic.startswith(down_filter(config.tenant, config.device)[:-1]) else "model"
 
     def _verified(self, message: Received, now_s: float) -> list[Action]:
         """Route one message by its topic."""
@@ -236,7 +247,7 @@ class DeviceSession:
         try:
             self._check_concerns_us(manifest)
         except ProtocolError as error:
-            self._refused = f"round {manifest.round}: {error}"
+            self._refused = printable(f"round {manifest.round}: {error}", length=400)
             raise
         self._refused = ""
         actions: list[Action] = []

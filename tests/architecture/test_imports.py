@@ -86,6 +86,7 @@ PURE = [
     "device_client.downloads",
     "device_client.floors",
     "device_client.feasibility",
+    "device_client.refusals",
     "device_client.ledger",
     "device_client.training",
     "device_client.eligibility",
