@@ -39,13 +39,14 @@ class NewRecords:
         """Why they are not enough for a round, in words; empty when they are.
 
         Raises:
-            BudgetSpentError: the count cannot be charged any more.
+            BudgetSpentError: the count, and the round after it, cannot be charged any more; nothing was charged.
             StoreError: the disk did not take the charge.
         """
         # Security: the charge is durable before the count is looked at.
         self.ledger.reserve_count(
             task=study,
             round_number=manifest.round,
+            plan=manifest.plan,
             noise_multiplier=self.noise,
             now_s=now_s,
             latest_s=manifest.deadline_s,

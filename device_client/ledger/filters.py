@@ -1,6 +1,6 @@
 """Rényi filters: budgets that hold although each step is chosen after seeing what the earlier ones released. Pure.
 
-A filter sums RDP at one order, which is fixed by its first cost, before anything was released under it; that stays
+A filter holds RDP at one order, which is fixed with its first cost, before anything was released under it; that stays
 valid whatever the later steps depend on (V. Feldman, T. Zrnic, arXiv 2008.11193, theorem 4.3; docs/adr/0002).
 """
 
@@ -14,6 +14,9 @@ import numpy as np
 
 from device_client.accounting import ORDERS, Vector, epsilon_by_order, filter_order_index, rdp_to_epsilon
 from fl_protocol.errors import LocalMisuseError
+
+LEAST_LEFT_TO_GAUSSIANS = 0.75
+"""Of the unsampled Gaussian steps that a budget's best order admits, `common_order_index` admits at least this part."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,25 @@ class Budget:
         return min(self.epsilon, self.per_task.get(task, math.inf))
 
 
+def common_order_index(epsilon: float, delta: float) -> int:
+    """Index into `ORDERS` of an order that suits any plan tolerably: known from the budget alone.
+
+    It is the lowest that leaves unsampled Gaussian steps `LEAST_LEFT_TO_GAUSSIANS`. They want the highest order of all
+    plans and lose slowly below it; sampled steps with little noise explode above theirs.
+    """
+    unsampled = np.array(ORDERS)  # a Gaussian's RDP is in proportion to the order
+    room = epsilon - epsilon_by_order(np.zeros(len(ORDERS)), delta)
+    if math.isinf(epsilon) or not room.max() > 0:
+        return filter_order_index(epsilon=epsilon, delta=delta, cost=unsampled)
+    admitted = room / unsampled
+    return int(np.argmax(admitted >= LEAST_LEFT_TO_GAUSSIANS * admitted.max()))
+
+
 class RenyiFilter:
-    """One sum of costs, held within (epsilon, delta)."""
+    """One sum of costs, held within (epsilon, delta).
+
+    Wherever `first` is asked for: index of the order that is fixed if none is yet.
+    """
 
     def __init__(self, epsilon: float, delta: float) -> None:
         self.epsilon, self.delta = epsilon, delta
@@ -66,29 +86,31 @@ class RenyiFilter:
         """Epsilon of what was added so far, as an accountant would state it; never above the enforced one."""
         return rdp_to_epsilon(self.total, self.delta)
 
-    def epsilon_with(self, cost: Vector) -> float:
+    def epsilon_with(self, cost: Vector, first: int) -> float:
         """The enforced epsilon if this cost came on top."""
-        return float(epsilon_by_order(self.total + cost, self.delta)[self.order_index(cost)])
+        return float(epsilon_by_order(self.total + cost, self.delta)[self.order_index(first)])
 
-    def admits(self, cost: Vector) -> bool:
+    def admits(self, cost: Vector, first: int) -> bool:
         """Whether it may come on top."""
-        return self.epsilon_with(cost) <= self.epsilon
+        return self.epsilon_with(cost, first) <= self.epsilon
 
-    def add(self, cost: Vector) -> None:
-        """Count a cost; the first one fixes the order."""
-        self._order_index = self.order_index(cost)
+    def add(self, cost: Vector, first: int) -> None:
+        """Count a cost."""
+        self._order_index = self.order_index(first)
         self.total = self.total + cost
 
-    def remaining(self, cost: Vector) -> float:
+    def remaining(self, cost: Vector, first: int) -> float:
         """How many more of this cost are admitted."""
         if math.isinf(self.epsilon):
             return math.inf
-        order = self.order_index(cost)
+        order = self.order_index(first)
         used = float(epsilon_by_order(self.total, self.delta)[order])
         return float(max(0.0, (self.epsilon - used) // cost[order])) if cost[order] > 0 else math.inf
 
-    def order_index(self, cost: Vector) -> int:
-        """Index of the enforced order; before the first cost, of the order that this one would fix."""
-        if self._order_index is not None:
-            return self._order_index
+    def order_index(self, first: int) -> int:
+        """Index of the enforced order."""
+        return first if self._order_index is None else self._order_index
+
+    def best_order_index(self, cost: Vector) -> int:
+        """Index of the order at which a fresh budget admits the most of this cost."""
         return filter_order_index(epsilon=self.epsilon, delta=self.delta, cost=cost)

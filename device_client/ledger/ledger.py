@@ -18,9 +18,9 @@ from device_client.errors import BudgetSpentError, LedgerError
 from device_client.events import PendingUpdate
 from device_client.ledger.chain import CountedLog, Counter, LogStore, open_log, read_log
 from device_client.ledger.filters import Budget
-from device_client.ledger.lines import FORMAT, Acceptance, Purpose, Release, Reservation
+from device_client.ledger.lines import FORMAT, Acceptance, Purpose, Release, Reservation, Steps
 from device_client.ledger.spending import Period, Refusal, Spending
-from device_client.ledger.times import RoundTimes, utc
+from device_client.ledger.times import RoundTimes, disagreement, proviso, utc, widest_window_s
 from fl_protocol.messages import TrainingPlanMsg
 
 
@@ -34,6 +34,11 @@ def cost_of(plan: TrainingPlanMsg) -> Vector:
 def cost_of_count(noise_multiplier: float) -> Vector:
     """RDP of one noisy count of records, as `PrivacyLedger.reserve_count` charges it."""
     return poisson_gaussian_rdp(sampling_rate=1.0, noise_multiplier=noise_multiplier, steps=1)
+
+
+def _steps_of(plan: TrainingPlanMsg) -> Steps:
+    """What a plan releases."""
+    return Steps(plan.sampling_rate, plan.noise_multiplier, plan.local_steps)
 
 
 class PrivacyLedger:
@@ -115,11 +120,8 @@ class PrivacyLedger:
             self._admitted(
                 task=task,
                 round_number=round_number,
-                purpose="update",
-                sampling_rate=plan.sampling_rate,
-                noise_multiplier=plan.noise_multiplier,
-                steps=plan.local_steps,
-                times=RoundTimes(now_s, earliest_s, latest_s),
+                update=_steps_of(plan),
+                times=self._times(now_s, earliest_s, latest_s),
             )
         )
         return self.spent_epsilon
@@ -138,11 +140,8 @@ class PrivacyLedger:
         self._admitted(
             task=task,
             round_number=round_number,
-            purpose="update",
-            sampling_rate=plan.sampling_rate,
-            noise_multiplier=plan.noise_multiplier,
-            steps=plan.local_steps,
-            times=RoundTimes(now_s, earliest_s, latest_s),
+            update=_steps_of(plan),
+            times=self._times(now_s, earliest_s, latest_s),
         )
 
     def reserve_count(
@@ -150,6 +149,7 @@ class PrivacyLedger:
         *,
         task: str,
         round_number: int,
+        plan: TrainingPlanMsg,
         noise_multiplier: float,
         now_s: float,
         latest_s: float = math.inf,
@@ -158,11 +158,13 @@ class PrivacyLedger:
         """Charge one noisy count of records, durably; call before the noise is drawn.
 
         Whether a device takes part is seen by others; where that depends on how many records there are, the count that
-        decides it is a release of its own. One record changes it by one.
+        decides it is a release of its own. One record changes it by one. It is admitted only together with the round
+        that it is for: to count for one that cannot be charged afterwards would be spent for nothing.
 
         Args:
             task: as in `reserve`.
             round_number: as in `reserve`, counts by themselves: each round is counted at most once.
+            plan: of that round, from its manifest; `reserve` charges it.
             noise_multiplier: standard deviation of the Gaussian noise, in records.
             now_s: as in `reserve`.
             latest_s: as in `reserve`.
@@ -176,11 +178,9 @@ class PrivacyLedger:
             self._admitted(
                 task=task,
                 round_number=round_number,
-                purpose="count",
-                sampling_rate=1.0,
-                noise_multiplier=noise_multiplier,
-                steps=1,
-                times=RoundTimes(now_s, earliest_s, latest_s),
+                update=_steps_of(plan),
+                count=Steps(1.0, noise_multiplier, 1),
+                times=self._times(now_s, earliest_s, latest_s),
             )
         )
 
@@ -326,9 +326,9 @@ class PrivacyLedger:
         Returns:
             None if it would not refuse now, else Unix seconds; infinity for never.
         """
-        times = RoundTimes(now_s, earliest_s, latest_s)
+        times = self._times(now_s, earliest_s, latest_s)
         if self._is_unknown_when(times):
-            return max(earliest_s, now_s)
+            return math.inf if times.is_too_wide else max(earliest_s, now_s)
         period = self._spending.period_at(times.ledger_time_s(self._spending.at_s))
         return None if period.refusal(task, cost) is None else self._admits_from_s(period, task, cost)
 
@@ -343,39 +343,39 @@ class PrivacyLedger:
         *,
         task: str,
         round_number: int,
-        purpose: Purpose,
-        sampling_rate: float,
-        noise_multiplier: float,
-        steps: int,
+        update: Steps,
         times: RoundTimes,
+        count: Steps | None = None,
     ) -> Reservation:
-        """The line that charges this. Raises BudgetSpentError."""
-        what = (
-            f"round {round_number} of {task}" if purpose == "update" else f"a count in round {round_number} of {task}"
-        )
+        """The line that charges an update, or the count that goes before it. Raises BudgetSpentError."""
+        purpose: Purpose = "update" if count is None else "count"
+        what = f"round {round_number} of {task}" if count is None else f"a count in round {round_number} of {task}"
         if round_number <= self.last_round(task, purpose=purpose):
             raise BudgetSpentError(f"{what} was charged before and is not done twice")
         if self._is_unknown_when(times):
-            raise BudgetSpentError(
-                f"the first period of the privacy budget cannot begin: the device's clock says {utc(times.now_s)}, but "
-                f"{what} is from {utc(times.earliest_s)} to {utc(times.latest_s)}; set the clock"
-            )
+            raise BudgetSpentError(f"the first period of the privacy budget cannot begin: {disagreement(what, times)}")
+        charged = update if count is None else count
         entry = Reservation(
             format=FORMAT,
             at_s=times.ledger_time_s(self._spending.at_s),
             task=task,
             round=round_number,
             purpose=purpose,
-            sampling_rate=sampling_rate,
-            noise_multiplier=noise_multiplier,
-            steps=steps,
+            sampling_rate=charged.sampling_rate,
+            noise_multiplier=charged.noise_multiplier,
+            steps=charged.steps,
             previous=self._log.head,
+            plan=None if count is None else update,
         )
         period = self._spending.period_at(entry.at_s)
-        refusal = period.refusal(task, entry.rdp())
+        refusal = period.refusal(task, entry.repeated_rdp())
         if refusal is not None:
             raise BudgetSpentError(self._sentence(what, entry, period, refusal, times))
         return entry
+
+    def _times(self, now_s: float, earliest_s: float, latest_s: float) -> RoundTimes:
+        """What is known of the time."""
+        return RoundTimes(now_s, earliest_s, latest_s, widest_window_s(self.budget.period_s))
 
     def _is_unknown_when(self, times: RoundTimes) -> bool:
         """Whether the first period would begin at a time that clock and study do not agree on."""
@@ -388,6 +388,7 @@ class PrivacyLedger:
 
     def _sentence(self, what: str, entry: Reservation, period: Period, refusal: Refusal, times: RoundTimes) -> str:
         """A refusal for people: what would be spent of what, and from when on it will not be refused."""
+        what += "" if entry.plan is None else " and the round"
         begin = "the privacy budget is spent"
         if period.closed_by is not None:
             why = f"its counter was accepted on {utc(period.closed_by.at_s)}, so this period counts as spent"
@@ -401,10 +402,9 @@ class PrivacyLedger:
 
     def _until(self, entry: Reservation, period: Period, times: RoundTimes) -> str:
         """The end of that sentence."""
-        from_s = self._admits_from_s(period, entry.task, entry.rdp())
+        from_s = self._admits_from_s(period, entry.task, entry.repeated_rdp())
         if math.isfinite(from_s):
-            wrong = "" if times.agree else f", once the clock, which says {utc(times.now_s)}, agrees with the study's"
-            return f"it will not be refused from {utc(from_s)} on{wrong}"
+            return f"it will not be refused from {utc(from_s)} on{proviso(times)}"
         if math.isfinite(period.ends_s):
             return "it costs more than a whole period has, so it will always be refused"
         return "the budget has one period for ever, so nothing more of this kind is trained"

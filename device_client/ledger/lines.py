@@ -23,7 +23,26 @@ GENESIS = "0" * 64
 Purpose = Literal["update", "count"]
 
 
-class Reservation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="reservation"):
+class Steps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Gaussian steps: sampling rate, noise multiplier and how many."""
+
+    sampling_rate: float
+    noise_multiplier: float
+    steps: int
+
+    def rdp(self) -> Vector:
+        """What they cost at each of `device_client.accounting.ORDERS`; not to be written to."""
+        return _rdp(self.sampling_rate, self.noise_multiplier, self.steps)
+
+
+class Reservation(
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    tag_field="kind",
+    tag="reservation",
+):
     """What was charged, and for which round.
 
     Args:
@@ -33,6 +52,7 @@ class Reservation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_f
         purpose: ``update`` for a participation, ``count`` for one noisy count of records.
         sampling_rate, noise_multiplier, steps: the Gaussian steps that were charged.
         previous: hash of the line before, hex.
+        plan: of a count: the steps of the round that it is for, as its manifest says them; charged on another line.
     """
 
     format: Literal[1]
@@ -44,10 +64,15 @@ class Reservation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_f
     noise_multiplier: float
     steps: int
     previous: str
+    plan: Steps | None = None
 
     def rdp(self) -> Vector:
         """What it costs at each of `device_client.accounting.ORDERS`; not to be written to."""
         return _rdp(self.sampling_rate, self.noise_multiplier, self.steps)
+
+    def repeated_rdp(self) -> Vector:
+        """What a study that asks for this will ask for again and again: with a count the round that it is for."""
+        return self.rdp() if self.plan is None else self.rdp() + self.plan.rdp()
 
 
 class Acceptance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="acceptance"):
@@ -125,7 +150,7 @@ def decode_line(data: bytes) -> Line:
     """
     line: Line = _DECODER.decode(data)
     if isinstance(line, Reservation):
-        line.rdp()
+        line.repeated_rdp()
     if not math.isfinite(line.at_s):
         raise ValueError(f"at_s: expected Unix seconds, got {line.at_s}")
     return line

@@ -2,6 +2,10 @@
 
 Periods are of one length and follow one another from the time of the first line. Each begins with fresh filters. Time
 comes in with the lines and only moves forwards.
+
+The order of a share's filter suits the study's first plan in the period. So does the device's, if that study may spend
+the whole budget anyhow; a study with a share must not choose for the others, so with it the order is the common one
+(docs/adr/0002). In both cases it is known before anything of the period is released.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from device_client.accounting import ORDERS, Vector, rdp_to_epsilon
-from device_client.ledger.filters import Budget, RenyiFilter
+from device_client.ledger.filters import Budget, RenyiFilter, common_order_index
 from device_client.ledger.lines import Acceptance, Line, Purpose, Release, Reservation
 
 
@@ -57,15 +61,22 @@ class Period:
         """What holds one study within its share."""
         return self._studies.get(task) or RenyiFilter(self._budget.share_of(task), self._budget.delta)
 
-    def refusal(self, task: str, cost: Vector) -> Refusal | None:
-        """Why a cost is not admitted, None if both filters take it."""
+    def refusal(self, task: str, cost: Vector, repeated: Vector | None = None) -> Refusal | None:
+        """Why a cost is not admitted, None if both filters take it.
+
+        Args:
+            task: whose it is.
+            cost: RDP.
+            repeated: what the study will ask for again and again, `cost` if nothing else is said; suits the orders.
+        """
         study = self.study(task)
+        first, first_of_study = self._first_orders(task, cost if repeated is None else repeated)
         if self.closed_by is not None and math.isfinite(study.epsilon):  # without a budget there is nothing to keep
             return Refusal(None, math.inf, self.device.epsilon)
-        if not self.device.admits(cost):
-            return Refusal(None, self.device.epsilon_with(cost), self.device.epsilon)
-        if not study.admits(cost):
-            return Refusal(task, study.epsilon_with(cost), study.epsilon)
+        if not self.device.admits(cost, first):
+            return Refusal(None, self.device.epsilon_with(cost, first), self.device.epsilon)
+        if not study.admits(cost, first_of_study):
+            return Refusal(task, study.epsilon_with(cost, first_of_study), study.epsilon)
         return None
 
     def remaining(self, cost: Vector, task: str | None) -> float:
@@ -73,13 +84,25 @@ class Period:
         holding = self.device if task is None else self.study(task)
         if self.closed_by is not None and math.isfinite(holding.epsilon):
             return 0.0
-        return min(self.device.remaining(cost), holding.remaining(cost))
+        first, first_of_study = self._first_orders(task, cost)
+        return min(self.device.remaining(cost, first), holding.remaining(cost, first_of_study))
 
-    def add(self, task: str, cost: Vector) -> None:
-        """Count a cost."""
-        self.device.add(cost)
+    def add(self, task: str, cost: Vector, repeated: Vector) -> None:
+        """Count a cost; Args as `refusal`."""
+        first, first_of_study = self._first_orders(task, repeated)
+        self.device.add(cost, first)
         study = self._studies[task] = self.study(task)
-        study.add(cost)
+        study.add(cost, first_of_study)
+
+    def _first_orders(self, task: str | None, repeated: Vector) -> tuple[int, int]:
+        """Indices of the orders that the device's and a study's filter have, or get with this."""
+        study = self.device if task is None else self.study(task)
+        if study.order is not None and self.device.order is not None:
+            return self.device.order_index(0), study.order_index(0)
+        best = study.best_order_index(repeated)
+        # Security: who may spend little must not choose an order at which the others' plans are ruinous.
+        shares = study.epsilon < self.device.epsilon
+        return common_order_index(self.device.epsilon, self.device.delta) if shares else best, best
 
 
 class Spending:
@@ -117,7 +140,7 @@ class Spending:
             return
         cost = line.rdp()
         self.reservations.append(line)
-        self.period.add(line.task, cost)
+        self.period.add(line.task, cost, line.repeated_rdp())
         self._ever = self._ever + cost
         self._ever_by_study[line.task] = self._ever_by_study.get(line.task, 0.0) + cost
         self._last_rounds[line.task, line.purpose] = max(self.last_round(line.task, line.purpose), line.round)

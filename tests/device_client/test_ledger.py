@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from device_client.accounting import (
     ORDERS,
-    Vector,
     epsilon_by_order,
     filter_order_index,
     noise_multiplier_for,
@@ -75,7 +74,9 @@ def check_a_charge_is_on_disk_when_reserve_returns(open_ledger: Open) -> None:
     ledger = open_ledger(store, counter, BUDGET)
     for number in (1, 2, 3):
         spent = reserve(ledger, number)
-        ledger.reserve_count(task=TASK, round_number=number, noise_multiplier=50.0, now_s=START_S + number)
+        ledger.reserve_count(
+            task=TASK, round_number=number, plan=make_plan(), noise_multiplier=50.0, now_s=START_S + number
+        )
         assert spent <= ledger.spent_epsilon
         again = PrivacyLedger(store.after_restart(), counter.after_restart(), BUDGET)
         assert again.spent_epsilon == ledger.spent_epsilon
@@ -112,7 +113,7 @@ def check_counts_are_charged(open_ledger: Open) -> None:
     ledger = open_ledger(MemoryStore(), MemoryCounter(), BUDGET)
     for number in range(1, 1000):
         try:
-            ledger.reserve_count(task=TASK, round_number=number, noise_multiplier=5.0, now_s=START_S)
+            ledger.reserve_count(task=TASK, round_number=number, plan=make_plan(), noise_multiplier=5.0, now_s=START_S)
         except BudgetSpentError:
             break
         cost = number * cost_of_count(5.0)
@@ -145,13 +146,13 @@ def test_a_broken_ledger_is_caught(check: Callable[[Open], None], broken: Open) 
 
 def test_a_count_does_not_stand_in_the_way_of_its_rounds_update_and_is_charged_once() -> None:
     ledger = opened()
-    ledger.reserve_count(task=TASK, round_number=3, noise_multiplier=50.0, now_s=START_S)
+    ledger.reserve_count(task=TASK, round_number=3, plan=make_plan(), noise_multiplier=50.0, now_s=START_S)
     assert not ledger.was_charged(TASK, 3)
     assert ledger.last_round(TASK) == 0
     reserve(ledger, 3)
     for number in (3, 2):
         with pytest.raises(BudgetSpentError, match="charged before"):
-            ledger.reserve_count(task=TASK, round_number=number, noise_multiplier=50.0, now_s=START_S)
+            ledger.reserve_count(task=TASK, round_number=number, plan=make_plan(), noise_multiplier=50.0, now_s=START_S)
     assert [(entry.round, entry.purpose) for entry in ledger.reservations] == [(3, "count"), (3, "update")]
 
 
@@ -201,16 +202,17 @@ def test_whatever_is_asked_for_the_budget_is_never_exceeded(budget: Budget, want
 class ReoptimisingFilter(RenyiFilter):
     """Broken: takes the best order anew each time, for which no filter is proven."""
 
-    def order_index(self, cost: Vector) -> int:
-        return int(np.argmin(epsilon_by_order(self.total + cost, self.delta)))
+    def order_index(self, first: int) -> int:
+        return first
 
 
 def orders_of(filter_: RenyiFilter) -> set[int]:
     """The orders at which a filter enforces when wide noise is followed by sampled narrow noise."""
     seen = set()
     for plan in (make_plan(noise_multiplier=20.0), make_plan(sampling_rate=0.05, noise_multiplier=0.7)):
-        seen.add(filter_.order_index(cost_of(plan)))
-        filter_.add(cost_of(plan))
+        best = filter_.best_order_index(filter_.total + cost_of(plan))
+        seen.add(filter_.order_index(best))
+        filter_.add(cost_of(plan), best)
     return seen
 
 
@@ -358,7 +360,9 @@ def test_a_time_that_is_none_charges_nothing(now_s: float) -> None:
 def test_a_count_with_noise_that_is_none_charges_nothing(noise_multiplier: float) -> None:
     ledger = opened()
     with pytest.raises(LocalMisuseError, match="noise_multiplier"):
-        ledger.reserve_count(task=TASK, round_number=1, noise_multiplier=noise_multiplier, now_s=START_S)
+        ledger.reserve_count(
+            task=TASK, round_number=1, plan=make_plan(), noise_multiplier=noise_multiplier, now_s=START_S
+        )
     assert not ledger.reservations
 
 

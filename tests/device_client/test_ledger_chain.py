@@ -25,7 +25,7 @@ from tests.device_client.ledger_ports import (
     filled,
     reserve,
 )
-from tests.device_client.ports import MemoryStore
+from tests.device_client.ports import MemoryStore, make_plan
 
 KEY = b"\x11" * 32
 
@@ -298,7 +298,7 @@ def test_what_a_person_accepts_closes_the_period_and_stays_in_the_log(found: tup
         ):
             reserve(opened, 9, now_s=START_S + 29 * DAY_S)
         with pytest.raises(BudgetSpentError):
-            opened.reserve_count(task=OTHER, round_number=9, noise_multiplier=99.0, now_s=START_S)
+            opened.reserve_count(task=OTHER, round_number=9, plan=make_plan(), noise_multiplier=99.0, now_s=START_S)
         (acceptance,) = opened.acceptances
         assert "counter" in acceptance.found
     assert reserve(ledger, 9, now_s=START_S + 31 * DAY_S) < 3.0

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from device_client.accounting import rdp_to_epsilon
 from device_client.errors import BudgetSpentError
 from device_client.ledger import Budget, Counter, LogStore, PrivacyLedger, cost_of
+from device_client.ledger.filters import RenyiFilter, common_order_index
+from device_client.ledger.times import RoundTimes
 from tests.device_client.ledger_ports import DAY_S, OTHER, START_S, TASK, MemoryCounter, Open, opened, reserve
 from tests.device_client.ports import MemoryStore, make_plan
 
@@ -128,6 +130,13 @@ class StudyLedger(PrivacyLedger):
         return super().reserve(**{**wanted, "now_s": wanted["latest_s"]})
 
 
+class WideLedger(PrivacyLedger):
+    """Broken: a clock anywhere within what was signed will do, however much that is."""
+
+    def _times(self, now_s: float, earliest_s: float, latest_s: float) -> RoundTimes:
+        return RoundTimes(now_s, earliest_s, latest_s)
+
+
 class ReopeningLedger(PrivacyLedger):
     """Broken: a period that is over may be opened again by setting the clock back."""
 
@@ -156,6 +165,17 @@ def check_a_study_alone_opens_no_period(open_ledger: Open) -> None:
             now_s = START_S + step * DAY_S / 2
             assert spend_all(ledger, now_s=now_s, earliest_s=round_s - 60, latest_s=round_s + 3600) == 0
             assert spend_all(ledger, now_s=now_s, latest_s=round_s) == 0
+
+
+def check_a_study_that_signs_all_of_time_leaves_no_period_to_the_clock(open_ledger: Open) -> None:
+    for window_s in (15 * DAY_S + 1, 1e11):  # half a period is the most
+        ledger = fresh(open_ledger)
+        assert spend_all(ledger, now_s=START_S, earliest_s=START_S - 60, latest_s=START_S + 3600)
+        for month in range(1, 13):
+            now_s = START_S + month * MONTH_S
+            around: dict[str, Any] = {"earliest_s": now_s - window_s / 2, "latest_s": now_s + window_s / 2}
+            assert spend_all(ledger, now_s=now_s, **around) == 0
+        assert ledger.period_ends_s == START_S + MONTH_S  # nor does one leap of the clock end the device's time
 
 
 def check_an_old_period_is_not_opened_again(open_ledger: Open) -> None:
@@ -191,7 +211,7 @@ def check_a_study_stays_within_its_share_and_all_within_the_device(open_ledger: 
     assert share == opened(Budget(1.5, 1e-5)).remaining_participations(COST)
     assert 0 < ledger.spent_on(TASK) <= 1.5
     rest = spend_all(ledger, now_s=START_S, task=OTHER)
-    assert share + rest == opened(Budget(3.0, 1e-5)).remaining_participations(COST)
+    assert share + rest == RenyiFilter(3.0, 1e-5).remaining(COST, common_order_index(3.0, 1e-5))
     assert ledger.spent_epsilon <= 3.0
     assert rdp_to_epsilon((share + rest) * COST, 1e-5) <= 3.0
 
@@ -199,6 +219,7 @@ def check_a_study_stays_within_its_share_and_all_within_the_device(open_ledger: 
 CHECKS = [
     (check_a_clock_alone_opens_no_period, ClockLedger),
     (check_a_study_alone_opens_no_period, StudyLedger),
+    (check_a_study_that_signs_all_of_time_leaves_no_period_to_the_clock, WideLedger),
     (check_an_old_period_is_not_opened_again, ReopeningLedger),
     (check_a_study_stays_within_its_share_and_all_within_the_device, ShareIgnoringLedger),
     (check_a_study_stays_within_its_share_and_all_within_the_device, OnlyShareLedger),
@@ -255,6 +276,22 @@ def test_a_first_period_does_not_begin_at_a_time_that_is_not_agreed_on() -> None
     reserve(ledger, 1, now_s=START_S, **signed)
 
 
+def test_a_round_that_is_open_too_long_begins_no_period_and_is_told_why() -> None:
+    wide: dict[str, Any] = {"earliest_s": START_S - 60, "latest_s": START_S + 16 * DAY_S}
+    ledger = opened(MONTHLY)
+    with pytest.raises(
+        BudgetSpentError, match=r"cannot begin: round 1 of .* is open from .* at most 15 days are wanted"
+    ):
+        reserve(ledger, 1, now_s=START_S, **wide)
+    assert ledger.refuses_until_s(task=TASK, cost=COST, now_s=START_S, **wide) == math.inf
+    reserve(ledger, 1, now_s=START_S, earliest_s=START_S - 60, latest_s=START_S + 14 * DAY_S)
+    reserve(ledger, 2, now_s=START_S + 1, **wide)  # within a period no time is needed
+    assert [entry.at_s for entry in ledger.reservations] == [START_S, START_S]
+    spend_all(ledger, now_s=START_S)
+    text = refusal_of(ledger, now_s=START_S, **wide)
+    assert text.endswith("from 2027-02-14 08:00 UTC on, in a round that is open for at most 15 days")
+
+
 @pytest.mark.parametrize("clock_s", [-YEARS_S, YEARS_S])
 def test_with_one_period_for_ever_and_within_a_period_a_wrong_clock_refuses_nothing(clock_s: float) -> None:
     signed: dict[str, Any] = {"earliest_s": START_S - 60, "latest_s": START_S + 60}
@@ -267,7 +304,7 @@ def test_with_one_period_for_ever_and_within_a_period_a_wrong_clock_refuses_noth
 
 def test_a_clock_a_little_ahead_does_not_carry_the_ledger_beyond_what_was_signed() -> None:
     ledger = opened(MONTHLY)
-    reserve(ledger, 1, now_s=START_S + DAY_S / 2, latest_s=START_S)
+    reserve(ledger, 1, now_s=START_S + DAY_S / 2, latest_s=START_S, earliest_s=START_S - 60)
     assert ledger.reservations[0].at_s == START_S
 
 
@@ -296,7 +333,7 @@ def test_a_refusal_says_which_budget_and_from_when_on_not() -> None:
 def test_a_refusal_under_a_wrong_clock_names_the_clock() -> None:
     ledger = opened(MONTHLY)
     spend_all(ledger, now_s=START_S)
-    text = refusal_of(ledger, now_s=START_S + YEARS_S, latest_s=START_S + 60)
+    text = refusal_of(ledger, now_s=START_S + YEARS_S, latest_s=START_S + 60, earliest_s=START_S - 60)
     assert "from 2027-02-14 08:00 UTC on, once the clock, which says 2037-" in text
 
 

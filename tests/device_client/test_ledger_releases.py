@@ -14,7 +14,7 @@ from device_client.events import PendingUpdate
 from device_client.ledger import LOG_NAME, Budget, Counter, LogStore, PrivacyLedger
 from fl_protocol.errors import LocalMisuseError
 from tests.device_client.ledger_ports import BUDGET, DAY_S, OTHER, START_S, TASK, MemoryCounter, Open, filled, reserve
-from tests.device_client.ports import DEVICE, MemoryStore
+from tests.device_client.ports import DEVICE, MemoryStore, make_plan
 
 
 def sealed(round_number: int, **changes: Any) -> PendingUpdate:
@@ -100,7 +100,7 @@ def check_a_round_has_one_sealed_update(open_ledger: Open) -> None:
 def check_nothing_is_released_that_was_not_charged(open_ledger: Open) -> None:
     store, counter = filled(2)
     ledger = ledger_of(open_ledger, store, counter)
-    ledger.reserve_count(task=TASK, round_number=3, noise_multiplier=50.0, now_s=START_S)
+    ledger.reserve_count(task=TASK, round_number=3, plan=make_plan(), noise_multiplier=50.0, now_s=START_S)
     for pending in (sealed(3), sealed(1, study=OTHER)):
         with pytest.raises(LedgerError, match="never charged"):
             ledger.record_release(pending, now_s=START_S)
