@@ -11,6 +11,7 @@ from device_client import cli_ask, cli_store
 from device_client.assembly import DeviceFiles
 from device_client.doctor import run_doctor
 from device_client.errors import LedgerError, StoreError
+from device_client.terminal import visible
 from fl_protocol.adapters.software import software_version
 from fl_protocol.errors import BundleError, ConfigError, CoveyError
 
@@ -48,13 +49,13 @@ def main(argv: list[str] | None = None) -> int:
         code = int(arguments.command(DeviceFiles.load(arguments.config), arguments))
         sys.stdout.flush()
     except CoveyError as error:
-        print(f"covey-device: {error}", file=sys.stderr)
+        print(visible(f"covey-device: {error}"), file=sys.stderr)
         return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
     except BrokenPipeError:  # whoever read the output went away
         _drop_output()
         return 1
     except OSError as error:  # a place that was not foreseen: a full or read-only disk, a folder of somebody else
-        print(f"covey-device: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        print(visible(f"covey-device: {error.filename or 'output'}: {error.strerror or error}"), file=sys.stderr)
         _drop_output()
         return 1
     except KeyboardInterrupt:

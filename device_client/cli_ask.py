@@ -19,6 +19,7 @@ from device_client.errors import DeviceError, StoreError
 from device_client.ledger import PrivacyLedger
 from device_client.outbox import Outbox
 from device_client.status import Status, status_text
+from device_client.terminal import visible
 from fl_protocol.errors import ConfigError, CoveyError
 
 _ANSWER_WITHIN_S = 60.0
@@ -167,7 +168,8 @@ def _value(reply: bytes) -> Any:
 
 
 def _print(found: Any, lines: list[str], arguments: argparse.Namespace) -> None:
-    print(json.dumps(found, indent=1) if arguments.json else "\n".join(lines))
+    # JSON escapes by itself whatever is not ASCII.
+    print(json.dumps(found, indent=1) if arguments.json else "\n".join(map(visible, lines)))
 
 
 def _epsilon(value: float | None) -> str:

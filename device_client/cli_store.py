@@ -21,6 +21,7 @@ from device_client.pseudonyms import NoPseudonym, Pseudonyms, date_text
 from device_client.recordings.csv_header import CsvFormat
 from device_client.recordings.csv_import import CsvProgress, store_csv
 from device_client.recordings.npz_import import read_npz
+from device_client.terminal import visible
 from fl_protocol.adapters.config_files import pinned_key, read_file
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.journal import JsonLines
@@ -65,7 +66,7 @@ def import_records(files: DeviceFiles, arguments: argparse.Namespace) -> int:
             stored, notes = target.append(records.x, records.y, at_s=time.time()), []
     print(f"{stored} windows stored, encrypted, in {files.config.device.store}")
     for note in notes:
-        print(f"  {note}")
+        print(visible(f"  {note}"))
     return 0
 
 
@@ -109,7 +110,7 @@ def _install_names(files: DeviceFiles, study: StudyConfig, names: Pseudonyms, ar
 def _list_names(_files: DeviceFiles, study: StudyConfig, names: Pseudonyms, _arguments: argparse.Namespace) -> None:
     """One line for each, and what to do."""
     now_s = time.time()
-    print("\n".join(names.describe(now_s)))
+    print("\n".join(map(visible, names.describe(now_s))))
     current, lasts_s = names.current(now_s), names.lasts_until_s()
     if isinstance(current, NoPseudonym):
         print(current.words)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from device_client.study_runner import StudyRunner
+from device_client.terminal import visible
 from device_client.training import Evaluation
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def status_text(status: Status) -> list[str]:
     spent = f"{least}{_number(status.spent_epsilon, 4)}"
     lines.append(f"privacy: epsilon {spent} of {limit} at delta {status.delta:g} in this period")
     lines += [f"records {one.stream}: {one.records}, {one.held_out} of them held out" for one in status.streams]
-    return lines
+    return [visible(line) for line in lines]
 
 
 def _running(runner: StudyRunner, spent_epsilon: float | None) -> StudyStatus:

@@ -652,6 +652,14 @@ def test_a_reader_that_went_away_ends_it_quietly(desk: Desk) -> None:
 # Bundles and brokers.
 
 
+def test_nothing_that_a_file_says_speaks_to_the_terminal(desk: Desk) -> None:
+    desk.prepare()
+    desk.config.write_text(desk.config.read_text().replace("[privacy]", '["\\u001b[2Jprivacy"]', 1))
+    result = desk.run("status")
+    one_sentence(result, 2, r"\x1b[2J")
+    assert "\x1b" not in result[2]
+
+
 def test_a_missing_bundle_is_named(desk: Desk) -> None:
     desk.prepare()
     (desk.folder / "model.covey").unlink()
