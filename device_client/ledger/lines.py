@@ -34,6 +34,12 @@ class Steps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=
         """What they cost at each of `device_client.accounting.ORDERS`; not to be written to."""
         return _rdp(self.sampling_rate, self.noise_multiplier, self.steps)
 
+    def check(self) -> None:
+        """Whether `rdp` can be told, without the work. Raises ValueError or OverflowError."""
+        poisson_gaussian_rdp(sampling_rate=self.sampling_rate, noise_multiplier=self.noise_multiplier, steps=0)
+        if not float(self.steps) >= 0:
+            raise ValueError(f"steps: expected at least 0, got {self.steps}")
+
 
 class Reservation(
     msgspec.Struct,
@@ -150,7 +156,9 @@ def decode_line(data: bytes) -> Line:
     """
     line: Line = _DECODER.decode(data)
     if isinstance(line, Reservation):
-        line.repeated_rdp()
+        Steps(line.sampling_rate, line.noise_multiplier, line.steps).check()
+        if line.plan is not None:
+            line.plan.check()
     if not math.isfinite(line.at_s):
         raise ValueError(f"at_s: expected Unix seconds, got {line.at_s}")
     return line
@@ -161,7 +169,7 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def _rdp(sampling_rate: float, noise_multiplier: float, steps: int) -> Vector:
     """Kept, since a study repeats its plan for years."""
     rdp = poisson_gaussian_rdp(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
