@@ -17,9 +17,10 @@ def widest_window_s(period_s: float | None) -> float:
     """How long a round may be open at most for its times to say anything about when it is.
 
     A clock may be wherever the window is, so that a study which signs all of time would leave it to the clock alone.
-    Within half a period (and a month) the clock can be off by no more than that, and cannot be moved on further.
+    Within half a period (and a month) the clock can be off by no more than that, and cannot be moved on further. A day
+    is always allowed: the clock may be off by one in any case.
     """
-    return math.inf if period_s is None else min(_WIDEST_S, period_s / 2)
+    return math.inf if period_s is None else min(_WIDEST_S, max(CLOCK_TOLERANCE_S, period_s / 2))
 
 
 @dataclass(frozen=True)

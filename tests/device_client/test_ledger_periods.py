@@ -14,7 +14,7 @@ from device_client.accounting import rdp_to_epsilon
 from device_client.errors import BudgetSpentError
 from device_client.ledger import Budget, Counter, LogStore, PrivacyLedger, cost_of
 from device_client.ledger.filters import RenyiFilter, common_order_index
-from device_client.ledger.times import RoundTimes
+from device_client.ledger.times import RoundTimes, widest_window_s
 from tests.device_client.ledger_ports import DAY_S, OTHER, START_S, TASK, MemoryCounter, Open, opened, reserve
 from tests.device_client.ports import MemoryStore, make_plan
 
@@ -274,6 +274,11 @@ def test_a_first_period_does_not_begin_at_a_time_that_is_not_agreed_on() -> None
             reserve(ledger, 1, now_s=now_s, **signed)
         assert ledger.refuses_until_s(task=TASK, cost=COST, now_s=now_s, **signed) == max(now_s, START_S - 60)
     reserve(ledger, 1, now_s=START_S, **signed)
+
+
+def test_how_long_a_round_may_be_open_to_begin_a_period() -> None:
+    periods_s = [DAY_S, 30 * DAY_S, 365 * DAY_S, None]
+    assert [widest_window_s(period_s) for period_s in periods_s] == [DAY_S, 15 * DAY_S, 31 * DAY_S, math.inf]
 
 
 def test_a_round_that_is_open_too_long_begins_no_period_and_is_told_why() -> None:
