@@ -33,6 +33,8 @@ WINDOW = 8
 """Messages on their way to the broker at a time."""
 ASK_FIRST_CHUNKS = 4
 """An update of more chunks than this is asked about before it is sent again."""
+SILENT_AFTER = 8
+"""After as many attempts without an answer, any update of several chunks is asked about first."""
 ANSWER_WITHIN_S = 15.0
 """How long the aggregator may take to say what it misses (it answers about 10 s after the chunk)."""
 LONGEST_EXPIRY_S = 2**32 - 1
@@ -43,13 +45,16 @@ RETRYABLE = frozenset(
 )
 """What only bytes that were changed on the way can be refused for: this device's own are well-formed."""
 
+_WHOLE = frozenset(2**power for power in range(1, 64))
+"""Which attempts in a row without an answer send the whole, and do not ask."""
+
 
 @dataclass
 class _Delivery:
     """One update on its way."""
 
     pending: PendingUpdate
-    begun_before: bool  # parts of it may be at the aggregator
+    silence: int  # attempts without an answer, from 0 if parts of it may be at the aggregator, from 1 if none are
     attempts: int = 0
     next_send_s: float = -math.inf
     wait_s: float = 0.0  # from when the last chunk has left to the next attempt
@@ -74,7 +79,7 @@ class Deliveries:
 
     def __init__(self, *, tenant: str, entropy: Entropy, outbox: Iterable[PendingUpdate] = ()) -> None:
         self._tenant, self._entropy = tenant, entropy
-        self._open = {pending.update_id: _Delivery(pending, begun_before=True) for pending in outbox}
+        self._open = {pending.update_id: _Delivery(pending, silence=0) for pending in outbox}
         self._chunk_bytes: int | None = None
         self._window = WINDOW
         self._cut: tuple[bytes, list[ChunkMsg]] = (b"", [])  # the update that is being sent now, in chunks
@@ -102,7 +107,7 @@ class Deliveries:
 
     def add(self, pending: PendingUpdate) -> None:
         """Take over an update that is in the outbox."""
-        self._open[pending.update_id] = _Delivery(pending, begun_before=False)
+        self._open[pending.update_id] = _Delivery(pending, silence=1)
 
     def next_wake_s(self) -> float:
         """When `due` next has something to do; while the line is busy, its progress wakes it earlier."""
@@ -167,7 +172,7 @@ class Deliveries:
         if known[0] == delivery.attempts:
             return []
         delivery.queue.clear()
-        delivery.begun_before = False  # whatever the aggregator holds of it is not worth asking about
+        delivery.silence = 1  # whatever the aggregator holds of it is not worth asking about
         delivery.next_send_s = max(delivery.next_send_s, now_s + self._back_off_s(delivery.attempts))
         return [] if known[1] == delivery.garbled[1] else [Note("update_garbled", fields)]
 
@@ -187,7 +192,7 @@ class Deliveries:
         delivery.least_missing = min(delivery.least_missing, len(missing))
         delivery.answered_s, delivery.answers = now_s, 1 if is_progress else delivery.answers + 1
         delivery.queue = deque(missing)
-        delivery.begun_before = True  # it answers, so it is worth asking again
+        delivery.silence = 0  # it answers, so it is worth asking again
         delivery.wait_s = self._back_off_s(delivery.attempts)
         delivery.next_send_s = now_s + delivery.wait_s
 
@@ -200,11 +205,13 @@ class Deliveries:
         """Queue what this attempt sends: all chunks, or one that asks where a large update stands."""
         pending, chunks = delivery.pending, self._chunks(delivery.pending)
         delivery.attempts += 1
-        asks = delivery.begun_before and len(chunks) > ASK_FIRST_CHUNKS
+        delivery.silence += 1
+        is_worth_asking = len(chunks) > (ASK_FIRST_CHUNKS if delivery.silence <= SILENT_AFTER else 1)
+        # An aggregator that is there says what it misses. If nothing ever answers, the whole is sent ever more rarely
+        # (the 2nd, 4th, 8th, 16th time...): a silent broker must not have a device upload all day.
+        asks = is_worth_asking and delivery.silence not in _WHOLE
         delivery.queue = deque([len(chunks) - 1] if asks else range(len(chunks)))
-        # What was asked about and not answered is sent as a whole next time; then it is asked about again.
-        delivery.begun_before = not asks
-        delivery.wait_s = ANSWER_WITHIN_S if asks else self._back_off_s(delivery.attempts)
+        delivery.wait_s = max(ANSWER_WITHIN_S if asks else 0.0, self._back_off_s(delivery.attempts))
         delivery.next_send_s = now_s + delivery.wait_s
         fields = {"round": pending.round, "attempt": delivery.attempts, "bytes": len(pending.envelope)}
         return Note("update_asked_about" if asks else "update_sent", fields)

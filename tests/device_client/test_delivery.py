@@ -130,7 +130,7 @@ def test_an_answer_is_not_lost_in_an_update_that_fills_several_windows() -> None
     line = Line(update, seconds_a_message=0.5)
     line.until(12.0)
     line.subject.nack(nack(update, RefusalReason.TRUNCATED, missing=missing_bitmap(60, {59})), line.now_s)
-    assert indices(line.until(45.0)) == list(range(59))
+    assert indices(line.until(43.5)) == list(range(59))
     assert line.most_waiting <= WINDOW
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -66,7 +67,10 @@ def earliest_resends(*, seconds_a_message: float, subject: type[Deliveries] = De
     line = Line(new=pending(size=1900), seconds_a_message=seconds_a_message, subject=subject)
     line.until(3600.0)
     began_s = line.attempts_s()
-    left_s = [at_s + 4 * seconds_a_message for at_s in began_s]
+    sent_s = [at_s for at_s, _ in line.sent()]
+    # All four chunks, and later one that asks.
+    counts = [sum(here <= at_s < later for at_s in sent_s) for here, later in pairwise([*began_s, math.inf])]
+    left_s = [at_s + count * seconds_a_message for at_s, count in zip(began_s, counts, strict=True)]
     least_s = [min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0**attempt) / 2 for attempt in range(len(began_s))]
     return [(later - left, least) for left, later, least in zip(left_s, began_s[1:], least_s, strict=False)]
 
@@ -81,6 +85,39 @@ def test_the_back_off_begins_when_the_last_chunk_has_left(seconds_a_message: flo
 def test_a_back_off_that_begins_with_the_first_chunk_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery._Delivery, "look_at_line", lambda _self, _now_s, *, backlog: None)
     assert any(waited < least for waited, least in earliest_resends(seconds_a_message=7.0))
+
+
+def sent_in_silence(size: int, *, hours: float, subject: type[Deliveries] = Deliveries) -> float:
+    """How many times its own size an update is sent to a broker that never says anything."""
+    line = Line(new=some_update(1, size, deadline_s=1e11), packet=None, subject=subject)
+    return sum(len(message.payload) for message in published(line.until(3600.0 * hours))) / size
+
+
+@pytest.mark.parametrize("size", [200_000, 1_000_000])
+def test_a_silent_broker_has_little_uploaded(size: int) -> None:
+    """Three and eleven chunks, of which the last, which asks, is a fiftieth of the whole."""
+    assert sent_in_silence(size, hours=24) < 25
+
+
+class Tireless(Deliveries):
+    """Broken: it sends the whole every other time."""
+
+    def _begin_attempt(self, delivery: Any, now_s: float) -> Note:
+        delivery.silence %= 2
+        return super()._begin_attempt(delivery, now_s)
+
+
+def test_a_device_that_sends_all_again_and_again_is_caught() -> None:
+    assert sent_in_silence(1_000_000, hours=24, subject=Tireless) > 100
+
+
+def test_a_large_update_is_sent_as_a_whole_ever_more_rarely() -> None:
+    line = Line(new=pending(size=3000))
+    line.until(20 * LONGEST_RETRY_S)
+    sent_s = [at_s for at_s, _ in line.sent()]
+    ends_s = [*line.attempts_s(), math.inf]
+    whole = [i for i, (here, later) in enumerate(pairwise(ends_s), 1) if sum(here <= s < later for s in sent_s) == 6]
+    assert whole == [1, 3, 7, 15, 31]
 
 
 def sent_under_replay(*, hours: float, subject: type[Deliveries] = Deliveries) -> tuple[int, int]:
