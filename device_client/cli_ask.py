@@ -12,7 +12,7 @@ import msgspec
 
 from device_client.adapters.line_server import ask, is_listening
 from device_client.assembly import DeviceFiles, RealDevice
-from device_client.consent import Consents
+from device_client.consent import Consents, leave_study
 from device_client.control import answer
 from device_client.device import budget_of
 from device_client.errors import DeviceError, StoreError
@@ -97,8 +97,8 @@ def _withdraw(files: DeviceFiles, name: str) -> dict[str, Any]:
     """Leave a study on the store itself: possible whatever else is wrong with bundle, ledger or recordings."""
     study = files.config.study_named(name).study
     with closing(files.open_store()) as store:
-        dropped = Outbox(store).drop(study)
-        Consents(store).withdraw(study, now_s=datetime.now(timezone.utc).timestamp())
+        now_s = datetime.now(timezone.utc).timestamp()
+        dropped = leave_study(Consents(store), Outbox(store), study, now_s=now_s)
     return {"study": study, "dropped": dropped}
 
 

@@ -12,7 +12,10 @@ import msgspec
 from device_client.config import PrivacyConfig, StudyConfig
 from device_client.device_store import study_blob
 from device_client.errors import StoreError
+from device_client.outbox import Outbox
 from device_client.ports import Store
+
+_WITHDRAWN = "consent was withdrawn"
 
 
 class Consent(msgspec.Struct, frozen=True):
@@ -59,6 +62,7 @@ class Consents:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._refused: set[str] = set()
 
     def of(self, study: str) -> Consent | None:
         """The wearer's last word, None if there never was one. Raises StoreError."""
@@ -71,23 +75,50 @@ class Consents:
             raise StoreError(f"the consent for {study} cannot be read ({error})") from error
 
     def grant(self, study: str, *, terms: str, now_s: float) -> None:
-        """Durably agree. Raises StoreError."""
+        """Durably agree. Raises StoreError, and nothing is agreed to."""
         self._write(Consent(study, now_s, terms))
+        self._refused.discard(study)
 
     def withdraw(self, study: str, *, now_s: float) -> None:
-        """Durably disagree; a study that was never granted stays so. Raises StoreError."""
-        known = self.of(study)
-        if known is not None:
-            self._write(msgspec.structs.replace(known, withdrawn_s=now_s))
+        """Disagree, durably; a study that was never granted stays so.
+
+        For this process it holds in any case. On a full disk the consent is deleted, which needs no room and means that
+        there never was one.
+
+        Raises:
+            StoreError: the disk neither writes nor deletes, so the next process would find the consent again.
+        """
+        self._refused.add(study)
+        try:
+            known = self.of(study)
+            if known is not None:
+                self._write(msgspec.structs.replace(known, withdrawn_s=now_s))
+        except StoreError:
+            self._store.delete(study_blob("consent", study))
 
     def problem(self, study: str, *, terms: str) -> str:
         """Why the study may not run, in words; empty when it may. Raises StoreError."""
+        if study in self._refused:
+            return _WITHDRAWN
         known = self.of(study)
         if known is None:
             return "not granted: covey-device consent grant says what it would do"
         if known.withdrawn_s is not None:
-            return "consent was withdrawn"
+            return _WITHDRAWN
         return "" if known.terms == terms else "its terms have changed since they were granted; grant it again"
 
     def _write(self, consent: Consent) -> None:
         self._store.write(study_blob("consent", consent.study), msgspec.msgpack.encode(consent))
+
+
+def leave_study(consents: Consents, outbox: Outbox, study: str, *, now_s: float) -> int:
+    """Withdraw consent and drop what was not delivered; how many updates and pieces of work that was.
+
+    Raises:
+        StoreError: the disk does not take one of both. In this process the study is left all the same.
+    """
+    try:
+        # First: what a power cut leaves of it must not be sent if the study is granted again some day.
+        return outbox.drop(study)
+    finally:
+        consents.withdraw(study, now_s=now_s)

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from numpy.typing import ArrayLike
 
 from device_client.config import DeviceConfig, PrivacyConfig, StudyConfig
-from device_client.consent import Consents, terms_digest, terms_of
+from device_client.consent import Consents, leave_study, terms_digest, terms_of
 from device_client.control_variate import ControlVariate
 from device_client.daemon import DeviceDaemon
 from device_client.delivery import uniform
@@ -215,26 +215,29 @@ class Device:
     def grant(self, study: str) -> None:
         """Agree to a study (``tenant/task``) under its present terms. Raises ConfigError, StoreError."""
         name = self.study_config(study).study
-        terms, known = terms_digest(self.terms(name)), self.consents.of(name)
-        if known is not None and known.terms != terms:
-            # What was begun under other terms may break these: a role that sends nothing, a higher floor.
-            self.studies.stop(name, "its terms have changed")
+        terms = terms_digest(self.terms(name))
+        if self.consents.problem(name, terms=terms):
+            # What was begun under other terms may break these: a role that sends nothing, a higher floor. And a disk
+            # may have refused to drop what waited when the study was left.
+            if any(runner.study == name for runner in self.studies.running):
+                self.studies.stop(name, "its terms have changed")
             self.outbox.drop(name)
         self.consents.grant(name, terms=terms, now_s=self._ports.clock.now_s())
         self.studies.look_again()
 
     def withdraw(self, study: str) -> int:
-        """Leave a study at once; what it has not delivered is dropped. Raises ConfigError, StoreError.
+        """Leave a study at once; what it has not delivered is dropped.
 
         Returns:
             How many updates and pieces of work were dropped.
+
+        Raises:
+            ConfigError: there is no such study.
+            StoreError: the disk does not take it. The study is left until the process ends, and sends nothing more.
         """
         name = self.study_config(study).study
         self.studies.stop(name, "consent was withdrawn")
-        # Before consent is: what a power cut leaves of it must not be sent if the study is granted again some day.
-        dropped = self.outbox.drop(name)
-        self.consents.withdraw(name, now_s=self._ports.clock.now_s())
-        return dropped
+        return leave_study(self.consents, self.outbox, name, now_s=self._ports.clock.now_s())
 
     def erase_data(self) -> None:
         """Destroy the key of all recordings and of what was computed from them here, then the files.

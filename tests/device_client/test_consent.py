@@ -98,18 +98,55 @@ def test_terms_say_in_words_what_is_agreed_to() -> None:
     assert terms["run by (aggregator key)"] == "bb"
 
 
-def test_a_full_disk_grants_nothing_and_takes_nothing_back() -> None:
+def test_a_full_disk_grants_nothing() -> None:
     store = MemoryStore()
     consents = Consents(store)
+    consents.withdraw(STUDY, now_s=0.0)
     store.full = True
     with pytest.raises(StoreError):
         consents.grant(STUDY, terms="t", now_s=1.0)
     assert consents.of(STUDY) is None
-    store.full = False
+    assert consents.problem(STUDY, terms="t")
+
+
+class NoRoom(MemoryStore):
+    """A full disk as real ones are: it still deletes."""
+
+    def write(self, name: str, data: bytes) -> None:
+        raise StoreError(f"{name} cannot be written ({len(data)} bytes; No space left on device)")
+
+
+def test_a_full_disk_is_no_reason_to_stay_in_a_study() -> None:
+    store = MemoryStore()
+    consents = Consents(store)
     consents.grant(STUDY, terms="t", now_s=1.0)
-    store.full = True
+    store.__class__ = NoRoom
+    consents.withdraw(STUDY, now_s=2.0)
+    assert consents.problem(STUDY, terms="t") == "consent was withdrawn"
+    assert Consents(store).problem(STUDY, terms="t").startswith("not granted")
+
+
+def test_a_disk_that_takes_nothing_says_so_and_the_study_is_left_for_this_process() -> None:
+    store = MemoryStore()
+    consents = Consents(store)
+    consents.grant(STUDY, terms="t", now_s=1.0)
+    store.full = True  # it does not delete either
     with pytest.raises(StoreError):
         consents.withdraw(STUDY, now_s=2.0)
+    assert consents.problem(STUDY, terms="t") == "consent was withdrawn"
+    store.full = False
+    consents.grant(STUDY, terms="t", now_s=3.0)
+    assert consents.problem(STUDY, terms="t") == ""
+
+
+def test_a_consent_that_cannot_be_read_can_be_withdrawn() -> None:
+    store = MemoryStore()
+    consents = Consents(store)
+    consents.grant(STUDY, terms="t", now_s=1.0)
+    (name,) = store.blobs
+    store.blobs[name] = b"\xc1"
+    consents.withdraw(STUDY, now_s=2.0)
+    assert Consents(store).problem(STUDY, terms="t").startswith("not granted")
 
 
 def test_a_consent_that_cannot_be_read_is_none() -> None:

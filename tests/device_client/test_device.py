@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from device_client.config import EligibilityConfig, RecordsConfig
 from device_client.control import answer
 from device_client.daemon import DeviceDaemon
 from device_client.device import Device, budget_of
+from device_client.device_store import study_blob
 from device_client.eligibility import Conditions
 from device_client.errors import LedgerError, StoreError
 from device_client.events import PendingUpdate
@@ -370,9 +372,9 @@ class Trusting(Device):
 
 
 def check_an_accepted_old_copy_sends_no_second_update(kind: type[Device]) -> None:
-    one = OneDevice(kind=kind, privacy={"period_days": 1.0})
+    one = OneDevice(kind=kind)
     one.start()
-    one.scripts["watch"].open_round(plan=LONG, lasts_s=10 * 86_400.0)
+    one.scripts["watch"].open_round(plan=LONG)
     one.until("charged")
     one.steps(2)
     one.runner().put_aside()
@@ -460,7 +462,7 @@ def test_an_update_with_other_bytes_than_were_released_is_not_sent() -> None:
 
 
 def test_a_ledger_that_was_lost_and_accepted_does_not_stop_the_device_whatever_waits() -> None:
-    one = OneDevice(privacy={"period_days": 1.0})
+    one = OneDevice(privacy={"period_days": 30.0})
     one.start()
     one.scripts["watch"].open_round()
     one.until("update_sent")
@@ -475,7 +477,7 @@ def test_a_ledger_that_was_lost_and_accepted_does_not_stop_the_device_whatever_w
     assert "never charged" in one.journal.named("update_given_up")[0]["reason"]
     assert device.outbox.size_bytes == 0
     assert one.scripts["watch"].updates() == {}
-    one.clock.time_s += 2 * 86_400.0
+    one.clock.time_s += 60 * 86_400.0
     one.scripts["watch"].open_round(2)
     one.until("update_sent")
 
@@ -605,6 +607,59 @@ def test_granting_the_same_terms_again_disturbs_nothing() -> None:
     device.grant("watch")
     assert len(list(device.outbox)) == 1
     assert len(one.connections["watch"]) == 1
+
+
+class Optimistic(Device):
+    """Broken: a study that was left stays so only if the disk takes it."""
+
+    def withdraw(self, study: str) -> int:
+        name = self.study_config(study).study
+        self.studies.stop(name, "consent was withdrawn")
+        dropped = self.outbox.drop(name)
+        consent = self.consents.of(name)
+        assert consent is not None
+        self.store.write(
+            study_blob("consent", name), msgspec.msgpack.encode(msgspec.structs.replace(consent, withdrawn_s=1.0))
+        )
+        return dropped
+
+
+def check_a_study_is_left_although_the_disk_refuses(kind: type[Device], *, read_only: bool) -> None:
+    one = OneDevice(kind=kind)
+    device = one.start()
+    one.scripts["watch"].open_round(plan=LONG)
+    one.until("charged")
+    if read_only:
+        one.flash.read_only = True
+        with pytest.raises(StoreError):
+            device.withdraw("watch")
+    else:
+        one.flash.capacity_bytes = 1
+        with suppress(StoreError):
+            device.withdraw("watch")
+    for _ in range(5):
+        one.clock.time_s += 2 * LOOK_EVERY_S
+        one.steps(3)
+    assert not device.studies.running
+    assert device.consent_problem("watch") == "consent was withdrawn"
+    assert one.scripts["watch"].updates() == {}
+    one.flash.read_only, one.flash.capacity_bytes = False, None
+    device.grant("watch")  # what waited when it was left is not sent now
+    one.steps(60)
+    assert device.studies.running
+    assert one.scripts["watch"].updates() == {}
+    assert device.outbox.size_bytes == 0
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_study_is_left_although_the_disk_refuses(*, read_only: bool) -> None:
+    check_a_study_is_left_although_the_disk_refuses(Device, read_only=read_only)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_device_that_asks_the_disk_first_is_noticed(*, read_only: bool) -> None:
+    with pytest.raises(AssertionError):
+        check_a_study_is_left_although_the_disk_refuses(Optimistic, read_only=read_only)
 
 
 # Erasure.

@@ -257,8 +257,9 @@ def test_consent_is_listed_granted_and_withdrawn(desk: Desk) -> None:
 
 
 def test_withdrawing_while_no_daemon_runs_drops_what_waits(desk: Desk) -> None:
-    fill_with_secrets(desk)
+    desk.run("init")
     desk.run("consent", "grant", "watch")
+    fill_with_secrets(desk)
     assert json.loads(desk.run("status", "--json")[1])["studies"][0]["pending"] == 1
     out = desk.run("consent", "withdraw", "watch")[1]
     assert out == f"withdrawn: {STUDY}; 1 update(s) that were not delivered are dropped\n"

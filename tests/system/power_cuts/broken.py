@@ -12,6 +12,7 @@ import msgspec
 from device_client.adapters.counter_file import CounterFile
 from device_client.adapters.encrypted_files import EncryptedFiles
 from device_client.config import StudyConfig
+from device_client.consent import terms_digest
 from device_client.device import Device, DevicePorts
 from device_client.events import PendingUpdate
 from device_client.outbox import Work
@@ -257,6 +258,12 @@ class SendingOnAfterwards(Device):
         self.consents.withdraw(self.study_config(study).study, now_s=self._ports.clock.now_s())
         self.studies.look_again()
         return 0
+
+    def grant(self, study: str) -> None:
+        name = self.study_config(study).study
+        terms = terms_digest(self.terms(name))
+        self.consents.grant(name, terms=terms, now_s=self._ports.clock.now_s())
+        self.studies.look_again()
 
 
 class NotStopping(Device):
