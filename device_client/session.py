@@ -90,6 +90,7 @@ class DeviceSession:
         self._round: CurrentRound | None = None
         self._connected = False
         self._refusals = Refusals()
+        self._new_rounds_until_s = math.inf
         self._models = 0  # that the newest round was announced with, one after the other
         self._blocked: tuple[str, ...] = _NOT_READ
         self._refused = ""
@@ -99,6 +100,8 @@ class DeviceSession:
         wakes = [self._deliveries.next_wake_s(), self._work_ends_s]
         if self._round is not None:
             wakes.append(self._round.next_wake_s())
+            if self._round.is_before_training:
+                wakes.append(self._new_rounds_until_s)
             if self._connected:
                 wakes += [download.next_wake_s() for download in self._round.downloads]
         return min(wakes)
@@ -107,6 +110,10 @@ class DeviceSession:
     def wants_to_train(self) -> bool:
         """Whether it matters now if the device may train."""
         return self._working_on != 0 or (self._round is not None and self._round.is_before_training)
+
+    def take_new_rounds_until(self, time_s: float) -> None:
+        """From then on, Unix seconds, only finish and deliver: what is new belongs to the next name on the wire."""
+        self._new_rounds_until_s = time_s
 
     @property
     def is_settled(self) -> bool:
@@ -127,6 +134,7 @@ class DeviceSession:
             backlog: messages handed to the transport that the broker has not acknowledged.
         """
         actions = self._take(event, now_s)
+        actions += self._leave_to_next_name(now_s)
         if self._round is not None and self._round.phase == "undecided":
             actions += self._decide(self._round, now_s)
         actions += self._give_up_what_is_over(now_s)
@@ -313,6 +321,17 @@ class DeviceSession:
             self._wait(here)
         elif here.phase == "undecided":
             self._idle("it was decided before the last start")
+        return actions
+
+    def _leave_to_next_name(self, now_s: float) -> list[Action]:
+        """No coin and no training under a name whose time is over; what was decided and fetched stays for the next."""
+        here = self._round
+        if here is None or self._working_on or now_s < self._new_rounds_until_s:
+            return []
+        if here.phase != "undecided" and not here.is_before_training:
+            return []
+        actions, here.downloads = here.stop_downloads(), []
+        self._idle("it is left to this device's next name on the wire")
         return actions
 
     def _wait(self, here: CurrentRound) -> None:

@@ -1,7 +1,10 @@
 """Which studies run on a device: those the wearer granted, each under its present pseudonym.
 
-A study's name on the wire changes only when nothing is pending under the old one, or when the old one may not be used
-any longer; so no update is lost to a change, and no round is taken part in twice.
+New work is done only under the name whose period it is: when that ends, no other round is decided about, fetched or
+trained under it. The name itself changes only when nothing is pending under it, or when it may not be used any longer;
+so no update is lost to a change, and no round is taken part in twice. What an active broker can still do: keep receipts
+back, so that one device changes late and alone, at the latest when the old name's certificate ends, and is recognised
+by that under its next name.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class WireName:
 
     Args:
         device: the name.
-        changes_s: when another takes over, Unix seconds.
+        changes_s: when another takes over, Unix seconds; from then on this one only finishes and delivers.
         ends_s: when it may not be used any longer.
     """
 
@@ -142,6 +145,7 @@ class Studies:
     def _begin(self, study: _Study, name: WireName) -> None:
         """Start a study under a name."""
         study.runner, study.name, study.stands_still = self._start(study.config, name), name, ""
+        study.runner.session.take_new_rounds_until(name.changes_s)
         self._journal.write("study_started", at_s=self._clock.now_s(), study=study.config.study, device=name.device)
 
     def _must_change(self, study: _Study, now_s: float) -> bool:

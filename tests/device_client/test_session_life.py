@@ -280,6 +280,44 @@ def test_a_session_that_takes_every_manifest_for_a_new_round_is_caught(monkeypat
         test_a_moved_deadline_keeps_what_was_fetched_and_costs_nothing_however_often_it_is_replayed()
 
 
+@pytest.mark.parametrize("stage", ["before", "waiting", "fetching"])
+def test_after_its_names_period_a_session_begins_nothing_new(stage: str) -> None:
+    driver = Driver(outbox=(some_update(),), blocked=LOW if stage == "waiting" else ())
+    driver.session.take_new_rounds_until(1500.0)
+    if stage != "before":
+        driver.open_round()
+    if stage == "fetching":
+        driver.send(0, 1)
+        assert driver.session.next_wake_s() <= 1500.0
+    driver.now_s = 1500.0
+    actions = driver.tell(Tick()) + driver.open_round() + driver.tell(ConditionsRead(())) + driver.send_model()
+    assert asked_for(actions) == []
+    assert participations(actions) == []
+    assert not driver.session.wants_to_train
+    assert "next name" in driver.session.view().doing
+    # The next name goes on: with the same coin if it was tossed, and with what was fetched.
+    later = driver.restarted()
+    assert asked_for(later.open_round()) == ([2, 3] if stage == "fetching" else [0])
+    assert participations(later.send_model()) == [1]
+
+
+def test_what_was_begun_in_its_names_period_is_finished_and_delivered() -> None:
+    driver = in_training()
+    driver.session.take_new_rounds_until(1500.0)
+    driver.now_s = 1600.0
+    assert abandoned(driver.open_round()) == []
+    assert not driver.session.is_settled
+    assert len(uploads(driver.tell(UpdateReady(some_update())))) == 1
+    assert participations(driver.open_round(round=2) + driver.send_model()) == []
+
+
+def test_a_session_that_goes_on_under_its_old_name_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeviceSession, "_leave_to_next_name", never_gives_up)
+    for stage in ("before", "waiting", "fetching"):
+        with pytest.raises(AssertionError):
+            test_after_its_names_period_a_session_begins_nothing_new(stage)
+
+
 def never_gives_up(_session: DeviceSession, _now_s: float) -> list[Action]:
     return []
 

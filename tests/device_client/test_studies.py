@@ -37,6 +37,10 @@ class Session:
     """The part of a session that decides whether its name may change."""
 
     is_settled: bool = True
+    new_rounds_until_s: float | None = None
+
+    def take_new_rounds_until(self, time_s: float) -> None:
+        self.new_rounds_until_s = time_s
 
     def view(self) -> Any:
         return type("View", (), {"connected": True})()
@@ -133,6 +137,16 @@ def test_it_looks_again_when_it_is_told_to_or_the_clock_is_set_back() -> None:
         desk.studies.look_again()
         desk.studies.check()
         assert desk.studies.running
+
+
+def test_new_rounds_are_taken_under_a_name_only_in_its_period() -> None:
+    desk = Desk()
+    desk.studies.check()
+    assert desk.started[0].session.new_rounds_until_s == START_S + 1000.0
+    desk.names["clinic/watch"] = WireName("second", START_S + 5000.0, START_S + 9000.0)
+    desk.after(2000.0)
+    desk.after(desk.delay_s)
+    assert desk.started[1].session.new_rounds_until_s == START_S + 5000.0
 
 
 class Impatient(Studies):
