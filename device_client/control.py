@@ -71,7 +71,8 @@ def _ledger(device: Device, _study: str) -> Any:
     """The budget, what was spent of it, and every line."""
     ledger, budget = device.ledger, device.ledger.budget
     charges, now_s = ledger.reservations, device.now_s()
-    last = ledger.remaining_participations(charges[-1].rdp(), now_s=now_s) if charges else math.inf
+    newest = next((charge for charge in reversed(charges) if charge.purpose == "update"), None)
+    last = math.inf if newest is None else ledger.remaining_participations(newest.rdp(), now_s=now_s)
     return {
         "epsilon": None if math.isinf(budget.epsilon) else budget.epsilon,
         "delta": budget.delta,
