@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,7 +33,7 @@ from device_client.new_records import NewRecords
 from device_client.noise import Entropy
 from device_client.outbox import Outbox, Work
 from device_client.participation import LocalWork, Participant
-from device_client.ports import Bell, Board, Clock, Graph, Store, Transport, Watchdog
+from device_client.ports import Bell, Board, Clock, Float32, Graph, Labels, Store, Transport, Watchdog
 from device_client.pseudonyms import NoPseudonym, Pseudonym, Pseudonyms
 from device_client.readiness import Readiness
 from device_client.recordings.ingestion import StreamTarget
@@ -124,7 +125,7 @@ class Device:
 
     def __init__(self, config: DeviceConfig, ports: DevicePorts) -> None:
         self.config, self._ports, self.store = config, ports, ports.store
-        self._stopping = False
+        self._stopping = self._is_erasing = False
         privacy = config.privacy
         self.ledger = PrivacyLedger(self.store, ports.counter, budget_of(config))
         self.outbox = Outbox(self.store, maximum_bytes=config.device.maximum_outbox_bytes)
@@ -202,7 +203,7 @@ class Device:
 
     def targets(self) -> dict[str, StreamTarget]:
         """Where ingested recordings go, by stream."""
-        return {name: self._target(name) for name in self.streams}
+        return {study.stream: self._target(study.stream) for study in self.config.studies}
 
     def now_s(self) -> float:
         """What the device's clock says, Unix seconds."""
@@ -242,12 +243,30 @@ class Device:
     def erase_data(self) -> None:
         """Destroy the key of all recordings and of what was computed from them here, then the files.
 
-        What is kept: identities, consents and the ledger, since what was released stays released. Raises StoreError.
+        What is kept: identities, consents and the ledger, since what was released stays released.
+
+        Raises:
+            StoreError: the disk refuses. Nothing of the data is used or sent any more; the device stands still and
+                tries again once a minute until it is done.
         """
         self.studies.stop_all()
-        self.store.shred("data")
-        self.outbox = Outbox(self.store, maximum_bytes=self.config.device.maximum_outbox_bytes)
-        self.streams = self._open_streams()
+        self._is_erasing = True
+        # Security: what is to be erased must not be sent from memory, whatever the disk says.
+        self.outbox.forget()
+        self.streams = {}
+        self._finish_erasure()
+
+    def _finish_erasure(self) -> None:
+        """Do what is left of an erasure that the disk refused; nothing where there is none. Raises StoreError."""
+        if not self._is_erasing:
+            return
+        try:
+            self.store.shred("data")
+            self.outbox = Outbox(self.store, maximum_bytes=self.config.device.maximum_outbox_bytes)
+            self.streams = self._open_streams()
+        except StoreError as error:
+            raise StoreError(f"the wearer's data is to be erased, and the disk refuses: {error}") from error
+        self._is_erasing = False
 
     def consent_problem(self, study: str) -> str:
         """Why a study may not run, in words; empty when it may. Raises ConfigError, StoreError."""
@@ -281,11 +300,17 @@ class Device:
 
     def _target(self, stream: str) -> StreamTarget:
         """A stream's schema and store. Raises ConfigError."""
-        if stream not in self.streams:
-            raise ConfigError(f"stream {stream}: expected one of {', '.join(sorted(self.streams))}")
-        first = next(study for study in self.config.studies if study.stream == stream)
+        first = next((study for study in self.config.studies if study.stream == stream), None)
+        if first is None:
+            known = ", ".join(sorted({study.stream for study in self.config.studies}))
+            raise ConfigError(f"stream {stream}: expected one of {known}")
         manifest = self._bundles[first.study].manifest
-        return StreamTarget(manifest.input, manifest.label, self.streams[stream].append)
+        return StreamTarget(manifest.input, manifest.label, partial(self._append, stream))
+
+    def _append(self, stream: str, x: Float32, y: Labels, *, at_s: float) -> int:
+        """Store records of a stream, once an erasure that was begun is finished. Raises StoreError."""
+        self._finish_erasure()
+        return self.streams[stream].append(x, y, at_s=at_s)
 
     def _open_streams(self) -> dict[str, WindowStore]:
         """One store of windows per stream; studies that share one must want the same."""
@@ -373,6 +398,7 @@ class Device:
 
     def _start(self, study: StudyConfig, name: WireName) -> StudyRunner:
         """A runner for a study, connecting. Raises CoveyError."""
+        self._finish_erasure()
         ports, bundle = self._ports, self._bundles[study.study]
         participant = self._participant(study, name.device, bundle)
         work, manifest = self._interrupted(participant, bundle)

@@ -187,6 +187,12 @@ class Outbox:
         self.sweep()
         return sum(not isinstance(entry, GivenUp) for entry in entries)
 
+    def forget(self) -> None:
+        """Use nothing of it any more, because it is to be erased; the disk is left as it is."""
+        self._entries.clear()
+        self._sizes.clear()
+        self._given_up.clear()
+
     def _load(self) -> Iterator[Entry]:
         """What the store holds."""
         for name in self._store.names(PREFIX):

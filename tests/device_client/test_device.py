@@ -30,6 +30,7 @@ from device_client.readiness import READ_EVERY_S
 from device_client.studies import LOOK_EVERY_S
 from firmware_sim.virtual_board import VirtualBoard
 from firmware_sim.virtual_device import SteadyBoard
+from firmware_sim.virtual_flash import VirtualFlash
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.errors import ConfigError, CoveyError
 from tests.device_client.one_device import BUNDLE, START_S, OneDevice
@@ -692,6 +693,75 @@ def test_erasing_leaves_no_plaintext_and_no_key_that_opens_what_is_left_and_the_
     one.until("update_sent")
     assert [line.round for line in again.ledger.reservations] == [1, 2]
     assert [header.round for header in one.scripts["watch"].updates().values()] == [2]
+
+
+class StuckFlash(VirtualFlash):
+    """A disk that does not remove recordings, nor what waits to be sent, nor even the data key."""
+
+    keeps: tuple[str, ...] = ()
+
+    def remove(self, name: str) -> None:
+        self._refuse(name)
+        super().remove(name)
+
+    def rename(self, old: str, new: str) -> None:
+        self._refuse(old)
+        super().rename(old, new)
+
+    def _refuse(self, name: str) -> None:
+        if name in self.keeps or name.startswith(tuple(one for one in self.keeps if one.endswith("/"))):
+            raise OSError(5, "Input/output error")
+
+
+class Remembering(Device):
+    """Broken: what could not be erased is still in memory."""
+
+    def erase_data(self) -> None:
+        self.studies.stop_all()
+        self.store.shred("data")
+
+
+def check_what_is_to_be_erased_is_not_sent(kind: type[Device], keeps: tuple[str, ...]) -> None:
+    one = OneDevice(kind=kind)
+    device = one.start()
+    script = one.scripts["watch"]
+    script.open_round()
+    one.until("update_sent")  # no receipt comes
+    one.flash.__class__, one.flash.keeps = StuckFlash, keeps  # type: ignore[attr-defined]
+    with pytest.raises(StoreError):
+        device.erase_data()
+    script.published.clear()
+    for _ in range(10):
+        one.clock.time_s += 2 * LOOK_EVERY_S
+        one.steps(3)
+    assert script.updates() == {}
+    assert not device.studies.running
+    status = device.status()
+    assert "the wearer's data is to be erased" in status.studies[0].doing
+    assert not status.streams
+    with pytest.raises(StoreError, match="is to be erased"):
+        device.add(np.zeros(BUNDLE.manifest.input.shape, np.float32), 0)
+    windows = np.zeros((1, *BUNDLE.manifest.input.shape), np.float32)
+    with pytest.raises(StoreError, match="is to be erased"):  # as what comes through the socket is stored
+        device.targets()["default"].append(windows, np.zeros(1, np.int32), at_s=one.clock.time_s)
+    one.flash.keeps = ()  # type: ignore[attr-defined]
+    one.clock.time_s += LOOK_EVERY_S
+    one.steps(3)
+    assert device.studies.running
+    assert not [name for name in one.flash.names() if name.startswith(("recordings/", PREFIX))]
+    assert len(device.streams["default"]) == 0
+    assert script.updates() == {}
+
+
+@pytest.mark.parametrize("keeps", [("recordings/",), (PREFIX,), (".data-key",)])
+def test_what_is_to_be_erased_is_not_sent_although_the_disk_keeps_it(keeps: tuple[str, ...]) -> None:
+    check_what_is_to_be_erased_is_not_sent(Device, keeps)
+
+
+@pytest.mark.parametrize("keeps", [("recordings/",), (PREFIX,), (".data-key",)])
+def test_a_device_that_goes_on_with_what_it_could_not_erase_is_noticed(keeps: tuple[str, ...]) -> None:
+    with pytest.raises(AssertionError):
+        check_what_is_to_be_erased_is_not_sent(Remembering, keeps)
 
 
 def test_erasing_starts_the_count_of_new_records_anew() -> None:
