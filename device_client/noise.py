@@ -28,7 +28,7 @@ _TAIL = 9.3  # a table ends at this many standard deviations: the mass beyond is
 _TOTAL = 1 << 63
 _GUIDE_BITS = 16
 _SEVERAL = np.iinfo(np.uint16).max
-_LEAST_CLIP, _LARGEST_CLIP = 1e-20, 1e20
+_LEAST_CLIP, _LARGEST_CLIP = 1e-12, 1e20
 SENSITIVITY_MARGIN = 2.0**-9
 """Relative room above the clip for grid rounding (2^-10) and float32 rounding in the graph (2^-10); the noise is
 scaled up by it, so the accounted noise multiplier stays true."""
@@ -108,7 +108,7 @@ class NoisyGrid:
     length: int
 
     def __post_init__(self) -> None:
-        # The graph clips in float32, and a grid step of 0 is none.
+        # The graph clips in float32, whose squares vanish below 1e-19 (ADR 8), and a grid step of 0 is none.
         if not _LEAST_CLIP <= self.l2_norm_clip <= _LARGEST_CLIP:
             raise LocalMisuseError(
                 f"l2_norm_clip: expected {_LEAST_CLIP:g} to {_LARGEST_CLIP:g}, got {self.l2_norm_clip}"

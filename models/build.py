@@ -6,10 +6,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fl_protocol.bundle import pack_bundle
 from fl_protocol.model_manifest import BUNDLE_FORMAT, BundleManifest
-from models.check import worst_errors
+from models.check import installed_runtimes, worst_errors
 from models.convert import convert_infer, convert_network
 from models.cost import SignatureCost, signature_cost
 from models.errors import ConversionError
+from models.hostile import LARGEST_CONTRIBUTION, hostile_probes, worst_contribution
 from models.keras_nodes import frozen_weights
 from models.network import Network
 from models.specs import ModelSpec
@@ -40,13 +41,15 @@ def build_bundle(
 
     Raises:
         ModelSpecError: the layers do not fit together.
-        ConversionError: a device could not run the graph, or it does not clip what automatic differentiation gives.
+        ConversionError: a device could not run the graph, or it does not clip what automatic differentiation gives,
+            or not everything at the ends of float32.
     """
     network = Network(spec)
     params = network.initial_parameters
     template = with_constant_params(convert_infer(network, batch_size=batch_size), params)
     graph = convert_network(network, batch_size=batch_size)
     _hold_to_autodiff(network, graph, batch_size=batch_size)
+    _hold_to_clip(network, graph, batch_size=batch_size)
     cost = signature_cost(graph, "train")
     manifest = _manifest(
         network, cost, batch_size=batch_size, version=version, infer_params_offset=template.params_offset
@@ -72,6 +75,18 @@ def _hold_to_autodiff(network: Network, graph: bytes, *, batch_size: int) -> Non
             raise ConversionError(
                 f"{network.spec.name}: on {runtime} its clipped gradients differ from automatic differentiation by "
                 f"{error:.1e}, more than {LARGEST_ERROR:g}; is the gradient of a layer that you registered right?"
+            )
+
+
+def _hold_to_clip(network: Network, graph: bytes, *, batch_size: int) -> None:
+    """Refuse a graph in which parameters at the ends of float32 let one record contribute more than the clip."""
+    for runtime in installed_runtimes():
+        probes = hostile_probes(network, batch_size=batch_size, gaps=(36.0, 44.0, 50.0), draws=4)
+        ratio = worst_contribution(graph, runtime, probes, clips=(0.05,))
+        if not ratio <= LARGEST_CONTRIBUTION:
+            raise ConversionError(
+                f"{network.spec.name}: on {runtime} one record can contribute {ratio:.3g} times the clip; does a layer "
+                "that you registered measure its gradients other than through row_product and PerExample?"
             )
 
 

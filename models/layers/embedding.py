@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from models.errors import ModelSpecError
-from models.layers.gradients import BY_ROW, MATERIALISED, ParameterGradient, keep_counted, row_product
+from models.layers.gradients import BY_ROW, MATERIALISED, ParameterGradient, keep_counted, row_product, total_of_squares
 from models.layers.layer import Backward, Context, Parameter
 from models.layers.registry import register_layer
 
@@ -94,7 +94,7 @@ class _Lookup:
     def squared_norms(self) -> tf.Tensor:
         """Of what is summed, rounding and all: a product of the places' gradients would cancel (ADR 8)."""
         # Every term is a square over a count, so none is negative.
-        return tf.reduce_sum(self._shared * self._shares, [1, 2])
+        return total_of_squares(self._shared * self._shares)
 
     def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """See `ParameterGradient`."""

@@ -9,15 +9,35 @@ the rows of one example and D [T, M] the gradient at its output, its kernel grad
   no gradient is formed; for more it cancels, and is not used.
 
 `PerExample` serves small parameters (scales, biases, depthwise kernels) whose gradients are simply held.
+
+**Security: no norm comes out too small, whatever the parameters and the example are** (ADR 8). Every form measures the
+very tensors that it sums, and float32 has two ends at which a measured square can fall short of the true one:
+
+* below 2^-126 some runtimes flush to zero. So every sum of n squares counts each of them as `SMALLEST_SQUARE` more;
+* above 3.4e38 some runtimes saturate where others become infinite. Either is beyond `models.steps.LARGEST`, so the
+  example does not count, as long as what saturated is no factor of a product: `_Gram` looks at each factor by itself.
+
+What is left is rounding, at most 2^-11 of a norm (`total_of_squares`), and what a product of sums loses below 2^-126:
+at most 1e-19 of the norm of a layer, which is nothing beside the least clip of a device, 1e-12.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import tensorflow as tf
 
 GRAM, MATERIALISED, BY_ROW = "gram", "materialised", "by row"
+
+SMALLEST_SQUARE = 2.0**-126
+"""The least normal float32; runtimes flush what is smaller to zero, so a square below it may be measured as nothing."""
+
+_IN_ONE_PASS = 2**14
+"""Squares that are added up at once; rounding then takes at most 2^-11 of a norm."""
+
+_LARGEST_FACTOR = 1.0e38
+"""Squared norms beyond this may have saturated (float32 ends at 3.4e38): what they are multiplied by says nothing."""
 
 
 class ParameterGradient(Protocol):
@@ -81,6 +101,24 @@ def keep_counted(counted: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
     return tf.compat.v1.where(counted, values, zeros)
 
 
+def total_of_squares(squares: tf.Tensor) -> tf.Tensor:
+    """The sum of each example's squares [B, ...] as [B], every one counted as `SMALLEST_SQUARE` more than it came out.
+
+    Runtimes that add one after the other lose up to 2^-24 of the sum with each: measured 3% of a million, when the
+    first is the largest. So many are added up in pieces. Of ordinary gradients what is counted more changes no bit.
+    """
+    values = _size(squares)
+    if values <= _IN_ONE_PASS:
+        return _rounded_up(tf.reduce_sum(squares, list(range(1, len(squares.shape)))), values)
+    flat, piece = tf.reshape(squares, [-1, values]), math.isqrt(values)
+    whole = values // piece * piece
+    pieces = tf.reshape(tf.slice(flat, [0, 0], [-1, whole]), [-1, whole // piece, piece])
+    total = tf.reduce_sum(tf.reduce_sum(pieces, 2), 1)
+    if whole < values:
+        total = total + tf.reduce_sum(tf.slice(flat, [0, whole], [-1, values - whole]), 1)
+    return _rounded_up(total, values)
+
+
 class PerExample:
     """Gradients held as they are.
 
@@ -97,7 +135,7 @@ class PerExample:
 
     def squared_norms(self) -> tf.Tensor:
         """See `ParameterGradient`."""
-        return tf.reduce_sum(self._values * self._values, 1)
+        return total_of_squares(self._values * self._values)
 
     def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """See `ParameterGradient`."""
@@ -117,11 +155,14 @@ class _Materialised:
         self._biases = tf.reduce_sum(output_gradient, 1) if len(roles) > 1 else None
 
     def squared_norms(self) -> tf.Tensor:
-        # A mean times its count: XNNPACK of tflite-runtime 2.14 runs MEAN and leaves SUM to a kernel eight times
-        # slower.
-        count = float(self._kernels.shape[1] * self._kernels.shape[2])
-        kernel = tf.reduce_mean(self._kernels * self._kernels, [1, 2]) * count
-        return kernel if self._biases is None else kernel + tf.reduce_sum(self._biases * self._biases, 1)
+        squares, count = self._kernels * self._kernels, _size(self._kernels)
+        if count > _IN_ONE_PASS:
+            kernel = total_of_squares(squares)
+        else:
+            # A mean times its count: XNNPACK of tflite-runtime 2.14 runs MEAN and leaves SUM to a kernel eight times
+            # slower. The mean can be flushed to zero like the squares, so each is counted twice.
+            kernel = _rounded_up(tf.reduce_mean(squares, [1, 2]) * float(count), 2 * count)
+        return kernel if self._biases is None else kernel + total_of_squares(self._biases * self._biases)
 
     def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, ...]:
         # A product and a sum: as one matrix product the converter transposes the whole stack of gradients first.
@@ -146,7 +187,12 @@ class _Gram:
     def squared_norms(self) -> tf.Tensor:
         # A bias is a weight on a constant input of 1.
         constant_input = 1.0 if len(self.roles) > 1 else 0.0
-        return _row_squares(self._output_gradient) * (_row_squares(self._rows) + constant_input)
+        outputs, inputs = _row_squares(self._output_gradient), _row_squares(self._rows)
+        # A factor that saturated must not be made harmless by a small other one: the larger stands for the product
+        # then, four times over, so that what saturated is beyond what counts. Between 1e38 and there it only clips
+        # more.
+        saturated = tf.maximum(tf.maximum(outputs, inputs) - _LARGEST_FACTOR, 0.0)
+        return outputs * (inputs + constant_input) + 4.0 * saturated
 
     def weighted_sum(self, factors: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, ...]:
         rescaled = keep_counted(counted, self._output_gradient) * tf.reshape(factors, [-1, 1, 1])
@@ -184,4 +230,10 @@ def _flat_kernel(transposed: tf.Tensor) -> tf.Tensor:
 
 def _row_squares(x: tf.Tensor) -> tf.Tensor:
     """The squared L2 norm of each example, [B]."""
-    return tf.reduce_sum(x * x, [1, 2])
+    return total_of_squares(x * x)
+
+
+def _rounded_up(sums: tf.Tensor, squares: int) -> tf.Tensor:
+    """Sums [B] of so many squares, each counted as `SMALLEST_SQUARE` more."""
+    # Added, not a maximum: that of NaN and a number is the number on some runtimes, and the example would count.
+    return sums + squares * SMALLEST_SQUARE

@@ -134,10 +134,14 @@ def test_sums_of_another_length_or_without_end_are_refused(total: np.ndarray) ->
         NoisyGrid(1.0, 1.0, 2).release(total, SeededEntropy(""))
 
 
-@pytest.mark.parametrize("clip", [0.0, 5e-324, 1e-30, 1e30, math.inf, math.nan])
-def test_clips_that_float32_cannot_hold_are_refused(clip: float) -> None:
+@pytest.mark.parametrize("clip", [0.0, 5e-324, 1e-30, 1e-20, 0.99e-12, 1e30, math.inf, math.nan])
+def test_clips_whose_norms_float32_cannot_hold_are_refused(clip: float) -> None:
     with pytest.raises(LocalMisuseError, match="l2_norm_clip"):
         NoisyGrid(clip, 1.0, 10)
+
+
+def test_the_least_clip_is_the_one_that_graphs_are_held_to() -> None:
+    assert NoisyGrid(1e-12, 1.0, 10).step > 0
 
 
 @pytest.mark.parametrize("sigma", [1.0, 3.7, 512.0, 1023.9])

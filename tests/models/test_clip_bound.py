@@ -1,4 +1,4 @@
-"""The clip holds for finite examples that are made to break it: rows that nearly cancel, of any size (ADR 8)."""
+"""The clip holds for what is made to break it: rows that nearly cancel, and the ends of float32 (ADR 8)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ import pytest
 pytestmark = pytest.mark.tensorflow
 tf = pytest.importorskip("tensorflow")
 
-from models import check  # noqa: E402
-from models.convert import convert_network  # noqa: E402
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: E402
+from oracle_cases import network as catalogue_network  # noqa: E402
+
+from fl_protocol.bundle import ModelBundle  # noqa: E402
+from fl_protocol.model_manifest import ClipGroup  # noqa: E402
+from models import catalog, check  # noqa: E402
+from models.build import build_bundle  # noqa: E402
+from models.convert import convert_network, convert_signatures  # noqa: E402
+from models.errors import ConversionError  # noqa: E402
+from models.hostile import LARGEST_CONTRIBUTION, hostile_probes, worst_contribution  # noqa: E402
+from models.layers import gradients  # noqa: E402
 from models.layers.dense import DenseLayer  # noqa: E402
-from models.layers.gradients import keep_counted  # noqa: E402
+from models.layers.gradients import keep_counted, total_of_squares  # noqa: E402
 from models.network import Network  # noqa: E402
 from models.sources import Description, describe  # noqa: E402
 
@@ -115,3 +124,115 @@ def test_the_gram_form_of_many_rows_fails_the_same_check(monkeypatch: pytest.Mon
     network = Network(describe(model("dense"), Description()))
     graph = convert_network(network, batch_size=2)
     assert max(worst_length(network, graph, "litert", size=size) for size in SIZES) > 1.05
+
+
+CLIPS = (1e-12, 0.05, 0.5, 1e3)
+GAPS = tuple(np.arange(34.0, 54.0, 1.0))
+
+
+def longest(network: Network, graph: bytes, runtime: str, *, batch_size: int = 2, draws: int = 40) -> float:
+    probes = hostile_probes(network, batch_size=batch_size, gaps=GAPS, draws=draws)
+    return worst_contribution(graph, runtime, probes, clips=CLIPS)
+
+
+def test_no_hostile_parameters_let_a_record_pass_the_clip_of_a_committed_bundle(
+    bundle: ModelBundle, model: str, runtime: str
+) -> None:
+    batch_size = bundle.manifest.batch_size
+    assert longest(catalogue_network(model), bundle.graph, runtime, batch_size=batch_size) <= LARGEST_CONTRIBUTION
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_hostile_parameters_let_a_record_pass_the_clip_of_any_layer(kind: str, runtime: str) -> None:
+    assert longest(*converted(kind), runtime) <= LARGEST_CONTRIBUTION
+
+
+def chain(*, loss: Any = None, classes: int = 3) -> Any:
+    """Frozen, then two layers whose examples have one row: Gram norms, and no function that bounds what they see."""
+    inputs = tf.keras.Input((8,))
+    x = layers.Dense(16, name="fixed", trainable=False)(inputs)
+    x = layers.Dense(16, activation="relu", name="shared")(x)
+    outputs = layers.Dense(classes, name="own")(x)
+    made = tf.keras.Model(inputs, outputs, name="bound")
+    made.compile(loss=loss or tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return made
+
+
+PLAIN = Description()
+GROUPS = Description(personal_layers=("own",), norm_clips=(ClipGroup(("shared",), 0.8), ClipGroup(("own",), 0.6)))
+VALUES = {"loss": tf.keras.losses.MeanSquaredError(), "classes": 2}
+BINARY = {"loss": tf.keras.losses.BinaryCrossentropy(from_logits=True), "classes": 2}
+
+
+@pytest.mark.parametrize(("made", "said"), [({}, PLAIN), ({}, GROUPS), (VALUES, PLAIN), (BINARY, PLAIN)])
+def test_frozen_personal_and_grouped_layers_and_every_loss_hold_the_clip(
+    made: dict[str, Any], said: Description, runtime: str
+) -> None:
+    network = Network(describe(chain(**made), said))
+    assert longest(network, convert_network(network, batch_size=2), runtime) <= LARGEST_CONTRIBUTION
+
+
+def as_before(form: Any) -> Any:
+    """The Gram norm that was shipped once: a factor that saturates or vanishes takes the other with it."""
+    rows, gradient = form._rows, form._output_gradient
+    return tf.reduce_sum(gradient * gradient, [1, 2]) * (tf.reduce_sum(rows * rows, [1, 2]) + 1.0)
+
+
+def without_saturation(form: Any) -> Any:
+    return total_of_squares(form._output_gradient**2) * (total_of_squares(form._rows**2) + 1.0)
+
+
+BROKEN = [(as_before, "litert"), (as_before, "tflite-runtime"), (without_saturation, "tflite-runtime")]
+
+
+@pytest.mark.parametrize("made", [{}, VALUES, BINARY])
+@pytest.mark.parametrize(("broken", "where"), BROKEN)
+def test_a_gram_norm_with_a_hole_lets_a_record_pass(
+    broken: Any, where: str, made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients._Gram, "squared_norms", broken)
+    network = Network(describe(chain(**made), PLAIN))
+    assert longest(network, convert_network(network, batch_size=2), where, draws=0) > 10
+
+
+@pytest.mark.parametrize("broken", [as_before, without_saturation])
+def test_a_graph_with_such_a_hole_is_not_signed(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients._Gram, "squared_norms", broken)
+    with pytest.raises(ConversionError, match="one record can contribute"):
+        build_bundle(catalog.load("watch_cnn"), publisher_key=Ed25519PrivateKey.generate(), batch_size=2)
+
+
+def total_error(total: Any, shape: tuple[int, ...], runtime: str) -> float:
+    """How far below the true sum one of decreasing squares comes out, relative: the worst order for adding up."""
+    graph = convert_signatures(
+        {"total": (lambda squares: {"sum": total(squares)}, {"squares": tf.TensorSpec(shape, tf.float32, "squares")})}
+    )
+    squares = np.full(shape, 2.0**-25.2, np.float32)
+    squares.reshape(shape[0], -1)[:, 0] = 1
+    got = check.interpreter(runtime, graph).get_signature_runner("total")(squares=squares)["sum"]
+    return float((1 - got / squares.astype(np.float64).reshape(shape[0], -1).sum(1)).max())
+
+
+@pytest.mark.parametrize("shape", [(2, 2**14), (2, 127, 129), (2, 1000, 1021), (2, 1, 2**20 + 5)])
+def test_a_sum_of_many_squares_loses_little_in_the_worst_order(shape: tuple[int, ...], runtime: str) -> None:
+    # Half of it is the norm's, and 2^-10 is the room there.
+    assert total_error(total_of_squares, shape, runtime) <= 2.0**-10
+
+
+def test_adding_them_one_after_the_other_loses_more() -> None:
+    assert total_error(lambda squares: tf.reduce_sum(squares, 1), (2, 2**20), "tflite-runtime") > 2.0**-6
+
+
+def test_squares_that_vanish_count_as_the_least_that_does_not(runtime: str) -> None:
+    graph = convert_signatures(
+        {
+            "total": (
+                lambda x: {"sum": total_of_squares(x * x)},
+                {"x": tf.TensorSpec((2, 3, 5), tf.float32, "x")},
+            )
+        }
+    )
+    x = np.full((2, 3, 5), 1e-19, np.float32)
+    got = check.interpreter(runtime, graph).get_signature_runner("total")(x=x)["sum"]
+    assert (got >= (x.astype(np.float64) ** 2).sum((1, 2))).all()
+    assert not np.isfinite(check.interpreter(runtime, graph).get_signature_runner("total")(x=x * np.nan)["sum"]).any()
