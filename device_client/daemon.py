@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from device_client.errors import StoreError
+from device_client.events import ConditionsRead
 from device_client.ports import Bell, Clock, Watchdog
 from device_client.readiness import READ_EVERY_S, Readiness
 from device_client.studies import LOOK_EVERY_S, Studies
@@ -57,22 +58,23 @@ class DeviceDaemon:
         self._keep_house()
         runners = self.studies.running
         busy = any([busy, *(bool(runner.take_events()) for runner in runners)])
-        blocked = self._look() if any(_cares(runner) for runner in runners) else None
+        matters = any(_cares(runner) or runner.session.has_large_updates for runner in runners)
+        conditions = self._look() if matters else None
         for runner in runners:
-            runner.tick(blocked)
-        busy |= self._train(runners, bool(blocked))
+            runner.tick(conditions)
+        busy |= self._train(runners, conditions is not None and bool(conditions.blocked))
         self.watchdog.alive(self._summary(runners))
         if not busy:
             self.bell.wait(self._idle_for_s(runners))
 
-    def _look(self) -> tuple[str, ...]:
-        """Why the device may not train; a change is told to the journal."""
+    def _look(self) -> ConditionsRead:
+        """Whether the device may train; a change is told to the journal."""
         reasons = self.readiness.look()
         rules = [blocked.rule for blocked in self.readiness.blocked]
         if set(rules) != set(self._told_rules):  # others look too, such as `status`
             self._told_rules = rules
             self.journal.write("eligibility", at_s=self.clock.now_s(), blocked=rules)
-        return reasons
+        return ConditionsRead(reasons, holds_uploads=self.readiness.holds_uploads)
 
     def _train(self, runners: list[StudyRunner], is_blocked: bool) -> bool:
         """One step for every study that trains, or none and their progress kept; whether anything was done."""

@@ -2,7 +2,8 @@
 
 The same bytes every time: an update is never re-noised or re-sealed, so resending releases nothing new. No more than
 `WINDOW` messages are handed to the transport before the broker has acknowledged some (which says that the line is free,
-and nothing about delivery); the back-off to the next attempt begins when the last one has left. A large update that may
+and nothing about delivery); the back-off to the next attempt begins when the last one has left. Large updates are
+held while the network or the battery speaks against them. A large update that may
 be there in part is first asked about: its last chunk is sent alone, and the aggregator answers with what it misses.
 """
 
@@ -29,6 +30,8 @@ GRACE_S = 3600.0
 LEAST_ATTEMPTS = 8
 """How often at least it was offered in this life of the process: the clock alone, which may be wrong, throws nothing
 away."""
+LARGE_BYTES = 64 * 1024
+"""A larger update is sent only when network and battery allow it; less costs hardly more than the connection."""
 WINDOW = 8
 """Messages on their way to the broker at a time."""
 ASK_FIRST_CHUNKS = 4
@@ -81,6 +84,7 @@ class Deliveries:
         self._tenant, self._entropy = tenant, entropy
         self._open = {pending.update_id: _Delivery(pending, silence=0) for pending in outbox}
         self._chunk_bytes: int | None = None
+        self._holds_large = True  # until the conditions have been read
         self._window = WINDOW
         self._cut: tuple[bytes, list[ChunkMsg]] = (b"", [])  # the update that is being sent now, in chunks
         self._line_busy_s = -math.inf  # until when it is not asked whether the line is free, unless something happens
@@ -105,15 +109,25 @@ class Deliveries:
         self._chunk_bytes = None
         self._cut = (b"", [])
 
+    def hold_large(self, *, hold: bool) -> None:
+        """Whether large updates wait, those that are on their way included: the network may be a metered one now."""
+        self._holds_large = hold
+
+    @property
+    def has_large(self) -> bool:
+        """Whether `hold_large` matters."""
+        return any(_is_large(one) for one in self._open.values())
+
     def add(self, pending: PendingUpdate) -> None:
         """Take over an update that is in the outbox."""
         self._open[pending.update_id] = _Delivery(pending, silence=1)
 
     def next_wake_s(self) -> float:
         """When `due` next has something to do; while the line is busy, its progress wakes it earlier."""
-        if self._chunk_bytes is None or not self._open:
+        free = [one for one in self._open.values() if not self._is_held(one)]
+        if self._chunk_bytes is None or not free:
             return math.inf
-        next_send_s = min(-math.inf if one.queue else one.next_send_s for one in self._open.values())
+        next_send_s = min(-math.inf if one.queue else one.next_send_s for one in free)
         return max(self._line_busy_s, next_send_s)
 
     def due(self, now_s: float, *, backlog: int) -> list[Action]:
@@ -129,6 +143,8 @@ class Deliveries:
         for delivery in list(self._open.values()):
             pending = delivery.pending
             delivery.look_at_line(now_s, backlog=backlog)
+            if self._is_held(delivery):
+                continue
             if not delivery.queue and not backlog and now_s >= delivery.next_send_s:
                 if now_s > pending.deadline_s + GRACE_S and delivery.attempts >= LEAST_ATTEMPTS:
                     actions += self._close(pending.update_id, "expired", round=pending.round)
@@ -196,6 +212,10 @@ class Deliveries:
         delivery.wait_s = self._back_off_s(delivery.attempts)
         delivery.next_send_s = now_s + delivery.wait_s
 
+    def _is_held(self, delivery: _Delivery) -> bool:
+        """Whether an update waits for better conditions."""
+        return self._holds_large and _is_large(delivery)
+
     def _close(self, update_id: bytes, outcome: str, **fields: object) -> list[Action]:
         """Take an update out of the outbox and say why."""
         number = self._open.pop(update_id).pending.round
@@ -237,6 +257,11 @@ class Deliveries:
     def _back_off_s(self, attempts: int) -> float:
         """Exponential, with the upper half jittered so that a fleet does not resend in step."""
         return _longest_back_off_s(attempts) * (0.5 + 0.5 * uniform(self._entropy))
+
+
+def _is_large(delivery: _Delivery) -> bool:
+    """Whether sending it is felt on a metered network or a low battery."""
+    return len(delivery.pending.envelope) > LARGE_BYTES
 
 
 def _longest_back_off_s(attempts: int) -> float:

@@ -67,9 +67,11 @@ class ConditionsRead:
 
     Args:
         blocked: why not, in words; empty when it may.
+        holds_uploads: whether the network or the battery is among the reasons, so that no large update is sent either.
     """
 
     blocked: tuple[str, ...] = ()
+    holds_uploads: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ from device_client.config import EligibilityConfig
 from device_client.eligibility import Blocked, Conditions, Eligibility, EligibilityPolicy, parse_window
 from device_client.ports import Board, Clock
 
+HOLDING_RULES = frozenset({"network", "battery"})
+"""What keeps large updates from being sent, too."""
+
 READ_EVERY_S = 15.0
 """How old a reading may be while a study waits or trains."""
 
@@ -41,6 +44,11 @@ class Readiness:
                 self.conditions, now_s=now_s, local_time_s=self._clock.local_time_s()
             )
         return tuple(blocked.reason for blocked in self.blocked)
+
+    @property
+    def holds_uploads(self) -> bool:
+        """Whether, as of the last look, large updates are better not sent now."""
+        return any(blocked.rule in HOLDING_RULES for blocked in self.blocked)
 
 
 def policy_of(config: EligibilityConfig) -> EligibilityPolicy:

@@ -120,6 +120,11 @@ class DeviceSession:
         """Whether nothing is pending under the present name on the wire, so that it may change."""
         return not len(self._deliveries) and self._working_on == 0
 
+    @property
+    def has_large_updates(self) -> bool:
+        """Whether updates wait that are sent only if network and battery allow it."""
+        return self._connected and self._deliveries.has_large
+
     def view(self) -> SessionView:
         """What a person is told."""
         number = self._state.highest_round
@@ -169,6 +174,7 @@ class DeviceSession:
         """What follows from what the device itself found out or did."""
         match event:
             case ConditionsRead():
+                self._deliveries.hold_large(hold=event.holds_uploads)
                 return self._conditions_read(event.blocked, now_s)
             case RecordsCounted():
                 return self._records_counted(event)

@@ -98,9 +98,9 @@ class StudyRunner:
         """Hand one event to the session and do what it asks for."""
         self._execute(self.session.handle(event, self.clock.now_s(), backlog=self.transport.backlog()))
 
-    def tick(self, blocked: tuple[str, ...] | None) -> None:
-        """Let time pass; `blocked`, if it was looked up, says why the device may not train."""
-        self.tell(Tick() if blocked is None else ConditionsRead(blocked))
+    def tick(self, conditions: ConditionsRead | None) -> None:
+        """Let time pass; `conditions`, if they were read, say whether the device may train."""
+        self.tell(conditions or Tick())
         if self.clock.now_s() >= self._sweep_again_s:
             self._sweep()
 

@@ -74,6 +74,7 @@ class Line:
         self._acks_s: list[float] = []
         self.log: list[tuple[float, Action]] = []
         self.most_waiting = 0
+        self.subject.hold_large(hold=False)
         self.subject.connected(packet)
 
     @property

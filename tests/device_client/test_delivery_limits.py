@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from device_client import delivery
 from device_client.delivery import (
     FIRST_RETRY_S,
+    LARGE_BYTES,
     LEAST_ATTEMPTS,
     LONGEST_RETRY_S,
     RETRYABLE,
@@ -118,6 +119,49 @@ def test_a_large_update_is_sent_as_a_whole_ever_more_rarely() -> None:
     ends_s = [*line.attempts_s(), math.inf]
     whole = [i for i, (here, later) in enumerate(pairwise(ends_s), 1) if sum(here <= s < later for s in sent_s) == 6]
     assert whole == [1, 3, 7, 15, 31]
+
+
+LARGE = 5 * LARGE_BYTES
+
+
+def test_a_large_update_waits_for_its_conditions_and_goes_on_where_it_stopped() -> None:
+    line = Line(new=some_update(1, LARGE, deadline_s=1e11), packet=None, seconds_a_message=10.0)
+    line.subject.connected(None, receive_maximum=2)
+    line.subject.hold_large(hold=True)
+    assert line.until(3600.0) == []
+    assert line.next_s() == math.inf  # nothing to wake up for
+    line.subject.hold_large(hold=False)
+    assert indices(line.look()) == [0, 1]
+    line.subject.hold_large(hold=True)
+    assert line.until(7200.0) == []
+    line.subject.hold_large(hold=False)
+    assert indices(line.until(7210.0)) == [2, 3]
+
+
+def sent_while_held(size: int, *, subject: type[Deliveries] = Deliveries) -> list[Publish]:
+    """What is sent in an hour while large updates are held, although a NACK asks for chunks."""
+    update = some_update(1, size, deadline_s=1e11)
+    line = Line(update, subject=subject)
+    line.subject.hold_large(hold=True)
+    line.until(1800.0)
+    line.subject.nack(nack(update, RefusalReason.TRUNCATED, missing=missing_bitmap(-(-size // 500), {0})), line.now_s)
+    return published(line.until(3600.0))
+
+
+def test_only_large_updates_are_held_and_no_answer_frees_them() -> None:
+    assert sent_while_held(LARGE_BYTES + 1) == []
+    assert sent_while_held(LARGE_BYTES) != []
+
+
+class Unheld(Deliveries):
+    """Broken: it sends whatever the network."""
+
+    def _is_held(self, _delivery: Any) -> bool:
+        return False
+
+
+def test_a_device_that_holds_nothing_is_caught() -> None:
+    assert sent_while_held(LARGE_BYTES + 1, subject=Unheld) != []
 
 
 def sent_under_replay(*, hours: float, subject: type[Deliveries] = Deliveries) -> tuple[int, int]:

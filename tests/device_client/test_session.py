@@ -450,3 +450,21 @@ def test_its_name_may_change_only_when_nothing_is_pending_under_it() -> None:
     assert not driver.session.is_settled
     driver.tell(Received(down_topic(TENANT, DEVICE, "receipt"), sign(receipt_for(update), AGGREGATOR)))
     assert driver.session.is_settled
+
+
+def test_a_large_update_is_sent_only_once_the_conditions_were_read_and_allow_it() -> None:
+    update = some_update(size=300_000)
+    driver = Driver(outbox=(update,), blocked=None)
+    assert driver.session.has_large_updates
+    sent = uploads(driver.actions)
+    for reading in (ConditionsRead(("the network is metered",), holds_uploads=True), Disconnected("gone"), Connected()):
+        sent += uploads(driver.tell(reading))
+    assert sent == []
+    # What only speaks against training does not hold it.
+    assert uploads(driver.tell(ConditionsRead(("in use",)))) != []
+
+
+def test_a_small_update_is_sent_whatever_the_conditions() -> None:
+    driver = Driver(outbox=(some_update(),), blocked=None)
+    assert not driver.session.has_large_updates
+    assert len(uploads(driver.actions)) == 1
