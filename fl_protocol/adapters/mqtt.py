@@ -9,10 +9,12 @@ without it a 2 MB update in 120 KiB chunks took 45 ms on loopback, with it 5 ms.
 
 from __future__ import annotations
 
+import math
 import queue
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,8 @@ MAX_QUEUED_EVENTS = 20_000
 """Inbound events held for a slow consumer; beyond it messages are dropped, and resending covers for them."""
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 """Inbound payload bytes held for a slow consumer; see `MAX_QUEUED_EVENTS`."""
+LASTING_S = 60.0
+"""A connection that lived shorter counts as a failed one: who accepts and hangs up is asked ever more rarely."""
 MAX_INFLIGHT_MESSAGES = 10
 """Unacknowledged publishes. paho ignores the server's ReceiveMaximum, so it is handed up with `Connected`."""
 
@@ -53,6 +57,27 @@ class LastWill:
     payload: bytes
 
 
+class BackOff:
+    """How long to wait before connecting again: ever longer while connections fail or die young. Pure.
+
+    Args:
+        longest_s: most to wait.
+    """
+
+    def __init__(self, longest_s: int) -> None:
+        self._longest_s, self._failures, self._since_s = longest_s, 0, math.inf
+
+    def connected(self, now_s: float) -> None:
+        """A broker accepted the connection."""
+        self._since_s = now_s
+
+    def ended(self, now_s: float) -> int:
+        """The connection ended, or was refused; seconds to wait, 1 after one that lasted."""
+        lasted, self._since_s = now_s - self._since_s >= LASTING_S, math.inf
+        self._failures = 1 if lasted else self._failures + 1
+        return int(min(self._longest_s, 2 ** min(self._failures - 1, 30)))
+
+
 class MqttTransport:
     """`fl_protocol.transport.Transport` over one paho client with its own network thread.
 
@@ -63,6 +88,7 @@ class MqttTransport:
         will: last will.
         keepalive_s: after which a silent connection is taken for dead.
         max_back_off_s: longest wait between attempts to connect.
+        clock: seconds, monotonic.
         wake: called, from the network thread, when there is an event or the backlog has shrunk; must not block.
     """
 
@@ -76,6 +102,7 @@ class MqttTransport:
         will: LastWill | None = None,
         keepalive_s: int = 30,
         max_back_off_s: int = 60,
+        clock: Callable[[], float] = time.monotonic,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         try:
@@ -88,6 +115,7 @@ class MqttTransport:
         self._queued_bytes = 0
         self._handed_over = self._acknowledged = 0  # each is written by one thread only
         self._wake = wake
+        self._clock, self._back_off, self._max_back_off_s = clock, BackOff(max_back_off_s), max_back_off_s
         self._counting = threading.Lock()
         client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
         client.max_inflight_messages_set(MAX_INFLIGHT_MESSAGES)
@@ -184,6 +212,7 @@ class MqttTransport:
         if reason.is_failure:
             self._put(Disconnected(f"broker refused the connection: {reason}"))
         else:
+            self._back_off.connected(self._clock())
             self._client.drop_out_messages()
             self._acknowledged = self._handed_over
             limits = [getattr(properties, name, None) for name in ("MaximumPacketSize", "ReceiveMaximum")]
@@ -199,6 +228,9 @@ class MqttTransport:
 
     def _on_disconnect(self, _c: Any, _u: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         self._acknowledged = self._handed_over
+        # paho begins anew with its shortest wait after every connection that was accepted, however short.
+        wait_s = self._back_off.ended(self._clock())
+        self._client.reconnect_delay_set(min_delay=wait_s, max_delay=self._max_back_off_s)
         self._put(Disconnected(f"connection to the broker ended: {reason}"))
 
     def _on_message(self, _client: Any, _userdata: Any, message: paho.MQTTMessage) -> None:
