@@ -30,7 +30,7 @@ lint: .venv-dev/.ready
 	.venv-dev/bin/lint-imports
 
 bundles: .venv-dev/.ready
-	.venv-dev/bin/covey-model build all --out-dir models/bundles --force $(if $(KEY),--key $(KEY))
+	.venv-dev/bin/covey-model build all --out-dir models/bundles --version 2 --force $(if $(KEY),--key $(KEY))
 
 # Runtime only, no TensorFlow.
 .venv/.ready: pyproject.toml constraints.txt
