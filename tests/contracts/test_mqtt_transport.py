@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fl_protocol.adapters import mqtt
-from fl_protocol.adapters.mqtt import MAX_QUEUED_BYTES, BackOff, MqttTransport, TlsFiles
+from fl_protocol.adapters.mqtt import MAX_INCOMING_BYTES, MAX_QUEUED_BYTES, BackOff, MqttTransport, TlsFiles
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.limits import MAX_PACKET_BYTES
 from fl_protocol.transport import Connected, Disconnected, Received
@@ -240,7 +241,7 @@ def test_a_slow_consumer_holds_a_bounded_number_of_bytes(scripted: ScriptedBroke
     scripted.accept()
     scripted.send(CONNACK)
     await_event(transport, Connected)
-    size = 8 * 1024 * 1024
+    size = 64 * 1024
     for _ in range(MAX_QUEUED_BYTES // size + 3):
         scripted.send(publish_packet(b"flood", bytes(size)))
     scripted.send(bytes([0xE0, 0]))  # DISCONNECT: the event after which nothing more comes
@@ -250,6 +251,62 @@ def test_a_slow_consumer_holds_a_bounded_number_of_bytes(scripted: ScriptedBroke
         assert isinstance(event, Received)
         held += len(event.payload)
     assert held == MAX_QUEUED_BYTES
+
+
+def reads_after_announcing(size: int, scripted: ScriptedBroker, transport: MqttTransport) -> str:
+    """A broker announces a packet of that size and sends none of it; why the client hangs up."""
+    transport.open()
+    scripted.accept()
+    scripted.send(CONNACK)
+    await_event(transport, Connected)
+    length = bytes([0x80 | size & 0x7F, 0x80 | size >> 7 & 0x7F, 0x80 | size >> 14 & 0x7F, size >> 21])
+    scripted.send(bytes([PUBLISH]) + length)
+    return await_event(transport, Disconnected).reason
+
+
+@pytest.mark.parametrize("size", [MAX_INCOMING_BYTES + 1, 2**28 - 1])
+def test_a_packet_larger_than_announced_is_not_waited_for(
+    size: int, scripted: ScriptedBroker, transport: MqttTransport
+) -> None:
+    """It also says when another paho reads its packets another way."""
+    reason = reads_after_announcing(size, scripted, transport)
+    assert f"a packet of {size} bytes" in reason
+    scripted.accept()  # and it comes back
+    scripted.send(CONNACK + publish_packet(b"t", b"alive"))
+    assert await_event(transport, Received) == Received("t", b"alive")
+
+
+def test_the_largest_packet_that_was_announced_is_taken(scripted: ScriptedBroker, transport: MqttTransport) -> None:
+    transport.open()
+    scripted.accept()
+    payload = bytes(MAX_PACKET_BYTES)
+    scripted.send(CONNACK + publish_packet(b"t" * 1000, payload))
+    assert await_event(transport, Received) == Received("t" * 1000, payload)
+
+
+def test_a_giant_packet_takes_no_memory(scripted: ScriptedBroker, transport: MqttTransport) -> None:
+    tracemalloc.start()
+    reads_after_announcing(2**28 - 1, scripted, transport)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2**22
+
+
+def test_a_client_that_reads_whatever_is_announced_is_caught(
+    scripted: ScriptedBroker, transport: MqttTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(mqtt._BoundedClient, "_sock_recv")
+    tracemalloc.start()
+    transport.open()
+    scripted.accept()
+    scripted.send(CONNACK)
+    await_event(transport, Connected)
+    scripted.send(bytes([PUBLISH, 0xFF, 0xFF, 0xFF, 0x7F]) + bytes(2**20))
+    scripted.hang_up()
+    await_event(transport, Disconnected)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes > 2**22
 
 
 def test_messages_larger_than_any_of_ours_are_kept_away_by_an_honest_broker(tmp_path: Path) -> None:
