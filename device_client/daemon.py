@@ -99,7 +99,7 @@ class DeviceDaemon:
             self.journal.write("store_failed", at_s=now_s, reason=str(error))
         else:
             if gone:
-                self.journal.write("records_pruned", at_s=now_s, count=gone)
+                self.journal.write("records_pruned", at_s=now_s)
 
     def _idle_for_s(self, runners: list[StudyRunner]) -> float:
         """How long nothing can happen unless the bell rings."""

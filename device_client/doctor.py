@@ -51,6 +51,7 @@ from device_client.eligibility import Eligibility
 from device_client.ledger import PrivacyLedger
 from device_client.ledger.chain import LOG_NAME
 from device_client.readiness import policy_of
+from device_client.terminal import visible
 from fl_protocol.adapters.files import SystemDisk
 from fl_protocol.errors import CoveyError
 
@@ -79,9 +80,9 @@ def run_doctor(files: DeviceFiles, arguments: argparse.Namespace) -> int:
 def _print_line(finding: Finding, stream: TextIO) -> None:
     """One finding for a person; a network check may take seconds, so each is shown at once."""
     study = f"{finding.study}: " if finding.study else ""
-    stream.write(f"{finding.verdict:<9}{finding.check:<12}{study}{finding.found.removeprefix(study)}\n")
+    stream.write(f"{finding.verdict:<9}{finding.check:<12}{study}{visible(finding.found.removeprefix(study))}\n")
     if finding.advice:
-        stream.write(f"{'':<21}-> {finding.advice}\n")
+        stream.write(f"{'':<21}-> {visible(finding.advice)}\n")
     stream.flush()
 
 

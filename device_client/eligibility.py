@@ -35,6 +35,7 @@ SETTLING_S = 60.0
 """How long charger, idleness or network must be right, or a failed sensor well, before training starts again."""
 
 _DAY_S = 86_400
+_CLOCK_GRAIN_S = 1e-3  # Unix seconds are known to less than a microsecond, and differences of them are added up
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ class _Watch:
             return False
         # Counted from the first good reading, in steps of forward time.
         self._held_s = 0.0 if self._held_s is None else self._held_s + elapsed_s
-        return self._held_s >= wait_s
+        return self._held_s >= wait_s - _CLOCK_GRAIN_S
 
     def _reason(self, moment: Moment) -> str:
         """Why it blocks, though its reading can be believed."""

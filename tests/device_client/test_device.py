@@ -899,7 +899,7 @@ def test_records_grow_old_once_an_hour() -> None:
         one.clock.time_s += 3600.0
         one.steps(2)
     assert len(device.streams["default"]) == 0
-    assert one.journal.named("records_pruned")[-1]["count"] == 40
+    assert "count" not in one.journal.named("records_pruned")[-1]  # the journal says nothing about the records
 
 
 def test_stopping_ends_the_run_and_leaves_a_goodbye() -> None:
