@@ -1,4 +1,4 @@
-"""Telling systemd that the daemon lives (sd_notify(3)): a datagram to the socket that it names; without one, nothing."""
+"""Telling systemd that the daemon lives (sd_notify(3)): a datagram to the socket it names; without one, nothing."""
 
 from __future__ import annotations
 

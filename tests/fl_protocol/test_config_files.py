@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from fl_protocol.adapters.config_files import load_toml, read_file, relative_to_config
-from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.adapters.connect import make_transport
 from fl_protocol.adapters.journal import JsonLines
 from fl_protocol.adapters.mqtt import MqttTransport
+from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.errors import ConfigError, LocalMisuseError
 
 GOOD = 'host = "127.0.0.1"\nport = 1883\n'
