@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from device_client.deliveries_log import outcomes
 from device_client.device import Device
 from device_client.errors import LedgerError, StoreError
-from device_client.study_runner import DELIVERIES_LOG, DeliveryEntry
 from fl_protocol.errors import ConfigError, CoveyError
 
 Short = Annotated[str, Meta(max_length=256)]
@@ -90,27 +90,15 @@ def _ledger(device: Device, _study: str) -> Any:
 
 def _sent(device: Device, _study: str) -> Any:
     """Every update that left, or was about to: when, to whom, how large, for what epsilon, and what became of it."""
-    outcomes = _outcomes(device)
+    found = outcomes(device.store)
     waiting = {pending.update_id.hex() for pending in device.outbox}
     return [
         {
             **msgspec.to_builtins(release),
-            "outcome": outcomes.get(release.update_id, "waiting" if release.update_id in waiting else "dropped"),
+            "outcome": found.get(release.update_id, "waiting" if release.update_id in waiting else "dropped"),
         }
         for release in device.ledger.releases
     ]
-
-
-def _outcomes(device: Device) -> dict[str, str]:
-    """By update, what became of it."""
-    found = {}
-    for line in device.store.read_log(DELIVERIES_LOG).splitlines():
-        try:
-            entry = msgspec.json.decode(line, type=DeliveryEntry)
-        except msgspec.DecodeError:  # a line torn by a power cut
-            continue
-        found[entry.update_id] = entry.outcome
-    return found
 
 
 def _consents(device: Device, _study: str) -> Any:

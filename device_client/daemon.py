@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from device_client.errors import StoreError
 from device_client.events import ConditionsRead
 from device_client.ports import Bell, Clock, Watchdog
 from device_client.readiness import READ_EVERY_S, Readiness
@@ -95,7 +94,7 @@ class DeviceDaemon:
         self._kept_house_s = now_s
         try:
             gone = self.prune(now_s)
-        except (StoreError, CoveyError) as error:
+        except CoveyError as error:
             self.journal.write("store_failed", at_s=now_s, reason=str(error))
         else:
             if gone:

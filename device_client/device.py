@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import ArrayLike
@@ -22,6 +21,7 @@ from device_client.config import DeviceConfig, PrivacyConfig, StudyConfig
 from device_client.consent import Consents, leave_study, terms_digest, terms_of
 from device_client.control_variate import ControlVariate
 from device_client.daemon import DeviceDaemon
+from device_client.deliveries_log import record_outcome
 from device_client.delivery import uniform
 from device_client.device_store import kept_chunks, load_identity, load_session, study_blob
 from device_client.errors import LedgerError, StoreError
@@ -41,7 +41,7 @@ from device_client.recordings.window_store import Retention, WindowFiles, Window
 from device_client.session import DeviceSession, SessionConfig
 from device_client.status import Status, status_of
 from device_client.studies import LONGEST_ABSENCE_S, NoNameError, Studies, WireName
-from device_client.study_runner import DELIVERIES_LOG, DeliveryEntry, StudyRunner
+from device_client.study_runner import StudyRunner
 from device_client.training import Records
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
@@ -388,8 +388,7 @@ class Device:
         for pending in self.outbox.of(study.study):
             # Nobody can send it any more, and what stays would in time leave no room for other updates.
             if pending.device != study.id and names.get(pending.device) is None:
-                entry = DeliveryEntry(now_s, pending.update_id.hex(), "expired")
-                self.store.append_log(DELIVERIES_LOG, msgspec.json.encode(entry))
+                record_outcome(self.store, pending.update_id, "expired", now_s=now_s)
                 self.outbox.discard(pending.update_id)
                 reason = "the name on the wire that it was sealed for has ended"
                 self._ports.journal.write(

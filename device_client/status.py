@@ -127,7 +127,7 @@ def status_of(device: Device) -> Status:
         outbox_bytes=device.outbox.size_bytes,
         studies=tuple(studies),
         streams=tuple(
-            StreamStatus(name, len(stream), len(stream.held_out())) for name, stream in sorted(device.streams.items())
+            StreamStatus(name, len(stream), stream.held_out_count) for name, stream in sorted(device.streams.items())
         ),
     )
 

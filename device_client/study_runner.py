@@ -6,10 +6,9 @@ Training goes step by step between messages; what the daemon calls `advance` doe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import msgspec
-
+from device_client.deliveries_log import record_outcome
 from device_client.device_store import drop_chunks, keep_chunk, save_session
 from device_client.errors import StoreError
 from device_client.events import (
@@ -36,7 +35,7 @@ from device_client.events import (
 )
 from device_client.new_records import NewRecords
 from device_client.participation import LocalWork, Participant
-from device_client.ports import Clock, Store, Transport
+from device_client.ports import Clock, Float32, Store, Transport
 from device_client.session import DeviceSession
 from device_client.session_config import Role
 from device_client.training import Evaluation
@@ -44,19 +43,10 @@ from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import CoveyError
 from fl_protocol.messages import RoundManifestMsg
 
-DELIVERIES_LOG = "deliveries.jsonl"
 MOST_EVENTS = 64
 """Messages taken in one go, before training gets its turn."""
 RETRY_SEALING_S = 60.0
 """A disk that did not take the sealed update, or did not delete what was given up, is tried again after this long."""
-
-
-class DeliveryEntry(msgspec.Struct, frozen=True):
-    """One line of the log of what became of the updates."""
-
-    at_s: float
-    update_id: str
-    outcome: str
 
 
 @dataclass
@@ -84,6 +74,22 @@ class StudyRunner:
     last_problem: str = ""
     _seal_again_s: float = 0.0
     _sweep_again_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._handlers: dict[type, Callable[..., None]] = {
+            Publish: lambda a: self.transport.publish(a.topic, a.payload, retain=a.retain, expires_s=a.expires_s),
+            Subscribe: lambda a: self.transport.subscribe(a.topic_filter),
+            Unsubscribe: lambda a: self.transport.unsubscribe(a.topic_filter),
+            Remember: lambda a: save_session(self.store, a.state),
+            KeepChunk: lambda a: keep_chunk(self.store, self.study, a.digest, index=a.index, payload=a.payload),
+            DropChunks: lambda a: drop_chunks(self.store, self.study, a.digests),
+            Note: self._session_note,
+            Discard: self._discard,
+            CountRecords: self._count_records,
+            Participate: self._participate,
+            Abandon: self._abandon,
+            Evaluate: lambda a: self._measure(a.manifest, a.params),
+        }
 
     def take_events(self) -> int:
         """Hand what came from the broker to the session; how many messages that was."""
@@ -137,16 +143,16 @@ class StudyRunner:
 
     def leave(self) -> None:
         """Say goodbye to the broker; what is pending stays in the outbox."""
-        self.put_aside()
-        goodbye = self.session.offline_presence()
-        self.transport.publish(goodbye.topic, goodbye.payload, retain=goodbye.retain)
-        self.transport.close()
+        self._go(self.session.offline_presence())
 
     def retire(self) -> None:
         """Leave a name on the wire for good: its retained presence is forgotten too."""
-        presence = self.session.offline_presence()
+        self._go(replace(self.session.offline_presence(), payload=b""))
+
+    def _go(self, presence: Publish) -> None:
+        """Put training aside and disconnect; `presence` is what stays at the broker."""
         self.put_aside()
-        self.transport.publish(presence.topic, b"", retain=True)
+        self.transport.publish(presence.topic, presence.payload, retain=presence.retain)
         self.transport.close()
 
     def note(self, event: str, **fields: object) -> None:
@@ -157,27 +163,9 @@ class StudyRunner:
         """Do a batch in order; when the disk fails, the rest is dropped, and the session retries what it sends."""
         try:
             for action in actions:
-                self._do(action)
+                self._handlers[type(action)](action)
         except StoreError as error:
             self._store_failed(error)
-
-    def _do(self, action: Action) -> None:
-        """Carry out one action."""
-        handlers: dict[type, Callable[..., None]] = {
-            Publish: lambda a: self.transport.publish(a.topic, a.payload, retain=a.retain, expires_s=a.expires_s),
-            Subscribe: lambda a: self.transport.subscribe(a.topic_filter),
-            Unsubscribe: lambda a: self.transport.unsubscribe(a.topic_filter),
-            Remember: lambda a: save_session(self.store, a.state),
-            KeepChunk: lambda a: keep_chunk(self.store, self.study, a.digest, index=a.index, payload=a.payload),
-            DropChunks: lambda a: drop_chunks(self.store, self.study, a.digests),
-            Note: self._session_note,
-            Discard: self._discard,
-            CountRecords: self._count_records,
-            Participate: self._participate,
-            Abandon: self._abandon,
-            Evaluate: lambda a: self._measure(a.manifest, a.params),
-        }
-        handlers[type(action)](action)
 
     def _session_note(self, note: Note) -> None:
         """Into the journal; what went wrong last is kept for `status`."""
@@ -187,8 +175,7 @@ class StudyRunner:
 
     def _discard(self, action: Discard) -> None:
         """The log first: what became of an update is not lost, and a second line does no harm."""
-        entry = DeliveryEntry(self.clock.now_s(), action.update_id.hex(), action.outcome)
-        self.store.append_log(DELIVERIES_LOG, msgspec.json.encode(entry))
+        record_outcome(self.store, action.update_id, action.outcome, now_s=self.clock.now_s())
         if action.outcome == "delivered":
             self.participant.control.delivered(action.round)
         self.participant.outbox.discard(action.update_id)
@@ -213,31 +200,16 @@ class StudyRunner:
         except CoveyError as error:
             self.tell(ParticipationEnded(manifest.round, str(error)))
             return
-        ledger = self.participant.ledger
-        self.note(
-            "charged",
-            round=manifest.round,
-            epsilon=ledger.spent_epsilon,
-            budget_epsilon=ledger.budget.epsilon,
-            delta=ledger.budget.delta,
-        )
+        self._note_spent("charged", round=manifest.round)
 
     def _finished(self, work: LocalWork, pending: PendingUpdate) -> None:
         """An update is ready to be sent."""
         self.work = None
-        ledger, records = self.participant.ledger, self.new_records
-        self.note(
-            "trained",
-            round=work.manifest.round,
-            steps=work.steps[1],
-            epsilon=ledger.spent_epsilon,
-            budget_epsilon=ledger.budget.epsilon,
-            delta=ledger.budget.delta,
-        )
+        self._note_spent("trained", round=work.manifest.round, steps=work.steps[1])
         self.tell(UpdateReady(pending))
-        if records is not None:
+        if self.new_records is not None:
             try:
-                records.took_part()
+                self.new_records.took_part()
             except StoreError as error:
                 self._store_failed(error)
 
@@ -256,10 +228,16 @@ class StudyRunner:
         if work is not None:
             work.abandon()
 
-    def _measure(self, manifest: RoundManifestMsg, params: object) -> None:
+    def _note_spent(self, event: str, **fields: object) -> None:
+        """Write to the journal, with what was spent of the budget."""
+        ledger = self.participant.ledger
+        budget = ledger.budget
+        self.note(event, **fields, epsilon=ledger.spent_epsilon, budget_epsilon=budget.epsilon, delta=budget.delta)
+
+    def _measure(self, manifest: RoundManifestMsg, params: Float32) -> None:
         """Measure a global model on the device's own records; nothing of it is sent."""
         try:
-            found = self.participant.measure(params)  # type: ignore[arg-type]
+            found = self.participant.measure(params)
         except CoveyError as error:
             self.note("evaluation_failed", round=manifest.round, reason=str(error))
             return

@@ -217,9 +217,18 @@ class WindowStore:
             if number < self._segments[0].number:
                 self._store.delete(self._name(number, "damaged"))
 
+    @property
+    def held_out_count(self) -> int:
+        """How many are held out; reads none of them."""
+        return self._count(held_out=True)
+
+    def _count(self, *, held_out: bool) -> int:
+        """How many records are on a side."""
+        return sum(int(np.count_nonzero(self._chosen(entry, held_out=held_out))) for entry in self._entries())
+
     def _records(self, *, held_out: bool) -> Records:
         """One side's records."""
-        count = sum(int(np.count_nonzero(self._chosen(entry, held_out=held_out))) for entry in self._entries())
+        count = self._count(held_out=held_out)
         x = np.empty((count, *self._shape), np.float32)
         columns = label_columns(self._label)
         y: Labels = np.empty((count, columns), np.float32) if columns else np.empty(count, np.int32)

@@ -35,17 +35,21 @@ def make_transport(
     Raises:
         ConfigError: only some of the TLS files are named, or none for a broker that is not on this machine.
     """
+    files = tls if tls is not None else _tls_files(broker, config)
+    return MqttTransport(host=broker.host, port=broker.port, client_id=client_id, tls=files, will=will, wake=wake)
+
+
+def _tls_files(broker: BrokerConfig, config: Path) -> TlsFiles | None:
+    """The files that a section names; None for a broker on this machine without them. Raises ConfigError."""
     named = [broker.ca, broker.certificate, broker.key]
-    if tls is not None:
-        pass  # a pseudonym's own
-    elif all(named):
+    if all(named):
         ca, certificate, key = (relative_to_config(config, str(name)) for name in named)
-        tls = TlsFiles(ca=ca, certificate=certificate, key=key)
-    elif any(named):
+        return TlsFiles(ca=ca, certificate=certificate, key=key)
+    if any(named):
         raise ConfigError(f"configuration {config}: broker needs ca, certificate and key together, or none of them")
-    elif broker.host not in _LOOPBACK:
+    if broker.host not in _LOOPBACK:
         # Security: without TLS anyone on the way could pose as the broker and see who takes part.
         raise ConfigError(
             f"configuration {config}: broker {broker.host} is not on this machine, so it needs ca, certificate and key"
         )
-    return MqttTransport(host=broker.host, port=broker.port, client_id=client_id, tls=tls, will=will, wake=wake)
+    return None

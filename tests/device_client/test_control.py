@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from device_client.adapters.line_server import LineServer, Request, ask
 from device_client.assembly import RealDevice
 from device_client.control import QUESTIONS, answer
+from device_client.deliveries_log import LOG_NAME
 from device_client.device import Device
-from device_client.study_runner import DELIVERIES_LOG
 from tests.device_client.one_device import OneDevice
 
 WITHIN_S = 30.0
@@ -75,7 +75,7 @@ def test_sent_tells_of_every_update_what_became_of_it(after_a_round: OneDevice) 
 
 def test_a_torn_line_of_the_deliveries_is_passed_over(after_a_round: OneDevice) -> None:
     store = after_a_round.device.store
-    store.append_log(DELIVERIES_LOG, b'{"at_s": 1')
+    store.append_log(LOG_NAME, b'{"at_s": 1')
     assert [one["outcome"] for one in asked(after_a_round.device, "sent")] == ["delivered", "waiting"]
 
 
