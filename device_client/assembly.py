@@ -20,7 +20,8 @@ from device_client.adapters.systemd import Systemd
 from device_client.adapters.tflite_graph import TfliteGraph
 from device_client.config import DeviceConfig, StudyConfig
 from device_client.control import answer
-from device_client.device import Connection, Device, DevicePorts
+from device_client.device import Device
+from device_client.device_ports import Connection, DevicePorts
 from device_client.errors import StoreError
 from device_client.ledger import Counter
 from device_client.recordings.ingestion import encode_reply, ingest

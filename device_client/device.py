@@ -6,15 +6,14 @@ nothing here is called from another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import ArrayLike
 
 from device_client.config import DeviceConfig, PrivacyConfig, StudyConfig
@@ -23,22 +22,23 @@ from device_client.control_variate import ControlVariate
 from device_client.daemon import DeviceDaemon
 from device_client.deliveries_log import record_outcome
 from device_client.delivery import uniform
+from device_client.device_ports import Connection, DevicePorts
 from device_client.device_store import kept_chunks, load_identity, load_session, study_blob
-from device_client.errors import LedgerError, StoreError
+from device_client.errors import StoreError
 from device_client.events import PendingUpdate
 from device_client.floors import Floors
 from device_client.kept_vector import KeptVector
-from device_client.ledger import Budget, Counter, PrivacyLedger
+from device_client.ledger import Budget, PrivacyLedger
 from device_client.new_records import NewRecords
-from device_client.noise import Entropy
 from device_client.outbox import Outbox, Work
 from device_client.participation import LocalWork, Participant
-from device_client.ports import Bell, Board, Clock, Float32, Graph, Labels, Store, Transport, Watchdog
-from device_client.pseudonyms import NoPseudonym, Pseudonym, Pseudonyms
+from device_client.ports import Float32, Labels
+from device_client.pseudonyms import NoPseudonym, Pseudonyms
 from device_client.readiness import Readiness
 from device_client.recordings.ingestion import StreamTarget
-from device_client.recordings.window_store import Retention, WindowFiles, WindowStore
+from device_client.recordings.window_store import Retention, WindowStore
 from device_client.session import DeviceSession, SessionConfig
+from device_client.settling import unusable
 from device_client.status import Status, status_of
 from device_client.studies import LONGEST_ABSENCE_S, NoNameError, Studies, WireName
 from device_client.study_runner import StudyRunner
@@ -54,60 +54,6 @@ if TYPE_CHECKING:
 
 _DAY_S = 86_400.0
 _HOUR_S = 3600.0
-
-
-class DeviceStore(WindowFiles, Store, Protocol):
-    """The encrypted store: blobs, logs, frames, and their destruction."""
-
-    def shred(self, scope: str) -> None:
-        """Destroy the key of a scope's data, then the data. Raises StoreError."""
-
-
-@dataclass(frozen=True)
-class Connection:
-    """What is needed to connect for a study.
-
-    Args:
-        device: name on the wire, and MQTT client id.
-        pseudonym: with its certificate; None for a study with a fixed name.
-        will_topic, will_payload: the last will.
-    """
-
-    study: StudyConfig
-    device: str
-    pseudonym: Pseudonym | None
-    will_topic: str
-    will_payload: bytes
-
-
-@dataclass(frozen=True)
-class DevicePorts:
-    """All that a device needs of the outside.
-
-    Args:
-        store: encrypted blobs, logs and frames.
-        counter: the ledger's, kept apart from the store.
-        bundle: a study's verified bundle. Raises CoveyError.
-        graph: the bundle's graph, loaded; called when a study starts. Raises CoveyError.
-        aggregator_key: that a study is pinned to. Raises CoveyError.
-        connect: a transport that is opened by the caller. Raises CoveyError.
-        software: name and version, for presence.
-    """
-
-    store: DeviceStore
-    counter: Counter
-    clock: Clock
-    board: Board
-    bell: Bell
-    watchdog: Watchdog
-    journal: Journal
-    entropy: Entropy
-    jitter: Entropy
-    bundle: Callable[[StudyConfig], ModelBundle]
-    graph: Callable[[ModelBundle], Graph]
-    aggregator_key: Callable[[StudyConfig], Ed25519PublicKey]
-    connect: Callable[[Connection], Transport]
-    software: str
 
 
 class Device:
@@ -337,26 +283,9 @@ class Device:
 
     def _settle_outbox(self) -> None:
         """After a power cut: note releases that were sealed but not noted, give up what may have been released."""
-        now_s = self._ports.clock.now_s()
-        for pending in list(self.outbox):
-            try:
-                self.ledger.record_release(pending, now_s=now_s)
-            except LedgerError as error:  # its charge or its bytes are not those that the ledger knows: it is not sent
-                self._give_up(pending, str(error))
-        for study in self.config.studies:
-            while (work := self.outbox.work(study.study)) and (reason := self._may_have_been_released(work)):
-                self._give_up(work, reason)
-
-    def _may_have_been_released(self, work: Work) -> str:
-        """Why work from the outbox must not be gone on with, in words; empty if it may."""
-        study, round_number = work.study, work.decoded_manifest().round
-        # Security: an old copy of the store holds the work of an update that was sent since. The ledger knows that; or
-        # it is an old copy itself that a person accepted, and the lines that would say so are missing.
-        if self.ledger.was_released(study, round_number):
-            return "its update was released before"
-        if self.ledger.was_accepted_since_charge(study, round_number):
-            return "its update may have been released before the ledger was accepted as it stood"
-        return ""
+        studies = [study.study for study in self.config.studies]
+        for entry, reason in unusable(self.outbox, self.ledger, studies, now_s=self._ports.clock.now_s()):
+            self._give_up(entry, reason)
 
     def _give_up(self, entry: Work | PendingUpdate, reason: str) -> None:
         """Never use an entry of the outbox again, and say why."""

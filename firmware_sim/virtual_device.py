@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from device_client.adapters.counter_file import CounterFile
 from device_client.adapters.encrypted_files import EncryptedFiles
 from device_client.config import DeviceConfig, StudyConfig
-from device_client.device import Connection, Device, DevicePorts
+from device_client.device import Device
+from device_client.device_ports import Connection, DevicePorts
 from device_client.eligibility import Conditions
 from device_client.noise import Entropy
 from device_client.ports import Bell, Board, Clock, Graph, Transport

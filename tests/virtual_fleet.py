@@ -26,7 +26,8 @@ from device_client.config import (
     RecordsConfig,
     StudyConfig,
 )
-from device_client.device import Connection, Device
+from device_client.device import Device
+from device_client.device_ports import Connection
 from device_client.device_store import create_identity
 from device_client.ledger import Budget
 from device_client.session import Role

@@ -16,7 +16,8 @@ from device_client.config import (
     RecordsConfig,
     StudyConfig,
 )
-from device_client.device import Connection, Device
+from device_client.device import Device
+from device_client.device_ports import Connection
 from device_client.device_store import create_identity
 from device_client.ports import Board, Graph, Transport
 from device_client.study_runner import StudyRunner

@@ -13,7 +13,8 @@ from device_client.adapters.counter_file import CounterFile
 from device_client.adapters.encrypted_files import EncryptedFiles
 from device_client.config import StudyConfig
 from device_client.consent import terms_digest
-from device_client.device import Device, DevicePorts
+from device_client.device import Device
+from device_client.device_ports import DevicePorts
 from device_client.events import PendingUpdate
 from device_client.outbox import Work
 from device_client.participation import LocalWork, Participant

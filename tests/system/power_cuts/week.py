@@ -20,7 +20,8 @@ from device_client.adapters.encrypted_files import EncryptedFiles
 from device_client.config import (
     DeviceConfig,
 )
-from device_client.device import Connection, Device, DevicePorts
+from device_client.device import Device
+from device_client.device_ports import Connection, DevicePorts
 from device_client.device_store import create_identity
 from device_client.errors import StoreError
 from device_client.ports import Float32, Graph
