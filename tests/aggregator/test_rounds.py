@@ -136,6 +136,13 @@ class Task(RuleBasedStateMachine):
         self.tell(Ticked())
 
     @rule()
+    def let_the_deadline_pass(self) -> None:
+        """A wait of any length rarely does, with few updates there."""
+        if self.state.phase is Phase.OPEN:
+            self.now_s = self.state.deadline_s
+        self.tell(Ticked())
+
+    @rule()
     def start(self) -> None:
         self.tell(Reachable())
 
@@ -197,10 +204,16 @@ TestTask = Task.TestCase
 TestTask.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
+MOST_SEQUENCES = 800
+
+
 def keeps_its_promises() -> bool:
-    """Whether no sequence of events that hypothesis tries breaks one, always the same sequences."""
+    """Whether no sequence of events that hypothesis tries breaks one.
+
+    Which sequences those are depends on what else this process has imported, so there have to be enough of them.
+    """
     tries = settings(
-        max_examples=300,
+        max_examples=MOST_SEQUENCES,
         stateful_step_count=30,
         deadline=None,
         derandomize=True,
