@@ -18,12 +18,13 @@ from aggregator.adapters.graph_judge import GraphJudge
 from aggregator.adapters.open_blobs import open_blobs
 from aggregator.announcer import Announcer
 from aggregator.answers import Answers
+from aggregator.batches import Commits, CommitsHere
 from aggregator.committer import Committer, PendingUpdate, Verdict
 from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator
 from aggregator.errors import DatabaseError
 from aggregator.in_force import config_of, tasks_in_force
-from aggregator.intake import CommitsBeside, Intake, IntakeLimits
+from aggregator.intake import Intake, IntakeLimits
 from aggregator.service import AggregatorService
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.database import Database
@@ -41,7 +42,7 @@ from fl_protocol.signing import public_key_from_hex
 from fl_protocol.transport import Transport
 
 _KEY_BYTES = 32
-QUEUED_BYTES = 32 * 2**20
+QUEUED_BYTES = 8 * 2**20
 """What has come and is not looked at yet; while it is full, the broker keeps the rest."""
 SESSION_EXPIRY_S = 3600
 """How long the broker keeps what came for a worker that is away."""
@@ -152,7 +153,7 @@ def assemble(files: AggregatorFiles, *, journal: Journal, worker: str | None = N
         now_s=time.time,
         monotonic_s=time.monotonic,
         limits=IntakeLimits(section.reassembly_bytes, section.device_bytes_a_minute, section.device_transfers_a_minute),
-        beside=CommitProcess(partial(_commits, files.path, worker or section.client_id)),
+        commits=CommitProcess(partial(_commits, files.path, worker or section.client_id)),
     )
 
 
@@ -169,7 +170,7 @@ def make_service(
     now_s: Callable[[], float],
     monotonic_s: Callable[[], float],
     limits: IntakeLimits,
-    beside: CommitsBeside | None = None,
+    commits: Commits | None = None,
 ) -> AggregatorService:
     """The parts of one process, connected; a simulation passes its own transport, time and randomness.
 
@@ -185,9 +186,10 @@ def make_service(
         now_s: Unix seconds.
         monotonic_s: seconds that no clock setting moves.
         limits: what half-received updates and single devices may take.
-        beside: commits in a process of its own; None to commit in this one.
+        commits: whole updates; None to do so in this process.
     """
     committer = Committer(tenant=tenant, worker=name, store=store, entropy=entropy, now_s=now_s)
+    commits = commits or CommitsHere(lambda batch: committer.commit(batch, lambda: tasks_in_force(store)))
     intake = Intake(
         tenant=tenant,
         store=store,
@@ -197,7 +199,7 @@ def make_service(
         journal=journal,
         now_s=now_s,
         limits=limits,
-        beside=beside,
+        commits=commits,
     )
     worker = IngestWorker(
         name=name,
@@ -221,7 +223,7 @@ def make_service(
         coordinator=coordinator,
         journal=journal,
         now_s=now_s,
-        beside=beside,
+        commits=commits,
     )
 
 

@@ -12,12 +12,12 @@ are dropped, and their devices send them again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import NamedTuple
 
 from aggregator.answers import Answers
+from aggregator.batches import Batches, Commits
 from aggregator.committer import Accepted, Committer, PendingUpdate, Verdict
-from aggregator.errors import DatabaseError
-from aggregator.ingest import TaskInForce
 from aggregator.register_cache import RegisterCache
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.updates import AcceptedUpdate
@@ -36,19 +36,12 @@ FORGET_AFTER_S = 120.0
 """A transfer this long without a chunk is dropped; its sender starts over with its own back-off."""
 ANSWER_EVERY_S = 1.0
 """Chunks of an update that is committed get its receipt at most this often."""
-GATHER_S = 0.03
-"""How long a batch that is committed beside this gathers updates; its syncs take about half of that."""
-LONGEST_PENDING_S = 0.5
-"""How long a whole update waits for others to be committed with it."""
 REFUSE_EVERY_S = 1.0
 """Refused chunks of one update get a NACK at most this often."""
 TELL_REFUSALS_EVERY_S = 10.0
 """The journal is told of a device's refusals for one reason at most this often, and of all strangers' too."""
 NAME_EVERY_S = 60.0
 """A device that is throttled is named, and told, at most this often."""
-FULL_BATCH = 256
-FULL_BATCH_BYTES = 64 * 2**20
-"""Whole updates that a commit does not wait any longer for more of; twice as many are kept while it fails."""
 MOST_ANSWERS = 64
 """Answers that are sent before the next messages are looked at."""
 MOST_HELD_MESSAGES = 500
@@ -61,22 +54,6 @@ class IntakeLimits(NamedTuple):
     reassembly_bytes: int = 256 * 2**20
     device_bytes_a_minute: int = 48 * 2**20
     device_transfers_a_minute: int = 60
-
-
-class CommitsBeside(Protocol):
-    """Commits batches while this process goes on; see `aggregator.adapters.commit_process`."""
-
-    def begin(self, batch: Sequence[PendingUpdate]) -> None:
-        """Hand a batch over; there is one at a time. Raises DatabaseError."""
-
-    def result(self, wait_s: float) -> list[Verdict] | None:
-        """What became of it; None if that is not known after `wait_s`. Raises DatabaseError."""
-
-    def unusable(self) -> Mapping[int, str]:
-        """Which updates of the last result failed by an error nobody has foreseen, by index, and it in words."""
-
-    def close(self) -> None:
-        """End it."""
 
 
 class _Arrival(NamedTuple):
@@ -92,13 +69,13 @@ class Intake:
     Args:
         tenant: name on the wire.
         store: the database.
-        committer: makes updates count.
+        committer: counts refusals.
         answers: tells devices.
         transport: acknowledges messages.
         journal: where events are told.
         now_s: Unix seconds.
         limits: what is taken at most.
-        beside: commits in a process of its own; None to commit in this one.
+        commits: whole updates.
     """
 
     def __init__(
@@ -112,58 +89,23 @@ class Intake:
         journal: Journal,
         now_s: Callable[[], float],
         limits: IntakeLimits,
-        beside: CommitsBeside | None = None,
+        commits: Commits,
     ) -> None:
         self._tenant, self._store, self._committer, self._answers = tenant, store, committer, answers
-        self._transport, self._journal, self._now_s, self._beside = transport, journal, now_s, beside
+        self._transport, self._journal, self._now_s = transport, journal, now_s
+        self.batches = Batches(commits, now_s)
         self._register = RegisterCache(store.devices)
         self._transfers, self._held = Transfers(limits.reassembly_bytes), HeldMessages(MOST_HELD_MESSAGES)
         self._throttle = Throttle(
             bytes_a_minute=limits.device_bytes_a_minute, transfers_a_minute=limits.device_transfers_a_minute
         )
-        self._pending: list[PendingUpdate] = []
-        self._in_flight: list[PendingUpdate] = []
         self._unanswered: list[tuple[Key, Verdict]] = []
-        self._first_s = 0.0  # when the first of those that are pending came
-        self._pending_bytes = 0
         # By device too: nobody's transfers may keep another device from its answers.
         self._nacked_s: dict[Key, float] = {}
         self._receipted_s: dict[Key, float] = {}
         self._refused_s: dict[Key, float] = {}
         self._named_s: dict[str, float] = {}
         self._repetitions = Repetitions(TELL_REFUSALS_EVERY_S)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether a commit should not wait any longer."""
-        return len(self._pending) >= FULL_BATCH or self._pending_bytes >= FULL_BATCH_BYTES
-
-    @property
-    def has_pending(self) -> bool:
-        """Whether whole updates wait for a commit."""
-        return bool(self._pending)
-
-    @property
-    def commits_beside(self) -> bool:
-        """Whether a process of its own commits, which should not wait for this one."""
-        return self._beside is not None
-
-    @property
-    def is_gathering(self) -> bool:
-        """Whether more is waited for, a moment, before a batch is handed over: each costs the same few syncs."""
-        if self._beside is None or not self._pending:
-            return False
-        return not self.is_full and happened_within(GATHER_S, self._first_s, self._now_s())
-
-    @property
-    def waits_long(self) -> bool:
-        """Whether updates have long been whole: under a flood, of junk perhaps, there is always more to come first."""
-        return self.has_pending and not happened_within(LONGEST_PENDING_S, self._first_s, self._now_s())
-
-    @property
-    def is_committing(self) -> bool:
-        """Whether a batch is being committed beside this."""
-        return bool(self._in_flight)
 
     @property
     def has_answers(self) -> bool:
@@ -237,40 +179,20 @@ class Intake:
             self._refuse_chunk(arrival.key, refusal)
             self._done_with(arrival.key, message)
 
-    def commit(self, tasks: Callable[[], list[TaskInForce]]) -> None:
-        """Commit what is whole, or hand it over to be committed beside this; `answer` tells everybody.
-
-        Raises:
-            DatabaseError: what is whole is kept for the next time.
-        """
-        if not self._pending or self._in_flight:
-            return
-        if self._beside is None:
-            verdicts = self._committer.commit(self._pending, tasks)
-        else:
-            self._beside.begin(self._pending)
-        self._in_flight, self._pending, self._pending_bytes = self._pending, [], 0
-        if self._beside is None:
-            self._decided(verdicts)
-
     def collect(self, wait_s: float = 0.0) -> None:
-        """Take over what was committed beside this since the last look; `answer` tells everybody.
+        """Take over what was decided since the last look; `answer` tells everybody.
+
+        Args:
+            wait_s: for the first, if nothing was.
 
         Raises:
             DatabaseError: what is whole is kept for the next time.
         """
-        if not self._in_flight or self._beside is None:
-            return
-        try:
-            verdicts = self._beside.result(wait_s)
-        except DatabaseError:
-            self._pending, self._in_flight = self._in_flight + self._pending, []
-            self._pending_bytes = sum(update.num_bytes for update in self._pending)
-            raise
-        if verdicts is not None:
-            for index, why in self._beside.unusable().items():
-                self._note("update_unusable", device=self._in_flight[index].device, reason=why)
-            self._decided(verdicts)
+        while (decided := self.batches.decided(wait_s)) is not None:
+            for index, why in decided.unusable.items():
+                self._note("update_unusable", device=decided.keys[index][0], reason=why)
+            self._unanswered += zip(decided.keys, decided.verdicts, strict=True)
+            wait_s = 0.0
 
     def answer(self) -> int:
         """Tell some what came of their update, and the broker that it is done with; how many updates are new."""
@@ -278,12 +200,6 @@ class Intake:
         for key, verdict in answers:
             self._answer(key, verdict)
         return sum(isinstance(verdict, Accepted) and verdict.is_new for _, verdict in answers)
-
-    def _decided(self, verdicts: Sequence[Verdict]) -> None:
-        """A batch is decided; nobody knows yet."""
-        keys = ((update.device, update.update_id) for update in self._in_flight)
-        self._unanswered += zip(keys, verdicts, strict=True)
-        self._in_flight = []
 
     def look_after_transfers(self) -> None:
         """NACK transfers that went quiet, once per `STALLED_AFTER_S`; drop them when they are hopeless."""
@@ -334,20 +250,16 @@ class Intake:
             self._done_with(key, message)
             return
         parts = self._transfers.accept(key[0], arrival.chunk, now_s)
-        self._acknowledge(self._held.hold(key, message))
+        # Without its payload, of which the transfer has what is needed, and frees it sooner.
+        self._acknowledge(self._held.hold(key, replace(message, payload=b"")))
         if parts is not None:
             self._put_aside(PendingUpdate(*key, parts))
 
     def _put_aside(self, update: PendingUpdate) -> None:
         """Keep a whole update for the next commit, unless there is no room: its device sends it again."""
-        if len(self._pending) >= 2 * FULL_BATCH or self._pending_bytes >= 2 * FULL_BATCH_BYTES:
+        if not self.batches.add(update):
             self._acknowledge(self._held.release((update.device, update.update_id)))
             self._note("update_dropped", device=update.device, reason="too many updates wait for the database")
-            return
-        if not self._pending:
-            self._first_s = self._now_s()
-        self._pending.append(update)
-        self._pending_bytes += update.num_bytes
 
     def _answer(self, key: Key, verdict: Verdict) -> None:
         """Tell a device what came of its update, and the broker that it is done with."""

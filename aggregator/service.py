@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from aggregator.batches import Commits
 from aggregator.coordinator import Coordinator
-from aggregator.intake import CommitsBeside
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.worker import IngestWorker
 from fl_protocol.adapters.journal import Journal
@@ -36,7 +36,7 @@ class AggregatorService:
         coordinator: runs rounds; None in a process that only takes uploads.
         journal: where events are told.
         now_s: Unix seconds.
-        beside: what commits in a process of its own, closed at the end; None if this one does.
+        commits: what commits, closed at the end.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class AggregatorService:
         coordinator: Coordinator | None,
         journal: Journal,
         now_s: Callable[[], float],
-        beside: CommitsBeside | None = None,
+        commits: Commits,
     ) -> None:
-        self._beside = beside
+        self._commits = commits
         self.transport, self.store, self.worker, self.coordinator = transport, store, worker, coordinator
         self._journal, self._now_s = journal, now_s
 
@@ -85,8 +85,7 @@ class AggregatorService:
         except CoveyError as error:
             self._note("stop_failed", reason=str(error))  # leases run out by themselves
         self.transport.close()
-        if self._beside is not None:
-            self._beside.close()
+        self._commits.close()
         self.store.close()
         self._note("stopped")
 

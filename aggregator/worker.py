@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 from aggregator.committer import Committer
 from aggregator.errors import DatabaseError
-from aggregator.in_force import tasks_in_force
 from aggregator.intake import Intake
 from aggregator.outage import Outage
 from aggregator.shards import ALL_SHARDS, LEASE_S, RENEW_EVERY_S, plan_shards
@@ -27,7 +26,7 @@ LOOK_EVERY_S = 0.2
 """How often quiet transfers are looked for, and how long the broker may be quiet with messages held."""
 NOT_CONNECTED = "not connected to the broker"
 LONGEST_COMMIT_S = 10.0
-"""How long a full batch waits for the one before it, before the broker hears nothing any more."""
+"""How long whole updates wait for room in a batch, before the broker hears nothing any more."""
 
 
 class IngestWorker:
@@ -72,13 +71,12 @@ class IngestWorker:
     @property
     def wants_to_commit(self) -> bool:
         """Whether a commit is due as soon as no more messages wait, or answers are."""
-        may_commit = self._intake.has_pending and not self._intake.is_committing and not self._intake.is_gathering
-        return self._intake.has_answers or may_commit
+        return self._intake.has_answers or self._intake.batches.is_due(more_wait=False)
 
     @property
     def waits_for_commit(self) -> bool:
         """Whether a batch is gathered, or committed beside this process, and wants looking after soon."""
-        return self._intake.is_committing or self._intake.is_gathering
+        return self._intake.batches.is_busy or self._intake.batches.is_gathering
 
     def begin(self) -> None:
         """Take leases before the first message, so that a lone worker serves at once."""
@@ -118,17 +116,19 @@ class IngestWorker:
 
     def _take_and_commit(self, inbox: list[Received], *, more_wait: bool) -> int:
         """Chunks, then whole updates; what is left in the inbox was not taken."""
+        intake, batches = self._intake, self._intake.batches
         if inbox:
+            if not batches.make_room():  # the broker keeps the rest, until the first batch is done
+                intake.collect(LONGEST_COMMIT_S)
             received = inbox.copy()
             inbox.clear()  # the intake's from here on, which drops what it cannot take
-            self._intake.take(received)
-        # With a batch beside this and another one full, nothing more is taken until the first is done.
-        self._intake.collect(LONGEST_COMMIT_S if self._intake.is_full else 0.0)
-        is_due = self._intake.is_full or not more_wait or self._intake.commits_beside or self._intake.waits_long
-        if self._intake.has_pending and not self._intake.is_gathering and is_due:
-            self._intake.commit(lambda: tasks_in_force(self._store))
+            intake.take(received)
+        intake.collect()
+        if batches.is_due(more_wait=more_wait):
+            batches.hand_over()
+            intake.collect()
         # After the next batch was begun: answering takes half as long as committing.
-        return self._intake.answer()
+        return intake.answer()
 
     def _look_after(self, *, quiet: bool) -> None:
         """What time alone asks for."""

@@ -17,6 +17,7 @@ from aggregator import assembly
 from aggregator.adapters import commit_process
 from aggregator.adapters.commit_process import ARENA_BYTES, Commit, CommitProcess, shared_memory_free
 from aggregator.adapters.local_blobs import LocalBlobs
+from aggregator.batches import Batches, Decided
 from aggregator.committer import Accepted, Committer, PendingUpdate, Verdict
 from aggregator.errors import DatabaseError
 from aggregator.in_force import tasks_in_force
@@ -37,8 +38,6 @@ def make_commit(folder: str) -> Commit:
     committer = Committer(tenant=TENANT, worker="worker", store=store, entropy=os.urandom, now_s=lambda: 1_000_000.0)
 
     def commit(batch: Sequence[PendingUpdate]) -> list[Verdict]:
-        if any(update.device == "killer" for update in batch):
-            os._exit(9)  # as SIGKILL would end it: before anything is committed
         return committer.commit(batch, lambda: tasks_in_force(store))
 
     return commit
@@ -64,27 +63,58 @@ def pending(device: str, *, cut: int = 500) -> PendingUpdate:
     return PendingUpdate(device, id_of(device), [envelope[:cut], memoryview(envelope)[cut:]])
 
 
-def accepted(verdicts: Sequence[Verdict] | None) -> list[str]:
-    assert verdicts is not None
-    return [one.update.device for one in verdicts if isinstance(one, Accepted)]
+def accepted(decided: Decided | None) -> list[str]:
+    assert decided is not None
+    return [one.update.device for one in decided.verdicts if isinstance(one, Accepted)]
 
 
-@pytest.mark.parametrize("arena_bytes", [1, 2000, 10**6])
+def begin(process: CommitProcess, *updates: PendingUpdate) -> None:
+    """Have a batch committed."""
+    batch = process.batch()
+    assert batch is not None
+    for update in updates:
+        batch.add(update)
+    batch.begin()
+
+
+@pytest.mark.parametrize("arena_bytes", [1, 3 * 4096, 10**6])
 def test_a_batch_is_committed_whatever_fits_into_shared_memory(tmp_path: Path, arena_bytes: int) -> None:
     desk = desk_with_round(tmp_path)
     with beside(desk, arena_bytes=arena_bytes) as process:
         first = pending("watch-0")
-        process.begin([first, pending("watch-1"), pending("stranger"), pending("watch-2")])
-        verdicts = process.result(LONG_S)
-        assert accepted(verdicts) == ["watch-0", "watch-1", "watch-2"]
-        refused = verdicts[2] if verdicts is not None else None
+        begin(process, first, pending("watch-1"), pending("stranger"), pending("watch-2"))
+        decided = process.decided(LONG_S)
+        assert accepted(decided) == ["watch-0", "watch-1", "watch-2"]
+        assert decided is not None
+        refused = decided.verdicts[2]
         assert isinstance(refused, RefusedError)
         assert refused.reason is RefusalReason.UNKNOWN_DEVICE
-        process.begin([first])
-        (again,) = process.result(LONG_S) or [None]
-        assert isinstance(again, Accepted)
-        assert not again.is_new
+        begin(process, first)
+        again = process.decided(LONG_S)
+        assert again is not None
+        assert [isinstance(one, Accepted) and one.is_new for one in again.verdicts] == [False]
     assert desk.total().total.tobytes() == sum_of(1.0, 1.0, 1.0).tobytes()
+
+
+@pytest.mark.parametrize("arena_bytes", [1, 10**6])
+def test_the_next_batch_is_handed_over_while_one_is_committed(tmp_path: Path, arena_bytes: int) -> None:
+    desk = desk_with_round(tmp_path)
+    updates = [pending(f"watch-{index}") for index in range(4)]
+    with beside(desk, arena_bytes=arena_bytes) as process:
+        for round_trip in range(2):  # the same memory again
+            begin(process, *updates[:2])
+            begin(process, updates[2])
+            assert process.is_busy
+            assert process.batch() is None
+            assert accepted(process.decided(LONG_S)) == ["watch-0", "watch-1"]
+            third = process.batch()
+            assert third is not None
+            third.add(updates[3])
+            assert accepted(process.decided(LONG_S)) == ["watch-2"]
+            third.begin()
+            assert accepted(process.decided(LONG_S)) == ["watch-3"], round_trip
+            assert not process.is_busy
+    assert desk.total().total.tobytes() == sum_of(1.0, 1.0, 1.0, 1.0).tobytes()
 
 
 PAGE_BYTES = 4096
@@ -115,19 +145,26 @@ class SmallSharedMemory:
 def copy_of_first_side(change: tuple[str, str]) -> ModuleType:
     """Broken on purpose, but for the second process, which knows of no copies."""
     copy = broken_copy("aggregator.adapters.commit_process", change)
-    copy.__dict__.update(_serve=commit_process._serve, _Place=commit_process._Place)
+    same = ("_serve", "_Asked", "_Answer", "_Failure", "_Place")
+    copy.__dict__.update({name: getattr(commit_process, name) for name in same})
     return copy
 
 
 def check_no_more_is_written_than_there_is_room_for(folder: Path, made: Callable[..., CommitProcess]) -> None:
     for num_pages in (0, 1, 2, 7, 100):
         small = SmallSharedMemory(num_pages)
-        process = made(partial(take_all, str(folder)), arena_bytes=2**20, free_bytes=small.free_bytes)
+        process = made(
+            partial(take_all, str(folder)), arena_bytes=2**20, reserved_bytes=2**13, free_bytes=small.free_bytes
+        )
         try:
-            for _ in range(6):
-                process.begin([PendingUpdate("watch-0", bytes(16), [b"x" * 3000])] * 50)
-                assert process.result(LONG_S) == [None] * 50
-                small.take(process._memory)
+            for _ in range(3):
+                for _ in range(2):
+                    begin(process, *[PendingUpdate("watch-0", bytes(16), [b"x" * 3000])] * 50)
+                    small.take(process._memory)
+                for _ in range(2):
+                    decided = process.decided(LONG_S)
+                    assert decided is not None
+                    assert decided.verdicts == [None] * 50
         finally:
             process.close()
         # Others need some of it.
@@ -138,10 +175,31 @@ def test_shared_memory_that_is_too_small_is_not_written_to(tmp_path: Path) -> No
     check_no_more_is_written_than_there_is_room_for(tmp_path, CommitProcess)
 
 
-def test_a_process_that_writes_beyond_shared_memory_is_caught(tmp_path: Path) -> None:
-    copy = copy_of_first_side(("room = [], 0, self._room()", "room = [], 0, 2**20"))
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("batch.clear(self._room(batch))", "batch.clear(2**19)"),
+        ("return min(self._part_bytes, max(batch.taken_bytes, share))", "return share * MOST_BATCHES * 2"),
+    ],
+)
+def test_a_process_that_writes_beyond_shared_memory_is_caught(tmp_path: Path, change: tuple[str, str]) -> None:
+    copy = copy_of_first_side(change)
     with pytest.raises(AssertionError, match="SIGBUS"):
         check_no_more_is_written_than_there_is_room_for(tmp_path, copy.CommitProcess)
+
+
+def test_memory_for_small_batches_is_taken_at_the_start(tmp_path: Path) -> None:
+    small = SmallSharedMemory(100)
+    process = CommitProcess(
+        partial(take_all, str(tmp_path)), arena_bytes=2**20, reserved_bytes=40 * 4096, free_bytes=small.free_bytes
+    )
+    try:
+        assert [part.reserved for part in process._parts] == [(0, 20 * 4096), (2**19, 20 * 4096)]
+        begin(process, PendingUpdate("watch-0", bytes(16), [b"x" * 20 * 4096]))
+        assert [part.taken_bytes for part in process._parts] == [20 * 4096, 20 * 4096]
+        assert process.decided(LONG_S) == ([("watch-0", bytes(16))], [None], {})
+    finally:
+        process.close()
 
 
 def test_where_the_system_does_not_say_what_is_free_all_of_the_arena_is_used() -> None:
@@ -151,15 +209,39 @@ def test_where_the_system_does_not_say_what_is_free_all_of_the_arena_is_used() -
     assert shared_memory_free(unknown) == 2 * ARENA_BYTES
 
 
-def test_a_process_that_dies_is_replaced_and_its_batch_counts_once(tmp_path: Path) -> None:
+def make_killed_once(folder: str) -> Commit:
+    """Ends the process at the first batch that it is given with a device's name, as SIGKILL would."""
+    commit = make_commit(folder)
+
+    def killed_once(batch: Sequence[PendingUpdate]) -> list[Verdict]:
+        mark = Path(folder) / "killed"
+        if any(update.device == "watch-1" for update in batch) and not mark.exists():
+            mark.touch()
+            os._exit(9)
+        return commit(batch)
+
+    return killed_once
+
+
+@pytest.mark.parametrize("killed_at", ["watch-1", "watch-2"])
+def test_a_process_that_dies_is_replaced_and_its_batches_count_once(tmp_path: Path, killed_at: str) -> None:
     desk = desk_with_round(tmp_path)
-    with beside(desk) as process:
-        process.begin([pending("watch-0"), PendingUpdate("killer", bytes(16), [b""])])
-        with pytest.raises(DatabaseError, match="was started again"):
-            process.result(LONG_S)
-        process.begin([pending("watch-0"), pending("watch-1")])
-        assert accepted(process.result(LONG_S)) == ["watch-0", "watch-1"]
-    assert desk.total().total.tobytes() == sum_of(1.0, 1.0).tobytes()
+    others = sorted({"watch-1", "watch-2"})
+    first, second = (others, ["watch-0"]) if killed_at == "watch-1" else (["watch-0"], others)
+    decided: list[str] = []
+    with beside(desk, make_killed_once) as process:
+        begin(process, *map(pending, first))
+        begin(process, *map(pending, second))
+        told = []
+        while process.is_busy:
+            try:
+                decided += accepted(process.decided(LONG_S))
+            except DatabaseError as error:
+                told.append(str(error))
+    assert decided == first + second
+    assert len(told) == 1
+    assert "was started again" in told[0]
+    assert desk.total().total.tobytes() == sum_of(1.0, 1.0, 1.0).tobytes()
 
 
 def unusable(folder: str) -> Commit:
@@ -170,10 +252,11 @@ def unusable(folder: str) -> Commit:
 def test_a_database_that_fails_there_is_an_error_here(tmp_path: Path) -> None:
     desk = desk_with_round(tmp_path)
     with beside(desk, unusable) as process:
+        begin(process, pending("watch-0"))
         for _ in range(2):
-            process.begin([pending("watch-0")])
             with pytest.raises(DatabaseError, match="cannot be opened today"):
-                process.result(LONG_S)
+                process.decided(LONG_S)
+            assert process.is_busy
 
 
 def make_confused(folder: str) -> Commit:
@@ -190,24 +273,29 @@ def make_confused(folder: str) -> Commit:
 
 def check_an_unforeseen_error_costs_nobody_else_its_place(folder: Path) -> None:
     desk = desk_with_round(folder)
-    batch = [pending("watch-0"), PendingUpdate("confusing", bytes(16), [b"x"]), pending("watch-1")]
     with beside(desk, make_confused) as process:
         started = process._process.pid
+        begin(process, pending("watch-0"), PendingUpdate("confusing", bytes(16), [b"x"]), pending("watch-1"))
+        begin(process, pending("watch-2"))
+        decided: list[Decided | None] = []
         for _ in range(2):
-            process.begin(batch)
             with pytest.raises(DatabaseError, match="IndexError: list index out of range"):
-                process.result(LONG_S)
-            assert process.unusable() == {}
-        process.begin(batch)
-        verdicts = process.result(LONG_S)
-        assert accepted(verdicts) == ["watch-0", "watch-1"]
-        assert verdicts is not None
-        assert verdicts[1] is None
-        assert process.unusable() == {1: "IndexError: list index out of range"}
+                process.decided(LONG_S)
+            if not decided:  # the batch after it, before it is tried again
+                decided.append(process.decided(LONG_S))
+        decided.append(process.decided(LONG_S))
+        assert accepted(decided[0]) == ["watch-2"]
+        found = decided[1]
+        assert accepted(found) == ["watch-0", "watch-1"]
+        assert found is not None
+        assert found.verdicts[1] is None
+        assert found.unusable == {1: "IndexError: list index out of range"}
         # The next batches are as any other, by the same process.
-        process.begin([pending("watch-2"), pending("watch-3")])
-        assert accepted(process.result(LONG_S)) == ["watch-2", "watch-3"]
-        assert process.unusable() == {}
+        begin(process, pending("watch-3"))
+        last = process.decided(LONG_S)
+        assert accepted(last) == ["watch-3"]
+        assert last is not None
+        assert last.unusable == {}
         assert process._process.pid == started
     assert desk.total().total.tobytes() == sum_of(1.0, 1.0, 1.0, 1.0).tobytes()
 
@@ -216,39 +304,67 @@ def test_an_update_that_is_an_unforeseen_error_is_found_and_the_others_count(tmp
     check_an_unforeseen_error_costs_nobody_else_its_place(tmp_path)
 
 
-def serve_until_an_error(connection: Connection, arena_name: str, make: Callable[[], Commit]) -> None:
+def serve_until_an_error(
+    connection: Connection, arena_name: str, reserved: list[tuple[int, int]], make: Callable[[], Commit]
+) -> None:
     """A second process that ends by whatever is no DatabaseError, as one without a guard would."""
     guard = "except Exception as error:  # noqa: BLE001 - whatever"
     copy = broken_copy("aggregator.adapters.commit_process", (guard, "except SystemError as error:  # whatever"))
-    copy._serve(connection, arena_name, make)
+    copy.__dict__.update(_Asked=commit_process._Asked, _Answer=commit_process._Answer, _Place=commit_process._Place)
+    copy._serve(connection, arena_name, reserved, make)
 
 
-def serve_batches_only(connection: Connection, arena_name: str, make: Callable[[], Commit]) -> None:
-    """A second process that tries the same batch for ever."""
-    copy = broken_copy("aggregator.adapters.commit_process", ("FAILURES_IN_A_ROW = 2", "FAILURES_IN_A_ROW = 10**9"))
-    copy._serve(connection, arena_name, make)
-
-
-@pytest.mark.parametrize("serve", [serve_until_an_error, serve_batches_only])
 def test_a_second_process_that_an_unforeseen_error_stops_is_caught(
-    serve: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit_process, "_serve", serve)
+    monkeypatch.setattr(commit_process, "_serve", serve_until_an_error)
     with pytest.raises((AssertionError, DatabaseError)):
         check_an_unforeseen_error_costs_nobody_else_its_place(tmp_path)
 
 
+def test_a_first_process_that_tries_the_same_batch_for_ever_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_process, "MOST_FAILURES", 10**9)
+    with pytest.raises(DatabaseError, match="IndexError"):
+        check_an_unforeseen_error_costs_nobody_else_its_place(tmp_path)
+
+
+class UnsureBatch:
+    """Is decided as soon as it is begun."""
+
+    def __init__(self, commits: Unsure) -> None:
+        self._commits = commits
+        self.keys: list[tuple[str, bytes]] = []
+        self.num_bytes = 0
+
+    def add(self, update: PendingUpdate) -> None:
+        self.keys.append((update.device, update.update_id))
+
+    def begin(self) -> None:
+        self._commits.begun.append(self)
+
+
 class Unsure:
-    """Commits nothing beside, and says which update it could do nothing with."""
+    """Commits nothing, and says that it could do nothing with the first update."""
 
-    def begin(self, batch: Sequence[PendingUpdate]) -> None:
-        self._count = len(batch)
+    gather_s = 0.0
 
-    def result(self, wait_s: float) -> list[Verdict] | None:
-        return [None] * self._count
+    def __init__(self) -> None:
+        self.begun: list[UnsureBatch] = []
 
-    def unusable(self) -> dict[int, str]:
-        return {0: "IndexError: list index out of range"}
+    def batch(self) -> UnsureBatch:
+        return UnsureBatch(self)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.begun)
+
+    def decided(self, wait_s: float) -> Decided | None:
+        if not self.begun:
+            return None
+        keys = self.begun.pop().keys
+        return Decided(keys, [None] * len(keys), {0: "IndexError: list index out of range"})
 
     def close(self) -> None: ...
 
@@ -258,7 +374,7 @@ def test_the_operator_is_told_of_an_update_that_is_unusable(tmp_path: Path) -> N
     desk.open_round()
     desk.start()
     intake = desk.intake()
-    intake._beside = Unsure()
+    intake.batches = Batches(Unsure(), desk.clock.now_s)
     desk.take(messages(make_update()))
     desk.let_pass(2.0)
     (told,) = desk.journal.named("update_unusable")
@@ -281,7 +397,7 @@ def test_a_service_that_commits_beside_answers_after_the_commit(tmp_path: Path) 
             now_s=desk.clock.now_s,
             monotonic_s=desk.clock.now_s,
             limits=desk.limits,
-            beside=process,
+            commits=process,
         )
         desk.services["worker"] = service
         service.start()
@@ -295,7 +411,7 @@ def test_a_service_that_commits_beside_answers_after_the_commit(tmp_path: Path) 
         assert desk.transport().num_held > 0
         desk.clock.time_s += 1.0
         service.step()
-        while intake.is_committing:
+        while intake.batches.is_busy:
             intake.collect(LONG_S)
         service.step()
         assert sorted(receipt.device for receipt in desk.receipts()) == ["watch-0", "watch-1", "watch-2"]

@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from aggregator.intake import FULL_BATCH, MOST_HELD_MESSAGES, IntakeLimits
+from aggregator.batches import FULL_BATCH
+from aggregator.intake import MOST_HELD_MESSAGES, IntakeLimits
 from aggregator.register_cache import MOST_NAMES
 from aggregator.service import MOST_EVENTS
 from fl_protocol.chunking import split
@@ -236,7 +237,7 @@ def check_bounds(desk: Desk) -> None:
     assert intake._transfers.held_bytes <= LIMITS.reassembly_bytes
     assert sum(len(one) for one in intake._transfers._open.values()) <= 4 * len(DEVICES)
     assert intake._held._count <= MOST_HELD_MESSAGES
-    assert len(intake._pending) <= 2 * FULL_BATCH
+    assert intake.batches.num_gathered <= 2 * FULL_BATCH
     assert len(intake._register._known) <= min(MOST_NAMES, 100)
     assert len(intake._throttle._devices) <= len(DEVICES)
     for times in (intake._nacked_s, intake._receipted_s, intake._named_s):
@@ -335,7 +336,7 @@ def test_a_flood_from_strangers_leaves_nothing_behind(tmp_path: Path) -> None:
     assert intake._transfers._open == {}
     assert intake._throttle._devices == {}
     assert intake._held._count == 0
-    assert len(intake._pending) == 0
+    assert intake.batches.num_gathered == 0
     assert desk.said() == []
     assert desk.transport().num_held == 0
     assert len(intake._register._known) == len(names)  # bounded by MOST_NAMES, see test_register_cache

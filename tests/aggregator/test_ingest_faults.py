@@ -93,7 +93,7 @@ def test_an_unforeseen_error_leaves_no_message_unacknowledged(tmp_path: Path) ->
 def test_an_intake_that_drops_only_when_the_database_fails_is_caught(tmp_path: Path) -> None:
     copy = broken_copy(
         "aggregator.intake",
-        ("        finally:\n            self.drop", "        except DatabaseError:\n            self.drop"),
+        ("        finally:\n            self.drop", "        except OSError:\n            self.drop"),
     )
     with built_with(Intake=copy.Intake), pytest.raises(AssertionError):
         check_an_unforeseen_error_leaves_nothing_behind(tmp_path)

@@ -11,9 +11,10 @@ import pytest
 from msgspec.structs import replace
 from sqlalchemy import insert
 
+from aggregator.batches import FULL_BATCH
 from aggregator.errors import BlobError, DatabaseError
 from aggregator.ingest import RoundInForce, TaskInForce, open_sealed, place, verify_header
-from aggregator.intake import FORGET_AFTER_S, FULL_BATCH, MOST_HELD_MESSAGES, STALLED_AFTER_S, Intake, IntakeLimits
+from aggregator.intake import FORGET_AFTER_S, MOST_HELD_MESSAGES, STALLED_AFTER_S, Intake, IntakeLimits
 from aggregator.register_cache import KNOWN_FOR_S
 from aggregator.store import schema
 from aggregator.store.devices import RegisteredKey
@@ -255,7 +256,7 @@ def test_an_unknown_sender_is_counted_and_gets_no_answer(tmp_path: Path) -> None
 
 def held_by(intake: Intake) -> int:
     """Updates that an intake has something of."""
-    return len(intake._transfers._open) + len(intake._pending) + len(intake._held._held)
+    return len(intake._transfers._open) + intake.batches.num_gathered + len(intake._held._held)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +358,8 @@ def check_acknowledgements_follow_the_commit(folder: Path) -> None:
 
 def test_an_intake_that_acknowledges_what_it_has_only_put_aside_is_caught(tmp_path: Path) -> None:
     hasty = broken_copy(
-        "aggregator.intake", ("self._pending.append(update)", "self._pending.append(update); self.release_held()")
+        "aggregator.intake",
+        ("if not self.batches.add(update):", "if self.release_held() or not self.batches.add(update):"),
     )
     with built_with(Intake=hasty.Intake), pytest.raises(AssertionError):
         check_acknowledgements_follow_the_commit(tmp_path)
@@ -446,7 +448,7 @@ def test_only_so_many_updates_wait_for_the_database(tmp_path: Path) -> None:
     desk.register(*names)
     for name in names:
         intake.take([Received(upload_topic(TENANT, name, ID, 0), extra[0].payload)])
-    assert len(intake._pending) == 2 * FULL_BATCH
+    assert intake.batches.num_gathered == 2 * FULL_BATCH
     assert len(desk.journal.named("update_dropped")) == 10
 
 
@@ -499,9 +501,8 @@ BREAKS: list[tuple[Callable[[Path], None], str, str, str]] = [
     (
         check_a_receipt_means_committed,
         "aggregator.intake",
-        "verdicts = self._committer.commit(self._pending, tasks)",
-        "[self._receipt(_accepted(one, self._now_s())) for one in self._pending]\n"
-        "            verdicts = self._committer.commit(self._pending, tasks)",
+        "if not self.batches.add(update):",
+        "self._receipt(_accepted(update, self._now_s()))\n        if not self.batches.add(update):",
     ),
     (
         check_nothing_is_kept_of_strangers,

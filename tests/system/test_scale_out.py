@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import Connection, delete, event, insert
 
 from aggregator import committer
+from aggregator.committer import PendingUpdate
 from aggregator.intake import Intake
 from aggregator.rounds import Phase, RoundState
 from aggregator.store import schema
@@ -372,17 +373,16 @@ def test_a_worker_killed_just_before_its_updates_are_durable_loses_none_that_has
 def test_a_worker_that_sends_receipts_before_its_commit_is_noticed(
     tmp_path: Path, undisturbed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = Intake.commit
+    honest = Intake._put_aside
 
-    def broken(self: Intake, tasks: Any) -> int:
-        for update in self._pending:
-            header = decode(decode(update.envelope, UpdateEnvelopeMsg).header, UpdateHeaderMsg)
-            self._answers.receipt(
-                AcceptedUpdate(TASK, header.update_id, header.device, header.round, header.sealed_digest, 0.0)
-            )
-        return honest(self, tasks)
+    def broken(self: Intake, update: PendingUpdate) -> None:
+        header = decode(decode(update.envelope, UpdateEnvelopeMsg).header, UpdateHeaderMsg)
+        self._answers.receipt(
+            AcceptedUpdate(TASK, header.update_id, header.device, header.round, header.sealed_digest, 0.0)
+        )
+        honest(self, update)
 
-    monkeypatch.setattr(Intake, "commit", broken)
+    monkeypatch.setattr(Intake, "_put_aside", broken)
     with pytest.raises(AssertionError):
         assert killed_at(tmp_path, "INSERT INTO updates") == undisturbed
 

@@ -14,6 +14,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from aggregator.answers import Answers as SignedAnswers
+from aggregator.batches import CommitsHere
 from aggregator.committer import Accepted, PendingUpdate, Verdict
 from aggregator.ingest import RoundInForce, TaskInForce, open_sealed, place, verify_header
 from aggregator.intake import Intake, IntakeLimits
@@ -108,6 +109,7 @@ class Counterpart:
             journal=MemoryJournal(),
             now_s=self.now_s,
             limits=IntakeLimits(),
+            commits=CommitsHere(self._decide),
         )
 
     def open_round(self, *, duration_s: float) -> None:
@@ -166,7 +168,8 @@ class Counterpart:
         while (event := self._radio.poll(0.0)) is not None:
             if isinstance(event, Received) and self._chance.random() >= self.network.chunk_lost:
                 self._intake.take([event])
-                self._intake.commit(lambda: [self.current] if self.current is not None else [TaskInForce(TASK, 0)])
+                self._intake.batches.hand_over()
+                self._intake.collect()
                 self._intake.answer()
         self._intake.look_after_transfers()
         now_s = self.now_s()
@@ -208,12 +211,13 @@ class Counterpart:
         """Those of these updates that are committed."""
         return {(TASK, one): self._committed[one] for one in ids if one in self._committed}
 
-    def commit(self, pending: Iterable[PendingUpdate], tasks: Callable[[], list[TaskInForce]]) -> list[Verdict]:
+    def _decide(self, pending: Iterable[PendingUpdate]) -> list[Verdict]:
         """What the real committer decides, one update at a time."""
         found: list[Verdict] = []
+        task = self.current if self.current is not None else TaskInForce(TASK, 0)
         for update in pending:
             try:
-                found.append(self._commit(update, {task.name: task for task in tasks()}))
+                found.append(self._commit(update, {task.name: task}))
             except RefusedError as refusal:
                 found.append(refusal)
         return found
