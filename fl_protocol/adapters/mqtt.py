@@ -11,10 +11,8 @@ ms on loopback, with it 5 ms.
 from __future__ import annotations
 
 import math
-import queue
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from fl_protocol.adapters.inbox import Inbox
 from fl_protocol.adapters.paho_client import MAX_INCOMING_BYTES, ExpiresIn, PahoClient
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.transport import Connected, Disconnected, Received, TransportEvent
@@ -130,15 +129,13 @@ class MqttTransport:
             raise LocalMisuseError(f"host: expected a host name or an address, got {host[:80]!r} ({error})") from error
         self._address = (host, port)
         self._keepalive_s = keepalive_s
-        self._events: queue.Queue[TransportEvent] = queue.Queue(MAX_QUEUED_EVENTS)
-        self._queued_bytes, self._most_queued_bytes = 0, most_queued_bytes
+        self._inbox = Inbox(most_events=MAX_QUEUED_EVENTS, most_bytes=most_queued_bytes, room_wait_s=room_wait_s)
         self._handed_over = self._acknowledged = 0  # each is written by one thread only
         self._wake = wake
         self._manual = manual_acknowledgement
         self._session_expiry_s, self._receive_maximum = session_expiry_s, receive_maximum
         self._maximum_inflight = maximum_inflight
         self._clock, self._back_off, self._max_back_off_s = clock, BackOff(max_back_off_s), max_back_off_s
-        self._counting, self._longest_wait_s = threading.Condition(), room_wait_s
         client = PahoClient(
             CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5, manual_ack=manual_acknowledgement
         )
@@ -174,12 +171,7 @@ class MqttTransport:
 
     def poll(self, timeout_s: float) -> TransportEvent | None:
         """The next event, or None after `timeout_s`."""
-        try:
-            event = self._events.get(timeout=max(0.0, timeout_s)) if timeout_s > 0 else self._events.get_nowait()
-        except queue.Empty:
-            return None
-        self._count(event, -1)
-        return event
+        return self._inbox.take(timeout_s)
 
     def subscribe(self, topic_filter: str) -> None:
         """Subscribe at QoS 1; doing so again brings the retained messages again."""
@@ -220,47 +212,13 @@ class MqttTransport:
 
     def _put(self, event: TransportEvent) -> None:
         """Queue an event, or drop it when the consumer is hopelessly behind; then wake the consumer."""
-        if not self._queue(event):
-            self._drop(event)
+        self._drop(self._inbox.put(event))
         self._wake()
-
-    def _queue(self, event: TransportEvent) -> bool:
-        """Queue an event; whether there was room."""
-        if isinstance(event, Received) and not self._has_room(len(event.payload)):
-            return False
-        self._count(event, 1)
-        try:
-            self._events.put_nowait(event)
-        except queue.Full:
-            # A lost Connected would not come again, so make room for those.
-            if isinstance(event, Received):
-                self._count(event, -1)
-                return False
-            oldest = self.poll(0.0)
-            self._events.put_nowait(event)
-            self._drop(oldest)
-        return True
-
-    def _has_room(self, num_bytes: int) -> bool:
-        """Whether a message fits; where the broker keeps what is not acknowledged, reading it can wait a while."""
-
-        def has_room() -> bool:
-            return self._queued_bytes + num_bytes <= self._most_queued_bytes
-
-        with self._counting:
-            return self._counting.wait_for(has_room, self._longest_wait_s) if self._longest_wait_s else has_room()
 
     def _drop(self, event: TransportEvent | None) -> None:
         """Nobody will see it. Its sender sends it again; kept unacknowledged, it would narrow the window for ever."""
         if isinstance(event, Received):
             self.acknowledge(event)
-
-    def _count(self, event: TransportEvent, sign: int) -> None:
-        """Keep count of the bytes on the queue, which two threads change."""
-        if isinstance(event, Received):
-            with self._counting:
-                self._queued_bytes += sign * len(event.payload)
-                self._counting.notify_all()
 
     def _on_connect(
         self, _c: Any, _u: Any, flags: paho.ConnectFlags, reason: ReasonCode, properties: Properties | None
