@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +52,11 @@ class RoundInForce:
     model_digest: bytes
     key: RoundKey
     is_closing: bool = False
+
+    @cached_property
+    def rotation_seed(self) -> bytes:
+        """Of rotated updates made for this round."""
+        return rotation_seed(self.model_digest, self.number)
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ def open_sealed(whole: Whole, placed: Placed) -> NDArray[np.float32]:
             RefusalReason.WRONG_ENCODING, f"expected one of {', '.join(task.encodings)}, got {body.encoding}"
         )
     try:
-        values = open_values(body, seed=rotation_seed(placed.round.model_digest, placed.round.number))
+        values = open_values(body, seed=placed.round.rotation_seed)
     except RefusedError:
         raise
     except ProtocolError as error:
