@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from device_client.events import (
     UpdateReady,
 )
 from device_client.floors import Floors
-from device_client.session import MODELS_A_ROUND
+from device_client.session import MODELS_A_ROUND, DeviceSession
 from fl_protocol.messages import PresenceMsg, decode, encode
 from fl_protocol.signing import sign
 from fl_protocol.topics import down_topic, model_topic, round_topic, state_topic
@@ -53,6 +54,7 @@ from tests.device_client.session_driver import (
     some_update,
     uploads,
 )
+from tests.enrolments import broken_copy
 
 CHUNKS = list(range(4))
 """Indices of the model's chunks: all fit the window."""
@@ -200,8 +202,8 @@ def test_participation_has_the_wanted_probability(probability: float) -> None:
         assert stats.binomtest(joined, rounds, probability).pvalue > FALSE_ALARM_RATE
 
 
-def test_a_device_stays_out_for_the_minimum_separation() -> None:
-    driver = Driver()
+def check_a_device_stays_out_for_the_minimum_separation(subject: type[DeviceSession]) -> None:
+    driver = Driver(subject=subject)
     driver.open_round(round=1)
     assert participations(driver.send_model()) == [1]
     driver.tell(ParticipationEnded(1, "spent"))
@@ -214,8 +216,8 @@ def test_a_device_stays_out_for_the_minimum_separation() -> None:
     assert participations(restarted.send_model()) == [4]
 
 
-def test_the_wearers_minimum_separation_holds_where_the_study_asks_for_less() -> None:
-    driver = Driver(minimum_separation_s=200.0)
+def check_the_wearers_minimum_separation_holds_where_the_study_asks_for_less(subject: type[DeviceSession]) -> None:
+    driver = Driver(minimum_separation_s=200.0, subject=subject)
     driver.open_round(round=1)
     driver.send_model()
     driver.tell(ParticipationEnded(1, "spent"))
@@ -224,6 +226,34 @@ def test_the_wearers_minimum_separation_holds_where_the_study_asks_for_less() ->
     driver.now_s += 1.0
     driver.open_round(round=3, minimum_separation_s=100.0)
     assert participations(driver.send_model()) == [3]
+
+
+SEPARATIONS = [
+    check_a_device_stays_out_for_the_minimum_separation,
+    check_the_wearers_minimum_separation_holds_where_the_study_asks_for_less,
+]
+
+
+@pytest.mark.parametrize("check", SEPARATIONS)
+def test_participations_are_far_enough_apart(check: Callable[[type[DeviceSession]], None]) -> None:
+    check(DeviceSession)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "caught_by"),
+    [
+        ("manifest.minimum_separation_s", SEPARATIONS[1]),
+        ("self._config.minimum_separation_s", SEPARATIONS[0]),
+        ("0.0", SEPARATIONS[0]),
+    ],
+)
+def test_a_device_that_takes_part_too_soon_is_caught(
+    wrong: str, caught_by: Callable[[type[DeviceSession]], None]
+) -> None:
+    right = "separation_s = max(manifest.minimum_separation_s, self._config.minimum_separation_s)"
+    copy = broken_copy("device_client.session", (right, f"separation_s = {wrong}"))
+    with pytest.raises(AssertionError):
+        caught_by(copy.DeviceSession)
 
 
 def test_a_round_whose_deadline_has_passed_is_skipped() -> None:
