@@ -33,7 +33,7 @@ TABLES: tuple[Table, ...] = tuple(table for table in schema.metadata.sorted_tabl
 """What is backed up."""
 
 ERASED: dict[str, dict[str, None]] = {
-    "rounds": {"secret": None},
+    "rounds": {"secret": None, "sums_secret": None},
     "updates": {"segment": None, "start": None, "length": None},  # sealed under that key
 }
 """Columns of which no value is backed up."""

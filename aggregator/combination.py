@@ -95,7 +95,7 @@ def _mean(store: AggregatorStore, config: TaskConfig, closed: ClosedRound) -> Co
             key = (config.name, closed.number, stored.round)
             sealed, place = store.blobs.get(stored.blob), sum_place(key, stored.worker)
             try:
-                one = open_sum(sealed, closed.live[closed.number].key, place=place, count=stored.num_updates)
+                one = open_sum(sealed, closed.live[closed.number].sums_secret, place=place, count=stored.num_updates)
             except BlobError as error:  # read it was; it is damaged, and waiting would not mend it
                 raise CombineError(str(error)) from error
             late = closed.number - stored.round

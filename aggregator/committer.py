@@ -324,9 +324,9 @@ class Committer:
         """A sum as it is in the database."""
         if not stored.blob:
             return _Sum(ExactSum(np.zeros(0, np.int64), stored.num_updates), None, stored.num_updates)
-        sealed, round_key = self._store.blobs.get(stored.blob), placed.task.rounds[placed.counted_in].key
+        sealed, secret = self._store.blobs.get(stored.blob), placed.task.rounds[placed.counted_in].sums_secret
         place = sum_place(key, self._worker)
-        return _Sum(open_sum(sealed, round_key, place=place, count=stored.num_updates), stored.blob, stored.num_updates)
+        return _Sum(open_sum(sealed, secret, place=place, count=stored.num_updates), stored.blob, stored.num_updates)
 
     def _make_durable(self, batch: _Batch, tasks: Mapping[str, TaskInForce]) -> list[str]:
         """Store sums and kept updates, then commit everything; blobs that nothing names any more."""
@@ -344,7 +344,7 @@ class Committer:
             else:
                 sealed_sum = seal_sum(
                     mine.sum,
-                    tasks[task].rounds[counted_in].key,
+                    tasks[task].rounds[counted_in].sums_secret,
                     place=sum_place(key, self._worker),
                     entropy=self._entropy,
                 )

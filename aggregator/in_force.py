@@ -51,7 +51,8 @@ def _task(name: str, spec: str, live: list[LiveRound]) -> TaskInForce:
 
 def _round(live: LiveRound) -> RoundInForce:
     """One round."""
-    return RoundInForce(live.number, live.model_digest, _key(live.key), is_closing=live.outcome == "closing")
+    is_closing = live.outcome == "closing"
+    return RoundInForce(live.number, live.model_digest, _key(live.key), live.sums_secret, is_closing)
 
 
 @lru_cache(maxsize=256)

@@ -45,12 +45,14 @@ class RoundInForce:
         number: of the round.
         model_digest: SHA-256 of the parameters that updates must start from.
         key: that updates are sealed to.
+        sums_secret: under which its sums are stored; None once it is closed.
         is_closing: whether it is being combined: it takes updates again if whoever combines it dies.
     """
 
     number: int
     model_digest: bytes
     key: RoundKey
+    sums_secret: bytes | None = None
     is_closing: bool = False
 
     @cached_property

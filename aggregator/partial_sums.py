@@ -1,7 +1,8 @@
-"""Partial sums as they are kept: encrypted under a key that follows from their round's private key.
+"""Partial sums as they are kept: encrypted under a key that follows from a secret of their round.
 
-A sum of few updates tells about each, so it is not left in the clear, and it becomes unreadable when the round's
-private key is erased, as the sealed updates do. AES-256-GCM (NIST SP 800-38D) with random nonces under a key from
+A sum of few updates tells about each, so it is not left in the clear, and it becomes unreadable when its round is
+closed, which erases the secret. It is not the round's private key: an asynchronous task needs those for updates that
+come late. AES-256-GCM (NIST SP 800-38D) with random nonces under a key from
 HKDF-SHA256 (RFC 5869); a round sees far fewer than the 2^32 encryptions that random nonces allow. No I/O.
 """
 
@@ -17,37 +18,42 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from aggregator.errors import BlobError
 from aggregator.exact_sum import ExactSum
-from fl_protocol.sealing import RoundKey
 
+SECRET_BYTES = 32
 _NONCE_BYTES = 12
 _INFO = b"covey v1 partial sum\0"
 
 
-def seal_sum(partial: ExactSum, key: RoundKey, *, place: str, entropy: Callable[[int], bytes]) -> bytes:
+def seal_sum(partial: ExactSum, secret: bytes | None, *, place: str, entropy: Callable[[int], bytes]) -> bytes:
     """Encrypt a sum.
 
     Args:
         partial: the sum.
-        key: of the round that it is counted in.
+        secret: of the round that it is counted in, `SECRET_BYTES` long; None once it is closed.
         place: which sum it is: task, rounds and worker; it opens nowhere else.
         entropy: cryptographic source of the nonce.
+
+    Raises:
+        BlobError: the round is closed.
     """
     nonce = entropy(_NONCE_BYTES)
     plain = partial.total.astype("<i8", copy=False).data.cast("B")
-    return nonce + _cipher(key).encrypt(nonce, plain, _bound_to(place, partial.count))
+    return nonce + _cipher(secret, place).encrypt(nonce, plain, _bound_to(place, partial.count))
 
 
-def open_sum(sealed: bytes, key: RoundKey, *, place: str, count: int) -> ExactSum:
+def open_sum(sealed: bytes, secret: bytes | None, *, place: str, count: int) -> ExactSum:
     """Decrypt a sum of `count` updates. Raises BlobError when it is not this one."""
     try:
-        plain = _cipher(key).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], _bound_to(place, count))
+        plain = _cipher(secret, place).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], _bound_to(place, count))
     except (InvalidTag, ValueError):
         raise BlobError(f"the stored sum of {place} is damaged; abort the round, or restore a backup") from None
     return ExactSum(np.frombuffer(plain, "<i8").astype(np.int64), count)
 
 
-def _cipher(key: RoundKey) -> AESGCM:
-    return AESGCM(HKDF(algorithm=SHA256(), length=32, salt=None, info=_INFO).derive(key.secret))
+def _cipher(secret: bytes | None, place: str) -> AESGCM:
+    if not secret:
+        raise BlobError(f"the sum of {place} can no longer be opened: its round is closed")
+    return AESGCM(HKDF(algorithm=SHA256(), length=32, salt=None, info=_INFO).derive(secret))
 
 
 def _bound_to(place: str, count: int) -> bytes:

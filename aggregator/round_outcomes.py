@@ -130,7 +130,7 @@ class RoundOutcomes:
     def _closed(self, number: int) -> ClosedRound:
         """A round that takes no more updates, with the keys of all whose updates are in it."""
         live = {
-            one.number: RoundInForce(one.number, one.model_digest, one.key)
+            one.number: RoundInForce(one.number, one.model_digest, one.key, one.sums_secret)
             for one in self._store.rounds.live()
             if one.task == self._config.name
         }

@@ -18,6 +18,7 @@ from aggregator.announcer import Announcer
 from aggregator.errors import BlobError, CombineError, ConflictError, LostModelError, RejectedModelError
 from aggregator.in_force import config_of
 from aggregator.pacing import next_probability
+from aggregator.partial_sums import SECRET_BYTES
 from aggregator.round_events import (
     AbortRound,
     AnnounceTask,
@@ -345,6 +346,7 @@ class TaskRunner:
             opened_s=action.opened_s,
             deadline_s=action.deadline_s,
             key=RoundKey(kem, self._ports.entropy(round_key_bytes(kem))),
+            sums_secret=self._ports.entropy(SECRET_BYTES),
             version=state.version,
             model_digest=digest,
             update_length=self._update_length,

@@ -25,6 +25,8 @@ class LiveRound(NamedTuple):
         model_digest: of that model.
         update_length: numbers in an update.
         outcome: where it stands.
+        key: that its updates are sealed to.
+        sums_secret: under which its sums are stored; None once it is closed.
     """
 
     task: str
@@ -34,6 +36,7 @@ class LiveRound(NamedTuple):
     update_length: int
     outcome: Outcome
     key: RoundKey
+    sums_secret: bytes | None
 
 
 class RoundRecord(NamedTuple):
@@ -72,6 +75,7 @@ class Rounds:
                 row.update_length,
                 row.outcome,
                 RoundKey(row.kem, row.secret),
+                row.sums_secret,
             )
             for row in rows
         ]
@@ -85,12 +89,13 @@ class Rounds:
         opened_s: float,
         deadline_s: float,
         key: RoundKey,
+        sums_secret: bytes,
         version: int,
         model_digest: bytes,
         update_length: int,
         probability: float,
     ) -> None:
-        """Add an open round with its private key, as part of a transaction."""
+        """Add an open round with its private key and its sums' secret, as part of a transaction."""
         connection.execute(
             insert(schema.rounds).values(
                 task=task,
@@ -101,6 +106,7 @@ class Rounds:
                 deadline_s=deadline_s,
                 kem=key.kem,
                 secret=key.secret,
+                sums_secret=sums_secret,
                 version=version,
                 model_digest=model_digest,
                 update_length=update_length,
@@ -147,11 +153,11 @@ class Rounds:
         metrics: dict[str, Any],
         now_s: float,
     ) -> None:
-        """Say what became of a round, as part of a transaction."""
+        """Say what became of a round, and erase its sums' secret; part of a transaction."""
         described = msgspec.json.encode(metrics).decode()
-        connection.execute(
-            _round(task, number).values(outcome=outcome, reason=reason, metrics=described, closed_s=now_s)
-        )
+        closed = {"outcome": outcome, "reason": reason, "metrics": described, "closed_s": now_s}
+        # Security: from here on the sums of few updates each, in copies of the blobs too, can be opened by nobody.
+        connection.execute(_round(task, number).values(**closed, sums_secret=None))
 
     def erase_keys(self, connection: Connection, task: str, *, up_to: int) -> None:
         """Erase the private keys of rounds up to this number: their updates can never be opened again."""

@@ -69,6 +69,7 @@ from tests.enrolments import broken_copy
 from tests.fl_protocol.examples import AGGREGATOR_KEY, TASK, TENANT, manifest, round_key
 
 ROUND_KEY = round_key("x25519")
+SUMS_SECRET = b"the secret of a round's sums...."
 D = 300
 PARAMS = np.zeros(D, np.float32)
 DIGEST = hashlib.sha256(PARAMS.tobytes()).digest()
@@ -484,6 +485,7 @@ class Desk:
                 opened_s=self.clock.now_s(),
                 deadline_s=deadline_s,
                 key=key,
+                sums_secret=SUMS_SECRET,
                 version=version,
                 model_digest=store.models.digest(connection, task, version),
                 update_length=length,
@@ -613,12 +615,12 @@ class Desk:
 
     def total(self, counted_in: int = 3, *, task: str = TASK) -> ExactSum:
         """The sum of all that counts in a round, read from the disk."""
-        keys = {one.number: one.key for one in self.store.rounds.live() if one.task == task}
+        secrets = {one.number: one.sums_secret for one in self.store.rounds.live() if one.task == task}
         whole = ExactSum.zeros(len(self.params))
         for stored in self.store.updates.partials(task, counted_in):
             place = sum_place((task, counted_in, stored.round), stored.worker)
             sealed = self.store.blobs.get(stored.blob)
-            whole.merge(open_sum(sealed, keys[counted_in], place=place, count=stored.num_updates))
+            whole.merge(open_sum(sealed, secrets[counted_in], place=place, count=stored.num_updates))
         return whole
 
     def send_good(self, device: str = "watch-1", *, number: float = 1.0, **changes: Any) -> int:

@@ -49,7 +49,7 @@ def full(database: Database, blobs: Blobs) -> Database:
         add(schema.devices, {"device": "watch-1", "public_key": bytes(range(32)), "added_s": 0.1})
         add(schema.device_periods, {"device": "watch-1", "not_before_s": 0.0, "not_after_s": 1e10 / 3})
         add(schema.tasks, task_row("done", phase="finished", number=9), task_row("new", phase="idle", number=0))
-        add(schema.rounds, round_row(1, outcome="open", secret=SECRET, closed_s=None))
+        add(schema.rounds, round_row(1, outcome="open", secret=SECRET, sums_secret=SECRET, closed_s=None))
         add(schema.rounds, *(round_row(number, task="done") for number in range(1, 10)))
         add(schema.models, model_row(1, params=blobs.put(b"version 1", kind="params"), metrics='{"ä":1e-07}'))
         add(schema.model_tags, {"task": TASK, "tag": "released", "version": 1})

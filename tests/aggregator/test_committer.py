@@ -25,6 +25,7 @@ from fl_protocol.errors import RefusalReason
 from fl_protocol.messages import ReceiptMsg
 from fl_protocol.transport import Received
 from tests.aggregator.desk import (
+    SUMS_SECRET,
     D,
     Desk,
     Moments,
@@ -428,7 +429,7 @@ def test_a_stale_update_counts_in_the_open_round_in_a_sum_of_its_own(tmp_path: P
     assert [(one.round, one.num_updates) for one in partials] == [(4, 2), (5, 1), (6, 1)]
     for one, devices in zip(partials, (("watch-1", "watch-3"), ("watch-2",), ("watch-0",)), strict=True):
         place = sum_place((TASK, 6, one.round), one.worker)
-        opened = open_sum(desk.store.blobs.get(one.blob), keys[6], place=place, count=one.num_updates)
+        opened = open_sum(desk.store.blobs.get(one.blob), SUMS_SECRET, place=place, count=one.num_updates)
         assert opened.total.tobytes() == expected(*devices)
     # One round too late: its key is gone.
     late = update_of("watch-4", round=3)

@@ -20,6 +20,7 @@ from fl_protocol.errors import RefusalReason
 from fl_protocol.messages import ReceiptMsg
 from fl_protocol.transport import Received
 from tests.aggregator.desk import (
+    SUMS_SECRET,
     Desk,
     a_desk,
     broken_committer,
@@ -231,6 +232,7 @@ def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Aggr
             opened_s=0.0,
             deadline_s=9.0,
             key=round_key("x25519"),
+            sums_secret=SUMS_SECRET,
             version=0,
             model_digest=bytes(32),
             update_length=1,

@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace as with_fields
 
 from aggregator.rounds import Phase
+from aggregator.store.rounds import LiveRound
 from aggregator.store.sweep import named_blobs
 from aggregator.task_file import Asynchronous, Participation, Rule, Server, Validation
 from aggregator.task_runner import KEEP_VERSIONS
@@ -126,25 +127,29 @@ def test_a_round_that_was_interrupted_leaves_time_for_the_outboxes(tmp_path: Pat
 def test_a_closed_rounds_key_and_sums_are_gone(tmp_path: Path) -> None:
     study = plain_study(tmp_path)
     (live,) = study.store.rounds.live()
-    secret, raw = live.key.secret, np.full(40, 0.0123, "<f4").tobytes()
+    assert live.sums_secret is not None
+    raw = np.full(40, 0.0123, "<f4").tobytes()
     for index in range(2):
         study.send_change(index, 0.0123, study.manifest())
     study.settle()
-    assert any(secret in content for content in study.desk.everything_on_disk().values())
+    for secret in (live.key.secret, live.sums_secret):
+        assert any(secret in content for content in study.desk.everything_on_disk().values())
     study.send_change(2, 0.0123, study.manifest())
     study.settle()
     assert outcomes(study)[0] == "committed"
     study.settle(seconds=1.0)
-    check_nothing_is_left(study, secret, raw)
+    check_nothing_is_left(study, live, raw)
 
 
-def check_nothing_is_left(study: SmallStudy, secret: bytes, raw: bytes) -> None:
+def check_nothing_is_left(study: SmallStudy, live: LiveRound, raw: bytes) -> None:
     """Byte by byte: the database, its log, and every blob."""
     assert study.store.updates.partials(TASK, 1) == []
     files = study.desk.everything_on_disk()
     assert {"aggregator.db", "aggregator.db-wal"} <= set(files)
     for path, content in files.items():
-        assert secret not in content, path
+        assert live.key.secret not in content, path
+        assert live.sums_secret is not None
+        assert live.sums_secret not in content, path
         if not path.startswith(("blobs/params", "aggregator.db-")):
             assert raw[:16] not in content, path
 
@@ -157,7 +162,31 @@ def test_a_round_that_is_given_up_leaves_nothing_either(tmp_path: Path) -> None:
     assert any("segment" in path for path in study.desk.everything_on_disk())
     study.let_the_round_end()
     study.settle(seconds=1.0)
-    check_nothing_is_left(study, live.key.secret, raw)
+    check_nothing_is_left(study, live, raw)
+
+
+def check_the_sums_of_a_closed_asynchronous_round_are_gone(folder: Path) -> None:
+    study = plain_study(folder, asynchronous=Asynchronous(maximum_staleness=3))
+    (live,) = study.store.rounds.live()
+    study.plain_round([1.0, 1.0, 1.0])
+    assert study.order("pause_now") == "done"
+    study.settle(seconds=1.0)
+    files = study.desk.everything_on_disk()
+    assert any(live.key.secret in content for content in files.values())  # late updates will still count
+    assert live.sums_secret is not None
+    assert [path for path, content in files.items() if live.sums_secret in content] == []
+    assert all(one.sums_secret is None for one in study.store.rounds.live())
+
+
+def test_the_sums_of_an_asynchronous_task_are_gone_though_its_keys_live_on(tmp_path: Path) -> None:
+    check_the_sums_of_a_closed_asynchronous_round_are_gone(tmp_path)
+
+
+def test_a_store_that_keeps_the_secret_of_sums_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = broken_copy("aggregator.store.rounds", (".values(**closed, sums_secret=None)", ".values(**closed)"))
+    monkeypatch.setattr("aggregator.store.rounds.Rounds.close", copy.Rounds.close)
+    with pytest.raises(AssertionError):
+        check_the_sums_of_a_closed_asynchronous_round_are_gone(tmp_path)
 
 
 # Robust rules.

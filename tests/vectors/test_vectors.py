@@ -30,6 +30,7 @@ from fl_protocol.update_encoding import decode_values, rotation_seed
 from tests.vectors.generate import DETERMINISTIC, FOLDER, RANDOMISED, text_of
 from tests.vectors.update_vectors import plain
 
+SUMS_SECRET = bytes(32)
 FILES: dict[str, Any] = {
     name: json.loads((FOLDER / f"{name}.json").read_text()) for name in {**DETERMINISTIC, **RANDOMISED}
 }
@@ -230,7 +231,10 @@ def task_in_force(vectors: dict[str, Any]) -> TaskInForce:
     """The aggregator's one task, as the vectors describe it."""
     rounds = [
         RoundInForce(
-            one["round"], bytes.fromhex(one["model_digest"]), RoundKey(vectors["kem"], bytes.fromhex(one["secret"]))
+            one["round"],
+            bytes.fromhex(one["model_digest"]),
+            RoundKey(vectors["kem"], bytes.fromhex(one["secret"])),
+            SUMS_SECRET,
         )
         for one in vectors["rounds"]
     ]
@@ -259,6 +263,7 @@ def committer(tmp_path: Path) -> Iterator[Committer]:
                 opened_s=0.0,
                 deadline_s=1e9,
                 key=one.key,
+                sums_secret=SUMS_SECRET,
                 version=one.number,
                 model_digest=one.model_digest,
                 update_length=task.update_length,

@@ -255,6 +255,39 @@ def test_a_migrated_file_holds_neither_updates_nor_keys(tmp_path: Path, blobs: B
     database.close()
 
 
+def test_the_sums_of_a_round_that_was_open_before_they_had_a_secret_can_still_be_opened(
+    old_url: str, blobs: Blobs
+) -> None:
+    Database(old_url, blobs=blobs).close()
+    with plain_engine(old_url) as engine, engine.begin() as connection:
+        at_revision_2(connection)
+    database = Database(old_url, blobs=blobs)
+    with database.reading() as connection:
+        query = select(schema.rounds.c.outcome, schema.rounds.c.secret, schema.rounds.c.sums_secret)
+        rows = connection.execute(query.order_by(schema.rounds.c.task, schema.rounds.c.number)).all()
+    assert [(row.outcome, row.secret is not None, row.sums_secret == row.secret) for row in rows] == [
+        ("committed", False, True),
+        ("committed", True, False),  # asynchronous: late updates of it count
+        ("aborted", False, True),
+        ("closing", True, True),
+        ("open", True, True),
+    ]
+    assert rows[1].sums_secret is None
+    database.close()
+
+
+def at_revision_2(connection: Connection) -> None:
+    """Back to the schema before sums had a secret, with rounds in every state that has a key."""
+    connection.execute(text("ALTER TABLE rounds DROP COLUMN sums_secret"))
+    connection.execute(text("UPDATE alembic_version SET version_num = '0002'"))
+    outcomes = {1: "committed", 3: "closing", 4: "open"}
+    for number, outcome in outcomes.items():
+        connection.execute(
+            text("UPDATE rounds SET outcome = :outcome, secret = :secret WHERE task = 'watch' AND number = :number"),
+            {"outcome": outcome, "secret": ROUND_SECRET, "number": number},
+        )
+
+
 def test_a_second_start_changes_nothing(old_url: str, blobs: Blobs) -> None:
     Database(old_url, blobs=blobs).close()
     before, stored = everything(old_url), sorted(blobs.stored())
