@@ -12,7 +12,6 @@ are dropped, and their devices send them again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from aggregator.answers import Answers
@@ -44,8 +43,10 @@ NAME_EVERY_S = 60.0
 """A device that is throttled is named, and told, at most this often."""
 MOST_ANSWERS = 64
 """Answers that are sent before the next messages are looked at."""
-MOST_HELD_MESSAGES = 500
-"""Unacknowledged messages of updates that are not whole: half of what the broker sends before it waits."""
+MOST_HELD_MESSAGES = 400
+"""Unacknowledged messages of updates that are not whole, of the thousand that the broker sends before it waits."""
+MOST_HELD_MESSAGES_OF_WHOLE = 500
+"""And of whole updates that are not decided yet."""
 
 
 class IntakeLimits(NamedTuple):
@@ -96,6 +97,7 @@ class Intake:
         self.batches = Batches(commits, now_s)
         self._register = RegisterCache(store.devices)
         self._transfers, self._held = Transfers(limits.reassembly_bytes), HeldMessages(MOST_HELD_MESSAGES)
+        self._held_whole = HeldMessages(MOST_HELD_MESSAGES_OF_WHOLE)
         self._throttle = Throttle(
             bytes_a_minute=limits.device_bytes_a_minute, transfers_a_minute=limits.device_transfers_a_minute
         )
@@ -251,15 +253,20 @@ class Intake:
             return
         parts = self._transfers.accept(key[0], arrival.chunk, now_s)
         # Without its payload, of which the transfer has what is needed, and frees it sooner.
-        self._acknowledge(self._held.hold(key, replace(message, payload=b"")))
-        if parts is not None:
-            self._put_aside(PendingUpdate(*key, parts))
+        kept = Received(message.topic, b"", message.delivery)
+        if parts is None:
+            self._acknowledge(self._held.hold(key, kept))
+        else:
+            self._put_aside(PendingUpdate(*key, parts), [*self._held.release(key), kept])
 
-    def _put_aside(self, update: PendingUpdate) -> None:
+    def _put_aside(self, update: PendingUpdate, messages: Sequence[Received]) -> None:
         """Keep a whole update for the next commit, unless there is no room: its device sends it again."""
         if not self.batches.add(update):
-            self._acknowledge(self._held.release((update.device, update.update_id)))
+            self._acknowledge(messages)
             self._note("update_dropped", device=update.device, reason="too many updates wait for the database")
+            return
+        for message in messages:
+            self._acknowledge(self._held_whole.hold((update.device, update.update_id), message))
 
     def _answer(self, key: Key, verdict: Verdict) -> None:
         """Tell a device what came of its update, and the broker that it is done with."""
@@ -280,7 +287,7 @@ class Intake:
             self._count(verdict, device=device)  # thrown out a moment ago; nobody to answer
         else:
             self._refuse(device, update_id, verdict)
-        self._acknowledge(self._held.release(key))
+        self._acknowledge(self._held_whole.release(key))
 
     def _receipt(self, update: AcceptedUpdate) -> None:
         """Tell a device that its update is committed."""

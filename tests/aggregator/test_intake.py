@@ -14,7 +14,14 @@ from sqlalchemy import insert
 from aggregator.batches import FULL_BATCH
 from aggregator.errors import BlobError, DatabaseError
 from aggregator.ingest import RoundInForce, TaskInForce, open_sealed, place, verify_header
-from aggregator.intake import FORGET_AFTER_S, MOST_HELD_MESSAGES, STALLED_AFTER_S, Intake, IntakeLimits
+from aggregator.intake import (
+    FORGET_AFTER_S,
+    MOST_HELD_MESSAGES,
+    MOST_HELD_MESSAGES_OF_WHOLE,
+    STALLED_AFTER_S,
+    Intake,
+    IntakeLimits,
+)
 from aggregator.register_cache import KNOWN_FOR_S
 from aggregator.store import schema
 from aggregator.store.devices import RegisteredKey
@@ -359,7 +366,10 @@ def check_acknowledgements_follow_the_commit(folder: Path) -> None:
 def test_an_intake_that_acknowledges_what_it_has_only_put_aside_is_caught(tmp_path: Path) -> None:
     hasty = broken_copy(
         "aggregator.intake",
-        ("if not self.batches.add(update):", "if self.release_held() or not self.batches.add(update):"),
+        (
+            "self._acknowledge(self._held_whole.hold((update.device, update.update_id), message))",
+            "self._acknowledge(messages)",
+        ),
     )
     with built_with(Intake=hasty.Intake), pytest.raises(AssertionError):
         check_acknowledgements_follow_the_commit(tmp_path)
@@ -410,6 +420,45 @@ def test_beyond_the_cap_the_update_begun_first_is_released(tmp_path: Path) -> No
 
 
 # When the database fails.
+
+
+def check_a_killed_worker_gets_what_it_could_not_commit_again(folder: Path) -> None:
+    desk = a_desk(folder)
+    fail_commits(desk, BlobError("disk full"))
+    desk.take(messages(GOOD))
+    desk.let_pass(5.0)  # the broker has long gone quiet
+    desk.kill()
+    desk.blobs.watch = lambda _moment: None
+    desk.start()
+    desk.let_pass(1.0)
+    assert len(desk.receipts()) == 1  # and its device did not have to send it again
+    assert desk.transport().num_held == 0
+
+
+def test_a_killed_worker_gets_what_it_could_not_commit_again(tmp_path: Path) -> None:
+    check_a_killed_worker_gets_what_it_could_not_commit_again(tmp_path)
+
+
+def test_an_intake_that_lets_the_broker_forget_what_is_whole_is_caught(tmp_path: Path) -> None:
+    copy = broken_copy(
+        "aggregator.intake",
+        ("self._acknowledge(self._held.release_all())", "self._acknowledge(self._held_whole.release_all())"),
+    )
+    with built_with(Intake=copy.Intake), pytest.raises(AssertionError):
+        check_a_killed_worker_gets_what_it_could_not_commit_again(tmp_path)
+
+
+def test_of_whole_updates_only_so_many_messages_are_held(tmp_path: Path) -> None:
+    desk = a_desk(tmp_path, limits=IntakeLimits(device_transfers_a_minute=10_000))
+    intake, transport = desk.intake(), desk.transport()
+    for index in range(MOST_HELD_MESSAGES_OF_WHOLE + 8):
+        update_id = id_of(f"whole {index}")
+        (message,) = messages(GOOD, update_id=update_id, data_bytes=4096)
+        desk.broker.publish(message.topic, message.payload, retain=False)
+        event = transport.poll(0.0)
+        assert isinstance(event, Received)
+        intake.take([event])
+    assert intake._held_whole._count == transport.num_held == MOST_HELD_MESSAGES_OF_WHOLE
 
 
 def fail_commits(desk: Desk, error: Exception) -> None:

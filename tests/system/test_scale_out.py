@@ -26,6 +26,7 @@ from aggregator.store.tasks import Tasks
 from aggregator.store.updates import AcceptedUpdate, NewUpdate, StoredPartial, Updates
 from firmware_sim.virtual_flash import PowerCutError
 from fl_protocol.messages import UpdateEnvelopeMsg, UpdateHeaderMsg, decode
+from fl_protocol.transport import Received
 from tests.contracts.databases import PostgresqlServer, new_url
 from tests.system.study import aggregator_power_cut, check_study, committed, final_digest, rows_of
 from tests.virtual_fleet import AGGREGATOR, TASK, VirtualFleet, task_config
@@ -375,12 +376,12 @@ def test_a_worker_that_sends_receipts_before_its_commit_is_noticed(
 ) -> None:
     honest = Intake._put_aside
 
-    def broken(self: Intake, update: PendingUpdate) -> None:
+    def broken(self: Intake, update: PendingUpdate, messages: Sequence[Received]) -> None:
         header = decode(decode(update.envelope, UpdateEnvelopeMsg).header, UpdateHeaderMsg)
         self._answers.receipt(
             AcceptedUpdate(TASK, header.update_id, header.device, header.round, header.sealed_digest, 0.0)
         )
-        honest(self, update)
+        honest(self, update, messages)
 
     monkeypatch.setattr(Intake, "_put_aside", broken)
     with pytest.raises(AssertionError):
