@@ -43,10 +43,12 @@ NAME_EVERY_S = 60.0
 """A device that is throttled is named, and told, at most this often."""
 MOST_ANSWERS = 64
 """Answers that are sent before the next messages are looked at."""
-MOST_HELD_MESSAGES = 400
+MOST_HELD_MESSAGES = 200
 """Unacknowledged messages of updates that are not whole, of the thousand that the broker sends before it waits."""
 MOST_HELD_MESSAGES_OF_WHOLE = 500
 """And of whole updates that are not decided yet."""
+MOST_MESSAGES_OF_ONE = 8
+"""Of a whole update that came in more none is held: a few such would take all of them, and the broker's time."""
 
 
 class IntakeLimits(NamedTuple):
@@ -264,6 +266,9 @@ class Intake:
         if not self.batches.add(update):
             self._acknowledge(messages)
             self._note("update_dropped", device=update.device, reason="too many updates wait for the database")
+            return
+        if len(messages) > MOST_MESSAGES_OF_ONE:
+            self._acknowledge(messages)
             return
         for message in messages:
             self._acknowledge(self._held_whole.hold((update.device, update.update_id), message))

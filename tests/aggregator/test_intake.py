@@ -18,6 +18,7 @@ from aggregator.intake import (
     FORGET_AFTER_S,
     MOST_HELD_MESSAGES,
     MOST_HELD_MESSAGES_OF_WHOLE,
+    MOST_MESSAGES_OF_ONE,
     STALLED_AFTER_S,
     Intake,
     IntakeLimits,
@@ -459,6 +460,19 @@ def test_of_whole_updates_only_so_many_messages_are_held(tmp_path: Path) -> None
         assert isinstance(event, Received)
         intake.take([event])
     assert intake._held_whole._count == transport.num_held == MOST_HELD_MESSAGES_OF_WHOLE
+
+
+def test_of_a_whole_update_in_many_messages_none_is_held(tmp_path: Path) -> None:
+    desk = a_desk(tmp_path)
+    chunks = messages(bytes(256 * MOST_MESSAGES_OF_ONE + 1), data_bytes=256)
+    assert len(chunks) == MOST_MESSAGES_OF_ONE + 1
+    for count in (MOST_MESSAGES_OF_ONE, MOST_MESSAGES_OF_ONE + 1):
+        for message in chunks[:count]:
+            desk.broker.publish(message.topic, message.payload, retain=False)
+        while (event := desk.transport().poll(0.0)) is not None:
+            assert isinstance(event, Received)
+            desk.intake().take([event])
+        assert desk.transport().num_held == (count if count == MOST_MESSAGES_OF_ONE else 0)
 
 
 def fail_commits(desk: Desk, error: Exception) -> None:
