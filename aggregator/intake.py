@@ -219,6 +219,8 @@ class Intake:
         for told in self._repetitions.overdue(now_s):
             self._note("update_refused", **told)
         self._named_s = _younger(self._named_s, NAME_EVERY_S, now_s)
+        self._throttle.forget(now_s)
+        self._register.forget(now_s)
 
     def release_held(self) -> None:
         """The broker has gone quiet and may be waiting: let it forget what updates that are not whole came in."""

@@ -41,6 +41,14 @@ class RegisterCache:
         while len(self._known) > MOST_NAMES:
             self._known.popitem(last=False)
 
+    def forget(self, now_s: float) -> None:
+        """Forget names that would have to be looked up again in any case."""
+        while self._known:
+            name, (_, asked_s) = next(iter(self._known.items()))
+            if now_s - asked_s < KNOWN_FOR_S:
+                break
+            del self._known[name]
+
     def is_registered(self, name: str, now_s: float) -> bool:
         """Whether a name that was looked up may send now."""
         key, _ = self._known.get(name, (None, 0.0))

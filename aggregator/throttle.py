@@ -16,6 +16,8 @@ from fl_protocol.recency import happened_within
 MOST_DEVICES = 100_000
 """Devices that are remembered; the one heard of least recently is forgotten, with a full allowance."""
 
+FULL_AFTER_S = 60.0
+"""After which a device that was silent may send as much as one that was never heard of."""
 LEAST_CHUNK_BYTES = 1024
 """What a chunk is charged at least: an empty one is as much work as one of this size."""
 
@@ -62,6 +64,14 @@ class Throttle:
         left.transfers_left -= begins
         return ""
 
+    def forget(self, now_s: float) -> None:
+        """Forget devices whose allowance is full again: that is what one that is not known has."""
+        while self._devices:
+            device, left = next(iter(self._devices.items()))
+            if now_s - left.as_of_s < FULL_AFTER_S:
+                break
+            del self._devices[device]
+
     def _allowance(self, device: str, now_s: float) -> _Allowance:
         """A device's allowance as of now."""
         left = self._devices.get(device)
@@ -71,7 +81,7 @@ class Throttle:
                 self._devices.popitem(last=False)
         self._devices.move_to_end(device)
         # A clock that was set back gives nothing, and does not take until it has caught up.
-        minutes = max(0.0, now_s - left.as_of_s) / 60
+        minutes = max(0.0, now_s - left.as_of_s) / FULL_AFTER_S
         left.bytes_left = min(self._bytes, left.bytes_left + minutes * self._bytes)
         left.transfers_left = min(self._transfers, left.transfers_left + minutes * self._transfers)
         left.as_of_s = now_s

@@ -49,6 +49,16 @@ def test_what_is_known_is_asked_again_after_a_while_and_what_is_not_soon() -> No
     assert not cache.is_registered("a", KNOWN_FOR_S)
 
 
+def test_a_name_that_would_be_looked_up_anyway_is_forgotten() -> None:
+    cache = cache_of(Register(a=RegisteredKey(bytes(32)), b=RegisteredKey(bytes(32))))
+    cache.look_up({"a", "stranger"}, 0.0)
+    cache.look_up({"b"}, 1.0)
+    cache.forget(KNOWN_FOR_S - 0.1)
+    assert set(cache._known) == {"a", "b", "stranger"}
+    cache.forget(KNOWN_FOR_S + 0.9)
+    assert set(cache._known) == {"b"}
+
+
 def test_a_clock_that_was_set_back_asks_anew() -> None:
     register = Register(a=RegisteredKey(bytes(32)))
     cache = cache_of(register)

@@ -69,6 +69,26 @@ def test_a_clock_that_is_set_back_gives_nothing_and_takes_nothing() -> None:
     assert takes(throttle, 30 * KIB, at_s=31.0)
 
 
+def check_forgetting_changes_nothing(kind: type[Throttle]) -> None:
+    forgets, remembers = (kind(bytes_a_minute=60 * KIB, transfers_a_minute=3) for _ in range(2))
+    for device, at_s in (("a", 0.0), ("b", 20.0), ("a", 30.0), ("c", 61.0), ("b", 79.0), ("a", 91.0), ("b", 300.0)):
+        forgets.forget(at_s)
+        for num_bytes in (50 * KIB, 20 * KIB):
+            taken = [takes(one, num_bytes, at_s=at_s, begins=True, device=device) for one in (forgets, remembers)]
+            assert taken[0] == taken[1], (device, at_s)
+    assert list(forgets._devices) == ["b"]
+
+
+def test_a_device_is_forgotten_once_that_changes_nothing() -> None:
+    check_forgetting_changes_nothing(Throttle)
+
+
+def test_a_throttle_that_forgets_what_a_device_has_sent_is_caught() -> None:
+    copy = broken_copy("aggregator.throttle", ("FULL_AFTER_S:\n                break", "10.0:\n                break"))
+    with pytest.raises(AssertionError):
+        check_forgetting_changes_nothing(copy.Throttle)
+
+
 def test_only_so_many_devices_are_remembered() -> None:
     throttle = Throttle(bytes_a_minute=60 * KIB, transfers_a_minute=60)
     for number in range(MOST_DEVICES + 100):
