@@ -106,10 +106,7 @@ def check_recipient(recipient: RecipientKeyMsg) -> None:
     Raises:
         ProtocolError: it is no key of its KEM, or one of small order.
     """
-    try:
-        _SUITES[recipient.kem].encrypt(b"", _public_key(recipient))
-    except ValueError as error:  # X25519 refuses points of small order
-        raise ProtocolError(f"recipient key: cannot be sealed to ({error})") from error
+    seal_to(recipient, b"", info=b"")
 
 
 def seal_info(
@@ -131,6 +128,31 @@ def _info_of(header: UpdateHeaderMsg) -> bytes:
         device=header.device,
         update_id=header.update_id,
     )
+
+
+def seal_to(recipient: RecipientKeyMsg, plain: bytes, *, info: bytes) -> bytes:
+    """HPKE base mode, one shot (RFC 9180, section 6.1). Encapsulation draws from the operating system's CSPRNG.
+
+    Args:
+        recipient: whose key it is sealed to.
+        plain: what is sealed.
+        info: what it is bound to.
+
+    Raises:
+        ProtocolError: the key is not usable.
+    """
+    try:
+        return _SUITES[recipient.kem].encrypt(plain, _public_key(recipient), info=info)
+    except ValueError as error:  # X25519 refuses points of small order
+        raise ProtocolError(f"recipient key: cannot be sealed to ({error})") from error
+
+
+def open_sealed(sealed: bytes | memoryview, key: RoundKey, *, info: bytes) -> bytes:
+    """What `seal_to` sealed. Raises ProtocolError: not to this key, or bound to something else."""
+    try:
+        return _SUITES[key.kem].decrypt(sealed, key.private_key, info=info)
+    except (InvalidTag, ValueError):
+        raise ProtocolError("it does not open with this key for what it should be") from None
 
 
 def seal_update(
@@ -169,10 +191,7 @@ def seal_update(
         kem=recipient.kem,
         sealed_digest=bytes(32),  # known only once it is sealed; the info covers every field but this
     )
-    try:
-        sealed = _SUITES[recipient.kem].encrypt(encode(body), _public_key(recipient), info=_info_of(header))
-    except ValueError as error:  # X25519 refuses points of small order
-        raise ProtocolError(f"recipient key: cannot be sealed to ({error})") from error
+    sealed = seal_to(recipient, encode(body), info=_info_of(header))
     signed = encode(replace(header, sealed_digest=hashlib.sha256(sealed).digest()))
     return encode(UpdateEnvelopeMsg(header=signed, signature=sign_header(signed, signing_key), sealed=sealed))
 
@@ -185,8 +204,4 @@ def open_update(header: UpdateHeaderMsg, sealed: bytes | memoryview, key: RoundK
     """
     if header.kem != key.kem:
         raise ProtocolError(f"sealed with {header.kem}, but this round's key is {key.kem}")
-    try:
-        plain = _SUITES[key.kem].decrypt(sealed, key.private_key, info=_info_of(header))
-    except (InvalidTag, ValueError):
-        raise ProtocolError("the update does not open with this round's key for its header") from None
-    return decode(plain, UpdateBodyView)
+    return decode(open_sealed(sealed, key, info=_info_of(header)), UpdateBodyView)

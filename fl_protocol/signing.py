@@ -22,6 +22,7 @@ from fl_protocol.messages import (
     decode,
     encode,
 )
+from fl_protocol.secagg.messages import ContributionMsg
 
 S = TypeVar("S", RoundManifestMsg, ReceiptMsg, NackMsg, ChunkMsg)
 
@@ -31,6 +32,7 @@ _CONTEXTS: dict[type, bytes] = {
     NackMsg: b"covey v1 nack\0",
     ChunkMsg: b"covey v1 model chunk\0",
     UpdateHeaderMsg: b"covey v1 update header\0",
+    ContributionMsg: b"covey v1 contribution\0",
 }
 
 
@@ -61,8 +63,23 @@ def sign_header(header: bytes, key: Ed25519PrivateKey) -> bytes:
 
 def header_signature_is_valid(header: bytes, signature: bytes, key: Ed25519PublicKey) -> bool:
     """Whether `signature` is the device's over these exact header bytes; runs at the aggregator."""
+    return _is_valid(UpdateHeaderMsg, header, signature, key)
+
+
+def sign_contribution(contribution: bytes, key: Ed25519PrivateKey) -> bytes:
+    """Signature (64 bytes) over an encoded `ContributionMsg`; runs at a device."""
+    return key.sign(_CONTEXTS[ContributionMsg] + contribution)
+
+
+def contribution_signature_is_valid(contribution: bytes, signature: bytes, key: Ed25519PublicKey) -> bool:
+    """Whether `signature` is the device's over these exact bytes; runs at aggregator and helpers."""
+    return _is_valid(ContributionMsg, contribution, signature, key)
+
+
+def _is_valid(kind: type, payload: bytes, signature: bytes, key: Ed25519PublicKey) -> bool:
+    """Whether a payload of this kind was signed by a key."""
     try:
-        key.verify(signature, _CONTEXTS[UpdateHeaderMsg] + header)
+        key.verify(signature, _CONTEXTS[kind] + payload)
     except InvalidSignature:
         return False
     return True

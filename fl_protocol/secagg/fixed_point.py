@@ -1,0 +1,177 @@
+"""Updates as integers modulo 2^b, whose sum is the sum of the updates as long as nothing overflows: which nothing can.
+
+An update is clipped, rotated if the round says so (`fl_protocol.encoding.rotation`), divided by the grid step and
+rounded up or down at random, so that its mean is kept. Rounding could lengthen it, and with that what one device can
+change in the sum; so it is repeated until the norm is within a bound that holds for a third of all tries and more
+(P. Kairouz, Z. Liu, T. Steinke, "The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure
+Aggregation", ICML 2021, arXiv 2102.06387, section 2.4 and proposition 22, with beta = exp(-1/2)). The number of bits
+follows from how many updates are added, from the largest coordinate of each and from the largest noise. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fl_protocol.encoding.rotation import rotate, rotate_back
+from fl_protocol.errors import LocalMisuseError, ProtocolError
+
+Entropy = Callable[[int], bytes]
+"""n -> n bytes from a cryptographic source."""
+Residues = NDArray[np.uint32]
+LEAST_BITS, MOST_BITS = 12, 32
+_MOST_TRIES = 1000
+"""Of a rounding that succeeds at least every third time: what fails so often has no random source."""
+_SLACK = 2.0**-30
+_BLOCK = 16_384  # numbers that stay in the processor's cache from one operation to the next
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """How the updates of one round become integers.
+
+    Args:
+        length: numbers in an update, d.
+        l2_norm_clip: C; a longer update is scaled down to it.
+        step: of the grid, in the update's unit.
+        most_updates: n, that are ever added up.
+        noise_bound: largest magnitude of all noise in one coordinate of the sum, in grid steps.
+        rotates: whether updates are rotated, which spreads large coordinates over all.
+
+    Raises:
+        LocalMisuseError: a value is out of range, or the sum does not fit 32 bits.
+    """
+
+    length: int
+    l2_norm_clip: float
+    step: float
+    most_updates: int
+    noise_bound: int = 0
+    rotates: bool = False
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.most_updates < 1 or self.noise_bound < 0:
+            raise LocalMisuseError(
+                "expected length and most_updates of at least 1 and a noise_bound of at least 0, got "
+                f"{self.length}, {self.most_updates} and {self.noise_bound}"
+            )
+        if not (0 < self.step < math.inf and self.step <= self.l2_norm_clip < math.inf):
+            raise LocalMisuseError(f"expected 0 < step <= l2_norm_clip < inf, got {self.step} and {self.l2_norm_clip}")
+        if self.sum_bound.bit_length() >= MOST_BITS:
+            raise LocalMisuseError(
+                f"the sum of {self.most_updates} updates reaches {self.sum_bound} grid steps, more than {MOST_BITS} "
+                "bits hold; take a larger step, or fewer updates"
+            )
+
+    @property
+    def norm_bound(self) -> float:
+        """Largest L2 norm of one update after rounding, in grid steps: what accounting takes for its sensitivity."""
+        clip, root = self.l2_norm_clip / self.step, math.sqrt(self.length)
+        return min(clip + root, math.sqrt(clip * clip + self.length / 4 + clip + root / 2))
+
+    @property
+    def coordinate_bound(self) -> int:
+        """Largest magnitude of one coordinate of one update, in grid steps."""
+        return min(math.floor(self.norm_bound), math.ceil(self.l2_norm_clip / self.step) + 1)
+
+    @property
+    def sum_bound(self) -> int:
+        """Largest magnitude of one coordinate of the sum, noise included, in grid steps."""
+        return self.most_updates * self.coordinate_bound + self.noise_bound
+
+    @property
+    def bits(self) -> int:
+        """b: of the smallest modulus 2^b, from 12 bits on, that holds the sum with its sign."""
+        return max(LEAST_BITS, self.sum_bound.bit_length() + 1)
+
+    def encode(self, values: NDArray[np.float32], *, rotation_seed: bytes, entropy: Entropy) -> NDArray[np.int64]:
+        """An update in grid steps, int64 [d]; runs at the device, before noise and masks are added.
+
+        Args:
+            values: float32 [d], finite.
+            rotation_seed: public, the same for all devices of a round.
+            entropy: for rounding.
+
+        Raises:
+            LocalMisuseError: wrong length, or not finite.
+        """
+        if values.shape != (self.length,) or values.dtype != np.float32 or not np.isfinite(values).all():
+            raise LocalMisuseError(
+                f"values: expected {self.length} finite float32 numbers, got {values.dtype} {values.shape}"
+            )
+        clipped = _clipped(values.astype(np.float64), self.l2_norm_clip)
+        if self.rotates:
+            # In float32, on every machine the same bits; what that adds to the norm is taken away again.
+            clipped = _clipped(rotate(clipped.astype(np.float32), rotation_seed).astype(np.float64), self.l2_norm_clip)
+        return self._rounded(clipped / self.step, entropy)
+
+    def decode(self, total: Residues, *, count: int, rotation_seed: bytes) -> NDArray[np.float64]:
+        """The sum of updates, float64 [d], from its residues; runs at the aggregator.
+
+        A wrong mask, or a vector that no device should have sent, is uniform noise modulo 2^b, and far longer than what
+        updates add up to. What is short enough passes, whatever it is.
+
+        Args:
+            total: modulo 2^b, uint32 [d].
+            count: how many updates.
+            rotation_seed: as in `encode`.
+
+        Raises:
+            ProtocolError: so many updates cannot add up to this.
+        """
+        signed = total.astype(np.int64)
+        signed[signed >= 1 << (self.bits - 1)] -= 1 << self.bits
+        largest, norm = int(np.abs(signed).max()), float(np.linalg.norm(signed.astype(np.float64)))
+        most, longest = count * self.coordinate_bound + self.noise_bound, self._longest_sum(count)
+        if largest > most or norm > longest:
+            raise ProtocolError(
+                f"{count} updates add up to at most {most} grid steps in a coordinate and {longest:.4g} in all; got "
+                f"{largest} and {norm:.4g}"
+            )
+        summed: NDArray[np.float64] = signed * self.step
+        if not self.rotates:
+            return summed
+        # One power of two for all, so that float32 has room; the rotation is linear.
+        scale = 2.0 ** -math.ceil(math.log2(self.sum_bound * self.step))
+        return rotate_back((summed * scale).astype(np.float32), rotation_seed).astype(np.float64) / scale
+
+    def _longest_sum(self, count: int) -> float:
+        """Largest L2 norm of the sum of so many updates with all noise, in grid steps."""
+        return count * self.norm_bound + self.noise_bound * math.sqrt(self.length)
+
+    def residues(self, integers: NDArray[np.int64]) -> Residues:
+        """Integers modulo 2^b, uint32 [d]."""
+        return (integers & ((1 << self.bits) - 1)).astype(np.uint32)
+
+    def _rounded(self, scaled: NDArray[np.float64], entropy: Entropy) -> NDArray[np.int64]:
+        """Each number's lower or upper neighbour, at random, until all together are short enough."""
+        # float64 adds up squares to within far less than this.
+        limit = self.norm_bound**2 * (1 - _SLACK)
+        for _ in range(_MOST_TRIES):
+            rounded = _rounded_at_random(scaled, entropy)
+            # The clip's own rounding error could take a coordinate beyond its bound.
+            if float(np.dot(rounded, rounded)) <= limit and np.abs(rounded).max() <= self.coordinate_bound:
+                return rounded.astype(np.int64)
+        raise LocalMisuseError(f"no rounding of {_MOST_TRIES} was short enough: the source of randomness is broken")
+
+
+def _rounded_at_random(scaled: NDArray[np.float64], entropy: Entropy) -> NDArray[np.float64]:
+    """Integers, float64 [d]: the floor of each number and a uniform one of 16 bits; a bias of at most 2^-17 is left."""
+    draws = np.frombuffer(entropy(2 * len(scaled)), "<u2")
+    rounded = np.empty(len(scaled))
+    for start in range(0, len(scaled), _BLOCK):
+        block = rounded[start : start + _BLOCK]
+        np.multiply(draws[start : start + _BLOCK], 2.0**-16, out=block)
+        block += scaled[start : start + _BLOCK]
+        np.floor(block, out=block)
+    return rounded
+
+
+def _clipped(values: NDArray[np.float64], l2_norm_clip: float) -> NDArray[np.float64]:
+    """A vector, scaled down to the clip if it is longer."""
+    norm = float(np.linalg.norm(values))
+    return values if norm <= l2_norm_clip else values * (l2_norm_clip / norm)
