@@ -34,12 +34,12 @@ from benchmarks.command import parser
 from benchmarks.timing import Lengths, alternate, cpu_name, timed
 from device_client.accounting import noise_multiplier_for
 from device_client.error_feedback import ErrorFeedback
-from device_client.noise import Entropy
 from device_client.training import Records, evaluate, train_locally
 from firmware_sim.bundles import bundle_and_publisher
 from firmware_sim.watch_data import Wrist, all_wrists, default_cache, load_recordings, windows_of
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 from fl_protocol.bundle import ModelBundle, open_bundle
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import EncodingName, RoundManifestMsg, TrainingPlanMsg, UpdateBodyMsg
 from fl_protocol.model_delta import DeltaEncoding, make_delta
 from fl_protocol.sealing import RoundKey, round_key_bytes, seal_update

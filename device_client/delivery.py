@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from device_client.events import Action, Discard, Note, PendingUpdate, Publish
-from device_client.noise import Entropy
 from device_client.refusals import printable
 from fl_protocol.chunking import missing_indices, split
 from fl_protocol.errors import RefusalReason
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.limits import chunk_data_bytes
 from fl_protocol.messages import ChunkMsg, NackMsg, ReceiptMsg, encode
 from fl_protocol.topics import upload_topic

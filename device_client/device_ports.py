@@ -10,12 +10,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from device_client.config import StudyConfig
 from device_client.ledger import Counter
-from device_client.noise import Entropy
 from device_client.ports import Bell, Board, Clock, Graph, Store, Transport, Watchdog
 from device_client.pseudonyms import Pseudonym
 from device_client.recordings.window_store import WindowFiles
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
+from fl_protocol.integer_noise import Entropy
 
 
 class DeviceStore(WindowFiles, Store, Protocol):

@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from device_client.errors import StoreError
 from device_client.events import SessionState
-from device_client.noise import Entropy
 from device_client.ports import Float32, Store
+from fl_protocol.integer_noise import Entropy
 
 
 def study_blob(kind: str, study: str) -> str:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from device_client.ledger import PrivacyLedger
-from device_client.noise import Entropy, discrete_gaussian
 from device_client.ports import Store
+from fl_protocol.integer_noise import Entropy, discrete_gaussian
 from fl_protocol.messages import RoundManifestMsg
 
 

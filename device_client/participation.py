@@ -25,12 +25,12 @@ from device_client.events import PendingUpdate
 from device_client.feasibility import InfeasibleError
 from device_client.kept_vector import KeptVector
 from device_client.ledger import PrivacyLedger
-from device_client.noise import Entropy
 from device_client.outbox import Outbox, Work
 from device_client.ports import Float32, Graph
 from device_client.record_sums import RecordSums, channels_problem
 from device_client.training import Evaluation, LocalTraining, Records, evaluate
 from fl_protocol.errors import ProtocolError
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import (
     EncodingName,
     RoundManifestMsg,

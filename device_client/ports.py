@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_client.eligibility import Conditions
-from device_client.noise import Entropy
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.model_manifest import DropoutMask
 from fl_protocol.transport import Transport
 

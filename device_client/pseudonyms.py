@@ -35,7 +35,6 @@ from cryptography.x509.oid import NameOID
 
 from device_client.errors import StoreError
 from device_client.issued_certificates import check_periods, checked_period, load_certificate
-from device_client.noise import Entropy
 from device_client.ports import Store
 from fl_protocol.enrolment import (
     MAX_PSEUDONYMS,
@@ -49,6 +48,7 @@ from fl_protocol.enrolment import (
     signed_entry,
 )
 from fl_protocol.errors import LocalMisuseError, ProtocolError
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.signing import public_key_hex
 
 DEFAULT_COUNT = 12

@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 
 from device_client.errors import TrainingError
 from device_client.local_optimiser import LocalProgress
-from device_client.noise import Entropy, NoisyGrid
+from device_client.noise import NoisyGrid
 from device_client.ports import Float32, Graph, Labels
 from device_client.training import Records, poisson_sample
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.plans import EvaluationPlanMsg, FeatureMsg, PlanMsg, StatisticsPlanMsg
 from fl_protocol.record_sums import SUM_DIVISOR, SumsPlanMsg, feature_places
 

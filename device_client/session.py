@@ -48,10 +48,10 @@ from device_client.events import (
 )
 from device_client.manifest_checks import check_concerns_us, missing_tags, refuse_replay
 from device_client.model_supply import ModelSupply
-from device_client.noise import Entropy
 from device_client.refusals import Refusals, printable
 from device_client.session_config import Role, SessionConfig, SessionView
 from fl_protocol.errors import LocalMisuseError, ProtocolError
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import (
     NackMsg,
     PresenceMsg,

@@ -41,9 +41,10 @@ from numpy.typing import NDArray
 
 from device_client.errors import TrainingError
 from device_client.local_optimiser import Control, LocalOptimiser, LocalProgress
-from device_client.noise import Entropy, NoisyGrid
+from device_client.noise import NoisyGrid
 from device_client.ports import Float32, Graph, Labels
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import TrainingPlanMsg
 from fl_protocol.model_manifest import DropoutMask
 

@@ -16,11 +16,11 @@ from device_client.config import DeviceConfig, StudyConfig
 from device_client.device import Device
 from device_client.device_ports import Connection, DevicePorts
 from device_client.eligibility import Conditions
-from device_client.noise import Entropy
 from device_client.ports import Bell, Board, Clock, Graph, Transport
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.durable import Disk
+from fl_protocol.integer_noise import Entropy
 
 _DAY_S = 86_400.0
 

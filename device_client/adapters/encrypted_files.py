@@ -35,11 +35,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from device_client.adapters.system_entropy import system_entropy
 from device_client.errors import StoreError
-from device_client.noise import Entropy
 from device_client.recordings.frames import NONCE_BYTES, DamagedFramesError, open_frames, seal_frame
 from fl_protocol.adapters.files import SystemDisk, fsync_folder
 from fl_protocol.durable import Disk, append_durably, clear_leftovers, remove_durably, write_atomic
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.integer_noise import Entropy
 
 KEY_BYTES = 32
 DATA_SCOPE = "data"

@@ -18,7 +18,7 @@ _DIRECT_BYTES = 1024
 
 
 def system_entropy(count: int) -> bytes:
-    """`count` unpredictable bytes; `device_client.noise.Entropy`."""
+    """`count` unpredictable bytes; `fl_protocol.integer_noise.Entropy`."""
     if count <= _DIRECT_BYTES:
         return os.urandom(count)
     seed = os.urandom(_KEY_BYTES + _COUNTER_BYTES)

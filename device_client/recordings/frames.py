@@ -19,8 +19,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from device_client.errors import StoreError
-from device_client.noise import Entropy
 from device_client.ports import Store
+from fl_protocol.integer_noise import Entropy
 
 _MARK = 0x43_56_59_01
 _MARK_BYTES = struct.pack("<I", _MARK)

@@ -11,7 +11,6 @@ follows from how many updates are added, from the largest coordinate of each and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +18,8 @@ from numpy.typing import NDArray
 
 from fl_protocol.encoding.rotation import rotate, rotate_back
 from fl_protocol.errors import LocalMisuseError, ProtocolError
+from fl_protocol.integer_noise import Entropy
 
-Entropy = Callable[[int], bytes]
-"""n -> n bytes from a cryptographic source."""
 Residues = NDArray[np.uint32]
 LEAST_BITS, MOST_BITS = 12, 32
 _MOST_TRIES = 1000

@@ -14,7 +14,7 @@ Boneh, "Prio", NSDI 2017.)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from fl_protocol import PROTOCOL_VERSION
 from fl_protocol.errors import LocalMisuseError, ProtocolError
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import RecipientKeyMsg, decode, encode
 from fl_protocol.sealing import RoundKey, open_sealed, seal_to
 from fl_protocol.secagg.errors import MaskSumError, UnmaskRefusal, UnmaskRefusedError
@@ -39,8 +40,6 @@ from fl_protocol.secagg.messages import (
 )
 from fl_protocol.secagg.packing import pack, unpack
 from fl_protocol.signing import contribution_signature_is_valid, sign_contribution
-
-Entropy = Callable[[int], bytes]
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from device_client.adapters.system_entropy import system_entropy
 from device_client.errors import TrainingError
-from device_client.noise import Entropy, NoisyGrid
+from device_client.noise import NoisyGrid
 from device_client.ports import Float32, Graph
 from device_client.training import Records, clipped_gradient_sum, poisson_sample
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.integer_noise import Entropy
 from models.central.plan import CentralPlan
 
 Float64 = NDArray[np.float64]

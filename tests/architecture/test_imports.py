@@ -123,6 +123,7 @@ PURE = [
     "device_client.session",
     "device_client.training",
     "fl_protocol.encoding",
+    "fl_protocol.integer_noise",
     "fl_protocol.model_delta",
     "fl_protocol.plans",
     "fl_protocol.recency",

@@ -11,10 +11,10 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from device_client.errors import TrainingError
-from device_client.noise import Entropy
 from device_client.ports import Float32, Labels
 from device_client.training import Control, LocalProgress, LocalTraining, Records, train_locally
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import TrainingPlanMsg
 from tests.device_client.ports import LogisticGraph, make_plan, make_records
 from tests.virtual_fleet import SeededEntropy

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from device_client.errors import TrainingError
 from device_client.local_optimiser import LocalOptimiser
-from device_client.noise import Entropy
 from device_client.ports import Float32, Graph, Labels
 from device_client.training import Control, LocalProgress, LocalTraining, Records, clipped_gradient_sum, train_locally
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import TrainingPlanMsg
 from tests.device_client import noise_checks
 from tests.device_client.ports import LogisticGraph, make_plan, make_records

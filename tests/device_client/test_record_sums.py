@@ -16,7 +16,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from device_client.errors import TrainingError
 from device_client.local_optimiser import LocalProgress
-from device_client.noise import Entropy, NoisyGrid
+from device_client.noise import NoisyGrid
 from device_client.ports import Float32, Graph, Labels
 from device_client.record_sums import (
     RecordSums,
@@ -28,6 +28,7 @@ from device_client.record_sums import (
 from device_client.training import Records, evaluate, poisson_sample
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import EvaluationPlanMsg, FeatureMsg, StatisticsPlanMsg
 from fl_protocol.record_sums import SUM_DIVISOR, SumsPlanMsg
 from tests.device_client import noise_checks

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from device_client.errors import TrainingError
-from device_client.noise import Entropy, NoisyGrid
+from device_client.noise import NoisyGrid
 from device_client.ports import Float32, Graph, Labels
 from device_client.training import (
     Records,
@@ -23,6 +23,7 @@ from device_client.training import (
     train_locally,
 )
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import TrainingPlanMsg
 from fl_protocol.model_manifest import DropoutMask
 from tests.device_client import noise_checks
