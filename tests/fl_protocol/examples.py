@@ -31,6 +31,14 @@ from fl_protocol.messages import (
     UpdateHeaderMsg,
 )
 from fl_protocol.sealing import RoundKey, round_key_bytes
+from fl_protocol.secagg.messages import (
+    ContributionMsg,
+    MaskSumMsg,
+    SecureBodyMsg,
+    SignedContributionMsg,
+    UnmaskEntryMsg,
+    UnmaskRequestMsg,
+)
 
 TENANT, TASK, DEVICE = "clinic", "watch", "watch-1"
 AGGREGATOR_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -121,6 +129,18 @@ HEADER = UpdateHeaderMsg(
 )
 CHUNK = ChunkMsg(transfer_id=UPDATE_ID, index=1, count=2, total_bytes=300, digest=SEALED_DIGEST, data=bytes(range(44)))
 
+CONTRIBUTION = ContributionMsg(
+    tenant=TENANT,
+    task=TASK,
+    round=5,
+    manifest_digest=MODEL_DIGEST,
+    device=DEVICE,
+    update_id=UPDATE_ID,
+    masked_digest=SEALED_DIGEST,
+    seed_digests=(SEALED_DIGEST,),
+)
+SIGNED_CONTRIBUTION = SignedContributionMsg(contribution=messages.encode(CONTRIBUTION), signature=bytes(range(64)))
+UNMASK_ENTRY = UnmaskEntryMsg(contribution=SIGNED_CONTRIBUTION, seed=bytes(range(64)))
 EXAMPLES: tuple[Msg, ...] = (
     PLAN,
     EVALUATION_PLAN,
@@ -151,6 +171,21 @@ EXAMPLES: tuple[Msg, ...] = (
     UpdateBodyMsg(num_parameters=3, values=b"\x00\x38\x00\xbd\x00\x00", encoding="float16"),
     RECEIPT,
     NACK,
+    CONTRIBUTION,
+    SIGNED_CONTRIBUTION,
+    SecureBodyMsg(contribution=SIGNED_CONTRIBUTION, seeds=(bytes(range(64)),), masked=b"masked"),
+    UNMASK_ENTRY,
+    UnmaskRequestMsg(manifest=b"a signed manifest", helper="helper-a", entries=(UNMASK_ENTRY,)),
+    MaskSumMsg(
+        helper="helper-a",
+        tenant=TENANT,
+        task=TASK,
+        round=5,
+        manifest_digest=MODEL_DIGEST,
+        included_digest=SEALED_DIGEST,
+        count=20,
+        total=b"total",
+    ),
     PresenceMsg(state="online", software="covey 0.1.0"),
     SignedMsg(payload=messages.encode(RECEIPT), signature=bytes(range(64))),
 )

@@ -1,8 +1,8 @@
 """Writes the test vectors beside this file: ``python -m tests.vectors.generate [--reseal]``.
 
-Everything in ``messages``, ``signing``, ``chunks``, ``topics`` and ``encodings`` follows from fixed keys and inputs
-and is written anew each time, bit for bit. HPKE draws its encapsulation from the operating system, so ``sealing`` and
-``uploads`` are written only where they are missing, or with ``--reseal``. Byte strings are hexadecimal.
+Everything in ``messages``, ``signing``, ``chunks``, ``topics``, ``encodings`` and ``secagg`` follows from fixed
+keys and inputs and is written anew each time, bit for bit. HPKE draws its encapsulation from the operating system, so
+``sealing`` and ``uploads`` are written only where they are missing, or with ``--reseal``. Byte strings are hexadecimal.
 docs/protocol.md says what each field means; another implementation can be tested against the files alone.
 """
 
@@ -73,6 +73,7 @@ from tests.fl_protocol.examples import (
     manifest,
     packed,
 )
+from tests.vectors.secagg_vectors import secagg
 from tests.vectors.update_vectors import Vectors, encodings, plain, sealing, uploads
 
 FOLDER = Path(__file__).parent
@@ -349,6 +350,7 @@ DETERMINISTIC: dict[str, Callable[[], Vectors]] = {
     "chunks": chunks,
     "topics": topics,
     "encodings": encodings,
+    "secagg": secagg,
 }
 RANDOMISED: dict[str, Callable[[], Vectors]] = {"sealing": sealing, "uploads": uploads}
 
