@@ -159,7 +159,8 @@ def _requested_key(entry: PseudonymEntry) -> ec.EllipticCurvePublicKey:
         csr = x509.load_pem_x509_csr(entry.csr.encode())
         key, attributes, subject = csr.public_key(), list(csr.attributes), list(csr.subject)
         is_proven = csr.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
+    # TypeError: `cryptography` has no type for what stands in a name, such as a BIT STRING.
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise ProtocolError(f"{where}: expected PKCS #10 in PEM; {error}") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ProtocolError(f"{where}: expected a P-256 key, got another kind")

@@ -367,6 +367,25 @@ def test_an_operators_clock_that_is_behind_is_no_crash(at_s: float) -> None:
     assert certificates[0].not_valid_before_utc <= moment <= certificates[0].not_valid_after_utc
 
 
+def test_a_name_that_is_a_bit_string_is_refused() -> None:
+    keys = make_keys()
+    entry = honest_entries(1)[0]
+    raw = base64.b64decode("".join(entry.csr.splitlines()[1:-1]))
+    name = entry.id.encode()
+    assert raw.count(b"\x0c" + bytes([len(name)]) + name) == 1  # the common name, UTF8String
+    spoilt = raw.replace(b"\x0c" + bytes([len(name)]) + name, b"\x03" + bytes([len(name)]) + b"\x00" + name[1:])
+    csr = pem_of(spoilt)
+    with pytest.raises(ProtocolError):
+        OFFICE.admitter.examine(request_of(make_entry(*keys, csr=csr)))
+
+
+def pem_of(raw: bytes) -> str:
+    """A certificate request as text."""
+    text = base64.b64encode(raw).decode()
+    lines = [text[at : at + 64] for at in range(0, len(text), 64)]
+    return "\n".join(["-----BEGIN CERTIFICATE REQUEST-----", *lines, "-----END CERTIFICATE REQUEST-----", ""])
+
+
 SPOILT_KEYS = make_keys()
 SPOILT_CSR = base64.b64decode("".join(honest_entries(1)[0].csr.splitlines()[1:-1]))
 
@@ -379,9 +398,7 @@ def test_whatever_stands_in_a_certificate_request_nothing_but_our_errors_escapes
     raw = bytearray(SPOILT_CSR)
     for place, value in changes:
         raw[int(place * len(raw))] = value
-    text = base64.b64encode(raw).decode()
-    lines = [text[at : at + 64] for at in range(0, len(text), 64)]
-    csr = "\n".join(["-----BEGIN CERTIFICATE REQUEST-----", *lines, "-----END CERTIFICATE REQUEST-----", ""])
+    csr = pem_of(bytes(raw))
     with pytest.raises(ProtocolError):  # whole again or not, it is for another name
         OFFICE.admitter.examine(request_of(make_entry(*SPOILT_KEYS, csr=csr)))
 
