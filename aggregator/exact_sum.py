@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregator.errors import CombineError
+from fl_protocol.squared_norm import squared_norm
 
 LARGEST_NORM = 2.0**10
 """Largest L2 norm of an update; what training gives is a thousandth of it."""
@@ -26,17 +27,12 @@ UNIT = 2.0**-32
 """What 1 in a total stands for."""
 _ROUNDER = 1.5 * 2.0**20
 _MOST_RECENT = 512
-_DOT_BLOCK = 8192
 _BLOCK = 16_384  # float64 blocks of this many stay in the processor's cache
 
 
 def norm_of(values: NDArray[np.float32]) -> float:
     """L2 norm; infinite or NaN exactly if a value is, or if the norm does not fit float32."""
-    squared = 0.0
-    # In blocks too short for BLAS to start threads, which would spin on the cores that the broker needs.
-    for start in range(0, len(values), _DOT_BLOCK):
-        part = values[start : start + _DOT_BLOCK]
-        squared += float(np.dot(part, part))
+    squared = squared_norm(values)
     # Of values near the limits the squares may underflow; float64 has room for all of them.
     return math.sqrt(squared) if 1e-20 < squared < math.inf else float(np.linalg.norm(values.astype(np.float64)))
 

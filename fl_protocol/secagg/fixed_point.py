@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +20,13 @@ from numpy.typing import NDArray
 from fl_protocol.encoding.rotation import rotate, rotate_back
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.integer_noise import Entropy
+from fl_protocol.squared_norm import squared_norm
 
-Residues = NDArray[np.uint32]
 LEAST_BITS, MOST_BITS = 12, 32
 _MOST_TRIES = 1000
 """Of a rounding that succeeds at least every third time: what fails so often has no random source."""
 _SLACK = 2.0**-30
-_BLOCK = 16_384  # numbers that stay in the processor's cache from one operation to the next
+_BLOCK = 8192  # numbers that stay in the processor's cache from one operation to the next
 
 
 @dataclass(frozen=True)
@@ -101,20 +102,23 @@ class FixedPoint:
             raise LocalMisuseError(
                 f"values: expected {self.length} finite float32 numbers, got {values.dtype} {values.shape}"
             )
-        clipped = _clipped(values.astype(np.float64), self.l2_norm_clip)
-        if self.rotates:
-            # In float32, on every machine the same bits; what that adds to the norm is taken away again.
-            clipped = _clipped(rotate(clipped.astype(np.float32), rotation_seed).astype(np.float64), self.l2_norm_clip)
-        return self._rounded(clipped / self.step, entropy)
+        shrunk = self._clip_factor(values)
+        if not self.rotates:
+            return self._rounded(values, shrunk / self.step, entropy)
+        # In float32, on every machine the same bits; what that adds to the norm is taken away again.
+        rotated = rotate(values * np.float32(shrunk), rotation_seed)
+        return self._rounded(rotated, self._clip_factor(rotated) / self.step, entropy)
 
-    def decode(self, total: Residues, *, count: int, rotation_seed: bytes) -> NDArray[np.float64]:
+    def decode(
+        self, total: NDArray[np.unsignedinteger[Any]], *, count: int, rotation_seed: bytes
+    ) -> NDArray[np.float64]:
         """The sum of updates, float64 [d], from its residues; runs at the aggregator.
 
         A wrong mask, or a vector that no device should have sent, is uniform noise modulo 2^b, and far longer than what
         updates add up to. What is short enough passes, whatever it is.
 
         Args:
-            total: modulo 2^b, uint32 [d].
+            total: modulo 2^b, unsigned [d].
             count: how many updates.
             rotation_seed: as in `encode`.
 
@@ -141,35 +145,38 @@ class FixedPoint:
         """Largest L2 norm of the sum of so many updates with all noise, in grid steps."""
         return count * self.norm_bound + self.noise_bound * math.sqrt(self.length)
 
-    def residues(self, integers: NDArray[np.int64]) -> Residues:
-        """Integers modulo 2^b, uint32 [d]."""
-        return (integers & ((1 << self.bits) - 1)).astype(np.uint32)
+    def _clip_factor(self, values: NDArray[np.float32]) -> float:
+        """By what a vector is multiplied to be no longer than the clip."""
+        norm = math.sqrt(squared_norm(values.astype(np.float64)))
+        return 1.0 if norm <= self.l2_norm_clip else self.l2_norm_clip / norm
 
-    def _rounded(self, scaled: NDArray[np.float64], entropy: Entropy) -> NDArray[np.int64]:
-        """Each number's lower or upper neighbour, at random, until all together are short enough."""
+    def _rounded(self, values: NDArray[np.float32], factor: float, entropy: Entropy) -> NDArray[np.int64]:
+        """Each number times a factor, rounded up or down at random, until all together are short enough."""
         # float64 adds up squares to within far less than this.
         limit = self.norm_bound**2 * (1 - _SLACK)
         for _ in range(_MOST_TRIES):
-            rounded = _rounded_at_random(scaled, entropy)
+            rounded, squared, largest = _rounded_at_random(values, factor, entropy)
             # The clip's own rounding error could take a coordinate beyond its bound.
-            if float(np.dot(rounded, rounded)) <= limit and np.abs(rounded).max() <= self.coordinate_bound:
-                return rounded.astype(np.int64)
+            if squared <= limit and largest <= self.coordinate_bound:
+                return rounded
         raise LocalMisuseError(f"no rounding of {_MOST_TRIES} was short enough: the source of randomness is broken")
 
 
-def _rounded_at_random(scaled: NDArray[np.float64], entropy: Entropy) -> NDArray[np.float64]:
-    """Integers, float64 [d]: the floor of each number and a uniform one of 16 bits; a bias of at most 2^-17 is left."""
-    draws = np.frombuffer(entropy(2 * len(scaled)), "<u2")
-    rounded = np.empty(len(scaled))
-    for start in range(0, len(scaled), _BLOCK):
-        block = rounded[start : start + _BLOCK]
-        np.multiply(draws[start : start + _BLOCK], 2.0**-16, out=block)
-        block += scaled[start : start + _BLOCK]
+def _rounded_at_random(
+    values: NDArray[np.float32], factor: float, entropy: Entropy
+) -> tuple[NDArray[np.int64], float, float]:
+    """Integers, int64 [d], their sum of squares and the largest magnitude.
+
+    Each is the floor of a number times the factor, plus a uniform one of 16 bits; a bias of at most 2^-17 is left.
+    """
+    draws = np.frombuffer(entropy(2 * len(values)), "<u2")
+    rounded, squared, largest = np.empty(len(values), np.int64), 0.0, 0.0
+    for start in range(0, len(values), _BLOCK):
+        block = values[start : start + _BLOCK].astype(np.float64)
+        block *= factor
+        block += draws[start : start + _BLOCK] * 2.0**-16
         np.floor(block, out=block)
-    return rounded
-
-
-def _clipped(values: NDArray[np.float64], l2_norm_clip: float) -> NDArray[np.float64]:
-    """A vector, scaled down to the clip if it is longer."""
-    norm = float(np.linalg.norm(values))
-    return values if norm <= l2_norm_clip else values * (l2_norm_clip / norm)
+        squared += float(np.dot(block, block))
+        largest = max(largest, float(block.max()), -float(block.min()))
+        rounded[start : start + _BLOCK] = block
+    return rounded, squared, largest

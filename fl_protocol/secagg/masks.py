@@ -46,6 +46,10 @@ class Masks:
         """What masks can be added to, [d]."""
         return np.zeros(self._length, self._word)
 
+    def words_of(self, integers: NDArray[np.int64]) -> Words:
+        """Integers, int64 [d], as what masks can be added to: modulo the word."""
+        return integers.astype(self._word)
+
     def add(self, seed: bytes, context: bytes, residues: Words) -> None:
         """Add a seed's mask in place; take `reduced` of it in the end.
 
@@ -59,9 +63,10 @@ class Masks:
             part = residues[start : start + _AT_ONCE]
             part += np.frombuffer(keystream.update(self._zeros[: part.nbytes]), self._word)
 
-    def reduced(self, residues: Words) -> NDArray[np.uint32]:
-        """Residues modulo 2^b, uint32 [d]."""
-        return residues.astype(np.uint32) & np.uint32((1 << self._bits) - 1)
+    def reduced(self, residues: Words) -> Words:
+        """Residues modulo 2^b, [d]."""
+        kept: Words = residues & self._word.type((1 << self._bits) - 1)
+        return kept
 
 
 def _cipher(seed: bytes, context: bytes, prg: PrgName) -> Cipher:  # type: ignore[type-arg]

@@ -83,14 +83,27 @@ class SecureRound:
         return b"covey v1 seed\0" + msgspec.msgpack.encode(fields)
 
 
+@dataclass(frozen=True)
+class Sender:
+    """Who contributes.
+
+    Args:
+        device: its name, as in the update's header.
+        update_id: 16 bytes, as in the update's header.
+        signing_key: the device's Ed25519 key.
+    """
+
+    device: str
+    update_id: bytes
+    signing_key: Ed25519PrivateKey
+
+
 def contribute(
     terms: SecureRound,
     update: NDArray[np.float32],
     noise: NDArray[np.int64],
     *,
-    device: str,
-    update_id: bytes,
-    signing_key: Ed25519PrivateKey,
+    sender: Sender,
     entropy: Entropy,
 ) -> SecureBodyMsg:
     """One device's message; runs at the device, once: what is sent again are the same bytes.
@@ -99,9 +112,7 @@ def contribute(
         terms: of the round.
         update: float32 [d], finite; clipped here.
         noise: the device's share, int64 [d] in grid steps.
-        device: its name, as in the update's header.
-        update_id: 16 bytes, as in the update's header.
-        signing_key: the device's Ed25519 key.
+        sender: the device.
         entropy: cryptographic source, for rounding and seeds.
 
     Raises:
@@ -111,12 +122,17 @@ def contribute(
     if noise.shape != update.shape:
         raise LocalMisuseError(f"noise: expected shape {update.shape}, got {noise.shape}")
     integers = terms.fixed_point.encode(update, rotation_seed=terms.rotation_seed, entropy=entropy)
-    masked = terms.masks.zeros()
-    masked += terms.fixed_point.residues(integers + noise).astype(masked.dtype)
+    integers += noise
+    return protect(terms, integers, sender=sender, entropy=entropy)
+
+
+def protect(terms: SecureRound, integers: NDArray[np.int64], *, sender: Sender, entropy: Entropy) -> SecureBodyMsg:
+    """Masks and seals what is in grid steps, int64 [d], noise included; see `contribute`."""
+    masked = terms.masks.words_of(integers)
     seeds = []
     for helper, key in terms.helpers.items():
         # Security: fresh for every update, or the difference of two updates would be plain to see.
-        seed, info = entropy(SEED_BYTES), terms.seed_info(helper, device=device, update_id=update_id)
+        seed, info = entropy(SEED_BYTES), terms.seed_info(helper, device=sender.device, update_id=sender.update_id)
         terms.masks.add(seed, info, masked)
         seeds.append(seal_to(key, seed, info=info))
     packed = pack(terms.masks.reduced(masked), terms.fixed_point.bits)
@@ -126,20 +142,21 @@ def contribute(
             task=terms.task,
             round=terms.number,
             manifest_digest=terms.manifest_digest,
-            device=device,
-            update_id=update_id,
+            device=sender.device,
+            update_id=sender.update_id,
             masked_digest=hashlib.sha256(packed).digest(),
             seed_digests=tuple(hashlib.sha256(seed).digest() for seed in seeds),
         )
     )
-    signed = SignedContributionMsg(contribution=contribution, signature=sign_contribution(contribution, signing_key))
+    signature = sign_contribution(contribution, sender.signing_key)
+    signed = SignedContributionMsg(contribution=contribution, signature=signature)
     return SecureBodyMsg(contribution=signed, seeds=tuple(seeds), masked=packed)
 
 
-def check_body(
+def masked_vector(
     terms: SecureRound, body: SecureBodyMsg, *, device: str, update_id: bytes, device_key: Ed25519PublicKey
-) -> None:
-    """Whether an opened update can be added up and unmasked; runs at the aggregator, before it is counted.
+) -> Words:
+    """The masked vector of an opened update, [d], to be added up; runs at the aggregator, before it is counted.
 
     What is masked cannot be looked at: whether seeds open, and whether the vector is what it should be, nobody can see.
 
@@ -155,7 +172,7 @@ def check_body(
         raise ProtocolError("the sealed seeds do not match the signed digests")
     if found.masked_digest != hashlib.sha256(body.masked).digest():
         raise ProtocolError("the masked vector does not match the signed digest")
-    unpack(body.masked, terms.fixed_point.length, terms.fixed_point.bits)
+    return unpack(body.masked, terms.fixed_point.length, terms.fixed_point.bits)
 
 
 def entry_for(terms: SecureRound, body: SecureBodyMsg, helper: str) -> UnmaskEntryMsg:
@@ -239,7 +256,7 @@ def unmask(
             raise MaskSumError(f"{one.helper} answered for another round")
         if (one.included_digest, one.count) != (expected, len(update_ids)):
             raise MaskSumError(f"{one.helper} added up the masks of another list")
-        total -= unpack(one.total, terms.fixed_point.length, terms.fixed_point.bits).astype(total.dtype)
+        total -= unpack(one.total, terms.fixed_point.length, terms.fixed_point.bits).astype(total.dtype, copy=False)
     residues = terms.masks.reduced(total)
     try:
         return terms.fixed_point.decode(residues, count=len(update_ids), rotation_seed=terms.rotation_seed)

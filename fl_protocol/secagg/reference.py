@@ -13,8 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from fl_protocol.sealing import RoundKey
-from fl_protocol.secagg.packing import unpack
-from fl_protocol.secagg.parties import SecureRound, check_body, contribute, entry_for, sum_of_masks, unmask
+from fl_protocol.secagg.parties import SecureRound, Sender, contribute, entry_for, masked_vector, sum_of_masks, unmask
 
 
 def reference_round(
@@ -50,9 +49,7 @@ def reference_round(
             terms,
             update,
             noise[device],
-            device=device,
-            update_id=update_ids[device],
-            signing_key=device_keys[device],
+            sender=Sender(device, update_ids[device], device_keys[device]),
             entropy=entropy,
         )
         for device, update in updates.items()
@@ -62,8 +59,8 @@ def reference_round(
     total = terms.masks.zeros()
     for device in arrived:
         body = bodies[device]
-        check_body(terms, body, device=device, update_id=update_ids[device], device_key=public[device])
-        total += unpack(body.masked, terms.fixed_point.length, terms.fixed_point.bits).astype(total.dtype)
+        masked = masked_vector(terms, body, device=device, update_id=update_ids[device], device_key=public[device])
+        total += masked.astype(total.dtype, copy=False)
 
     # Each helper: the sum of its masks of exactly these, once.
     sums = [

@@ -129,6 +129,7 @@ PURE = [
     "fl_protocol.recency",
     "fl_protocol.record_sums",
     "fl_protocol.secagg.reference",
+    "fl_protocol.squared_norm",
     "fl_protocol.update_encoding",
 ]
 BOUND_TOGETHER = ["device_client.studies", "device_client.daemon", "device_client.device", "device_client.control"]

@@ -11,7 +11,7 @@ from fl_protocol.secagg.fixed_point import FixedPoint
 from fl_protocol.secagg.masks import Masks, PrgName
 from fl_protocol.secagg.packing import pack
 from fl_protocol.secagg.parties import included_digest
-from tests.fl_protocol.secagg.rounds import ROTATION_SEED, secure_round, update_id
+from tests.fl_protocol.secagg.rounds import ROTATION_SEED, residues, secure_round, update_id
 
 _PRGS: tuple[PrgName, ...] = ("aes128-ctr", "chacha20")
 
@@ -77,7 +77,7 @@ def _fixed_point(**settings: Any) -> dict[str, Any]:
         "values": _VALUES.tobytes().hex(),
         "draws": draws.hex(),
         "integers": integers.tolist(),
-        "residues": point.residues(integers).tolist(),
+        "residues": residues(point, integers).tolist(),
     }
 
 

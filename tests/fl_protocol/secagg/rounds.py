@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fl_protocol.sealing import RoundKey
 from fl_protocol.secagg.fixed_point import FixedPoint
 from fl_protocol.secagg.messages import SecureBodyMsg, UnmaskEntryMsg
-from fl_protocol.secagg.parties import SecureRound, contribute, entry_for
+from fl_protocol.secagg.parties import SecureRound, Sender, contribute, entry_for
 from tests.fl_protocol.examples import round_key
 
 HELPERS = ("helper-a", "helper-b", "helper-c")
@@ -53,6 +53,11 @@ def secure_round(length: int = 40, *, helpers: tuple[str, ...] = HELPERS, **chan
     return SecureRound(**{**settings, **changes})
 
 
+def residues(point: FixedPoint, integers: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Integers modulo 2^b."""
+    return (integers & ((1 << point.bits) - 1)).astype(np.uint32)
+
+
 def updates_of(devices: list[str], length: int = 40, norm: float = 0.9) -> dict[str, NDArray[np.float32]]:
     generator = np.random.default_rng(len(devices) + length)
     made = {}
@@ -66,17 +71,16 @@ def update_id(device: str) -> bytes:
     return hashlib.sha256(f"update of {device}".encode()).digest()[:16]
 
 
+def sender_of(device: str, own_id: bytes | None = None) -> Sender:
+    return Sender(device, own_id or update_id(device), device_key(device))
+
+
 def body_of(
     terms: SecureRound, device: str, update: NDArray[np.float32] | None = None, **changes: Any
 ) -> SecureBodyMsg:
     """A device's honest message."""
     values = update if update is not None else updates_of([device], terms.fixed_point.length)[device]
-    settings: dict[str, Any] = {
-        "device": device,
-        "update_id": update_id(device),
-        "signing_key": device_key(device),
-        "entropy": seeded(device),
-    }
+    settings: dict[str, Any] = {"sender": sender_of(device), "entropy": seeded(device)}
     return contribute(terms, values, np.zeros(len(values), np.int64), **{**settings, **changes})
 
 

@@ -19,7 +19,7 @@ from fl_protocol.secagg import parties
 from fl_protocol.secagg.errors import MaskSumError, UnmaskRefusal, UnmaskRefusedError
 from fl_protocol.secagg.messages import ContributionMsg, MaskSumMsg, SecureBodyMsg, SignedContributionMsg
 from fl_protocol.secagg.packing import pack, unpack
-from fl_protocol.secagg.parties import SecureRound, check_body, sum_of_masks, unmask
+from fl_protocol.secagg.parties import SecureRound, masked_vector, sum_of_masks, unmask
 from fl_protocol.secagg.reference import reference_round
 from fl_protocol.signing import sign_contribution
 from tests.enrolments import broken_copy
@@ -32,8 +32,10 @@ from tests.fl_protocol.secagg.rounds import (
     entries_of,
     fixed_point,
     helper_keys,
+    residues,
     secure_round,
     seeded,
+    sender_of,
     update_id,
     updates_of,
 )
@@ -84,7 +86,7 @@ def test_the_sum_of_those_that_arrived_is_exact(
             entropy(16)
         if device in arrived:
             total += integers + noise[device]
-    expected = point.decode(point.residues(total), count=len(arrived), rotation_seed=ROTATION_SEED)
+    expected = point.decode(residues(point, total), count=len(arrived), rotation_seed=ROTATION_SEED)
     assert found.tobytes() == expected.tobytes()
 
 
@@ -173,7 +175,7 @@ def one_update_three_times(module: Any) -> None:
 
 def one_device_with_three_updates(module: Any) -> None:
     terms = secure_round()
-    bodies = [body_of(terms, DEVICES[0], update_id=bytes([index]) * 16) for index in range(3)]
+    bodies = [body_of(terms, DEVICES[0], sender=sender_of(DEVICES[0], bytes([index + 1]) * 16)) for index in range(3)]
     entries = [parties.entry_for(terms, body, HELPER) for body in bodies]
     refused(module, UnmaskRefusal.DUPLICATE, [], change=lambda _none: entries)
 
@@ -279,9 +281,7 @@ def test_a_seed_under_another_name_opens_nowhere_even_if_nobody_compares_digests
                 terms,
                 updates_of([device])[device],
                 np.zeros(40, np.int64),
-                device=device,
-                update_id=update_id(device),
-                signing_key=device_key(device),
+                sender=sender_of(device),
                 entropy=seeded(device),
             )
             for device in DEVICES[:3]
@@ -335,7 +335,7 @@ def bad_bodies() -> dict[str, tuple[SecureBodyMsg, str]]:
 def test_a_message_that_does_not_fit_together_is_not_counted(what: str) -> None:
     body, why = bad_bodies()[what]
     with pytest.raises(ProtocolError, match=why):
-        check_body(
+        masked_vector(
             secure_round(), body, device=DEVICES[0], update_id=update_id(DEVICES[0]), device_key=PUBLIC[DEVICES[0]]
         )
 
@@ -343,7 +343,7 @@ def test_a_message_that_does_not_fit_together_is_not_counted(what: str) -> None:
 def test_an_honest_message_is_counted() -> None:
     device = DEVICES[0]
     body = body_of(secure_round(), device)
-    check_body(secure_round(), body, device=device, update_id=update_id(device), device_key=PUBLIC[device])
+    masked_vector(secure_round(), body, device=device, update_id=update_id(device), device_key=PUBLIC[device])
 
 
 def collected() -> tuple[SecureRound, Any, list[MaskSumMsg]]:
