@@ -14,12 +14,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregator.committer import sum_place
 from aggregator.errors import BlobError, CombineError
 from aggregator.exact_sum import UNIT
 from aggregator.federated_results import as_metrics, result_of
 from aggregator.ingest import Placed, RoundInForce, TaskInForce, Whole, open_sealed
-from aggregator.partial_sums import open_sum
+from aggregator.partial_sums import open_sum, sum_place
 from aggregator.robust_rules import combine_with_weights
 from aggregator.scaffold import PlainSteps, ServerControl, next_control
 from aggregator.server_optimisers import initial_state, state_from_bytes, state_to_bytes, step

@@ -6,9 +6,8 @@ transaction locks the rounds (they must still be open), adds the updates' rows a
 that does anybody learn of it. If another worker was quicker with an update, or a round closed meanwhile, nothing of the
 batch has happened and all of it is looked at again.
 
-A worker has one sum for each round that updates were made for and each that they count in, so its memory does not grow
-with the number of updates. Rules that need single updates get the sealed bytes kept instead, which open only as long as
-the round's private key is there.
+A worker's sums are `aggregator.worker_sums`. Rules that need single updates get the sealed bytes kept instead, which
+open only as long as the round's private key is there.
 """
 
 from __future__ import annotations
@@ -18,14 +17,13 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sqlalchemy import Connection
 
 from aggregator.errors import BlobError, ConflictError
-from aggregator.exact_sum import MOST_UPDATES, ExactSum
+from aggregator.exact_sum import MOST_UPDATES
 from aggregator.ingest import NotNowError, Placed, TaskInForce, Whole, open_sealed, place, verify_header
-from aggregator.partial_sums import open_sum, seal_sum
+from aggregator.partial_sums import SumKey
 from aggregator.store.aggregator_store import AggregatorStore, RefusalCounts
 from aggregator.store.devices import find_devices
 from aggregator.store.updates import (
@@ -36,6 +34,7 @@ from aggregator.store.updates import (
     devices_that_counted,
     devices_that_sent,
 )
+from aggregator.worker_sums import WorkerSum, WorkerSums
 from fl_protocol.errors import RefusalReason, RefusedError
 from fl_protocol.messages import UpdateHeaderMsg
 
@@ -45,9 +44,6 @@ _LATE_ROUNDS = 2
 """Only updates of so many rounds before the open one count as late: older ones say nothing of how many take part."""
 _MOST_LATE = 100_000
 """Devices whose late updates are counted in one round; memory is bounded by it."""
-
-SumKey = tuple[str, int, int]
-"""Task, the round that is counted in, the round that updates were made for."""
 
 
 class PendingUpdate(NamedTuple):
@@ -85,21 +81,12 @@ Verdict = Accepted | RefusedError | None
 
 
 @dataclass
-class _Sum:
-    """One of this worker's sums; and as of the last commit, the blob that holds it and how many updates are in that."""
-
-    sum: ExactSum
-    blob: str | None = None
-    num_stored: int = 0
-
-
-@dataclass
 class _Batch:
     """What a batch will change."""
 
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     rows: list[NewUpdate] = field(default_factory=list)
-    sums: dict[SumKey, _Sum] = field(default_factory=dict)
+    sums: dict[SumKey, WorkerSum] = field(default_factory=dict)
     kept: dict[SumKey, list[tuple[int, bytes | memoryview]]] = field(default_factory=dict)
     same_as: dict[int, int] = field(default_factory=dict)
     taken: set[tuple[str, int, str]] = field(default_factory=set)
@@ -129,8 +116,8 @@ class Committer:
         now_s: Callable[[], float],
     ) -> None:
         self._tenant, self._worker, self._store = tenant, worker, store
-        self._entropy, self._now_s = entropy, now_s
-        self._sums: dict[SumKey, _Sum] = {}
+        self._now_s = now_s
+        self._sums = WorkerSums(worker, store, entropy)
         self._refused: RefusalCounts = Counter()
         self._late: dict[tuple[str, int], set[str]] = {}  # devices that were late while a round was open
 
@@ -162,17 +149,17 @@ class Committer:
             try:
                 return self._attempt(pending, {task.name: task for task in tasks()})
             except ConflictError:
-                self._sums.clear()
+                self._sums.forget()
                 if attempt == _ATTEMPTS - 1:
                     raise
             except BaseException:
-                self._sums.clear()  # what is durable is in the database
+                self._sums.forget()  # what is durable is in the database
                 raise
         raise AssertionError
 
     def keep_only(self, open_rounds: set[tuple[str, int]]) -> None:
         """Forget the sums of rounds, (task, number), that are closed."""
-        self._sums = {key: kept for key, kept in self._sums.items() if key[:2] in open_rounds}
+        self._sums.keep_only(open_rounds)
 
     def _attempt(self, pending: Sequence[PendingUpdate], tasks: Mapping[str, TaskInForce]) -> list[Verdict]:
         """One attempt; see `commit`."""
@@ -270,7 +257,7 @@ class Committer:
                 return
             values = open_sealed(whole, placed)
             key = (placed.task.name, placed.counted_in, placed.round.number)
-            mine = batch.sums.get(key) or self._sum(key, placed)
+            mine = batch.sums.get(key) or self._sums.of(key, placed)
             if mine.sum.count >= MOST_UPDATES:
                 raise RefusedError(RefusalReason.ROUND_CLOSED, f"round {placed.counted_in} takes no more updates")
         except RefusedError as refusal:
@@ -306,28 +293,6 @@ class Committer:
         )
         batch.verdicts[index] = Accepted(accepted, is_new=True, bytes_up=whole.bytes_up)
 
-    def _sum(self, key: SumKey, placed: Placed) -> _Sum:
-        """This worker's sum for a round as of the last commit."""
-        known = self._sums.get(key)
-        if known is not None:
-            return known
-        task, counted_in, made_for = key
-        length = 0 if placed.task.keeps_updates else placed.task.update_length
-        found = _Sum(ExactSum.zeros(length))
-        for stored in self._store.updates.partials(task, counted_in):
-            if (stored.round, stored.worker) == (made_for, self._worker):
-                found = self._stored(key, stored, placed)
-        self._sums[key] = found
-        return found
-
-    def _stored(self, key: SumKey, stored: StoredPartial, placed: Placed) -> _Sum:
-        """A sum as it is in the database."""
-        if not stored.blob:
-            return _Sum(ExactSum(np.zeros(0, np.int64), stored.num_updates), None, stored.num_updates)
-        sealed, secret = self._store.blobs.get(stored.blob), placed.task.rounds[placed.counted_in].sums_secret
-        place = sum_place(key, self._worker)
-        return _Sum(open_sum(sealed, secret, place=place, count=stored.num_updates), stored.blob, stored.num_updates)
-
     def _make_durable(self, batch: _Batch, tasks: Mapping[str, TaskInForce]) -> list[str]:
         """Store sums and kept updates, then commit everything; blobs that nothing names any more."""
         rows, replaced = list(batch.rows), []
@@ -342,14 +307,8 @@ class Committer:
                     rows[row] = rows[row]._replace(segment=segment, start=start, length=len(sealed))
                     start += len(sealed)
             else:
-                sealed_sum = seal_sum(
-                    mine.sum,
-                    tasks[task].rounds[counted_in].sums_secret,
-                    place=sum_place(key, self._worker),
-                    entropy=self._entropy,
-                )
-                replaced += [mine.blob] if mine.blob else []
-                mine.blob = self._store.blobs.put(sealed_sum, kind="sum")
+                before_it = self._sums.put(key, mine, tasks[task].rounds[counted_in].sums_secret)
+                replaced += [before_it] if before_it else []
             stored[key] = StoredPartial(made_for, self._worker, mine.blob or "", mine.sum.count)
             before[key], mine.num_stored = mine.num_stored, mine.sum.count
         if rows or batch.late:
@@ -398,9 +357,3 @@ def _check_same(first: Whole, whole: Whole) -> None:
     one, other = first.header, whole.header
     if (one.device, one.sealed_digest) != (other.device, other.sealed_digest):
         raise RefusedError(RefusalReason.REPLAYED, "this update id came with other content")
-
-
-def sum_place(key: SumKey, worker: str) -> str:
-    """What a stored sum is bound to."""
-    task, counted_in, made_for = key
-    return f"{task} {counted_in} {made_for} {worker}"

@@ -19,9 +19,17 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from aggregator.errors import BlobError
 from aggregator.exact_sum import ExactSum
 
+SumKey = tuple[str, int, int]
+"""Task, the round that is counted in, the round that updates were made for."""
 SECRET_BYTES = 32
 _NONCE_BYTES = 12
 _INFO = b"covey v1 partial sum\0"
+
+
+def sum_place(key: SumKey, worker: str) -> str:
+    """What a worker's stored sum is bound to."""
+    task, counted_in, made_for = key
+    return f"{task} {counted_in} {made_for} {worker}"
 
 
 def seal_sum(partial: ExactSum, secret: bytes | None, *, place: str, entropy: Callable[[int], bytes]) -> bytes:

@@ -24,10 +24,9 @@ from sqlalchemy import event, select
 
 from aggregator import assembly, committer
 from aggregator.adapters.local_blobs import LocalBlobs
-from aggregator.committer import sum_place
 from aggregator.exact_sum import ExactSum
 from aggregator.intake import Intake, IntakeLimits
-from aggregator.partial_sums import open_sum
+from aggregator.partial_sums import open_sum, sum_place
 from aggregator.rounds import Phase, RoundState
 from aggregator.service import AggregatorService
 from aggregator.store import schema

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from sqlalchemy import delete, insert, update
 
-from aggregator.committer import Committer, sum_place
+from aggregator.committer import Committer
 from aggregator.errors import BlobError, ConflictError, DatabaseError
 from aggregator.exact_sum import MOST_UPDATES
-from aggregator.partial_sums import open_sum
+from aggregator.partial_sums import open_sum, sum_place
 from aggregator.store import schema
 from aggregator.store.updates import StoredPartial, Updates
 from aggregator.task_file import Asynchronous, Rule
@@ -408,7 +408,7 @@ def test_after_the_next_round_opened_a_worker_begins_a_new_sum(tmp_path: Path) -
     assert desk.total(4).total.tobytes() == expected("watch-1")
     desk.clock.time_s += 10.0
     desk.settle()
-    assert {key[:2] for key in desk.services["worker"].worker._committer._sums} == {(TASK, 4)}
+    assert {key[:2] for key in desk.services["worker"].worker._committer._sums._known} == {(TASK, 4)}
 
 
 # Late updates.
@@ -521,7 +521,7 @@ def test_a_round_that_has_all_the_updates_a_sum_can_hold_refuses_more(tmp_path: 
     desk = a_desk(tmp_path)
     desk.take(sent_by("watch-0"))
     desk.said()
-    (held,) = desk.services["worker"].worker._committer._sums.values()
+    (held,) = desk.services["worker"].worker._committer._sums._known.values()
     held.sum.count = MOST_UPDATES
     assert desk.take(sent_by("watch-1")) == 0
     answer = desk.nack()

@@ -292,16 +292,9 @@ def test_a_worker_that_keeps_what_a_failed_commit_added_up_is_noticed(
     honest: Callable[..., object] = committer.Committer._attempt
 
     def broken(self: committer.Committer, *arguments: object) -> object:
-        self._sums = _Unclearable(self._sums)
+        monkeypatch.setattr(self._sums, "forget", lambda: None)
         return honest(self, *arguments)
 
     monkeypatch.setattr(committer.Committer, "_attempt", broken)
     with pytest.raises(AssertionError):
         assert away_for_a_minute(tmp_path) == undisturbed
-
-
-class _Unclearable(dict):  # type: ignore[type-arg]
-    """Sums that stay when they are forgotten."""
-
-    def clear(self) -> None:
-        """Nothing."""
