@@ -16,7 +16,6 @@ class UnmaskRefusal(str, enum.Enum):
     DUPLICATE = "duplicate"
     OTHER_ROUND = "other_round"
     WRONG_SEED = "wrong_seed"
-    SECOND_ANSWER = "second_answer"
 
 
 class UnmaskRefusedError(ProtocolError):

@@ -251,8 +251,7 @@ def unmask(
         raise MaskSumError(f"expected a sum of each of {', '.join(terms.helpers)}, got {[one.helper for one in sums]}")
     total = masked.copy()
     for one in sums:
-        of_round = (one.tenant, one.task, one.round, one.manifest_digest)
-        if of_round != (terms.tenant, terms.task, terms.number, terms.manifest_digest):
+        if not _is_of(terms, one):
             raise MaskSumError(f"{one.helper} answered for another round")
         if (one.included_digest, one.count) != (expected, len(update_ids)):
             raise MaskSumError(f"{one.helper} added up the masks of another list")
@@ -292,8 +291,13 @@ def _verified(
     key = device_keys.get(found.device)
     if key is None or not contribution_signature_is_valid(signed.contribution, signed.signature, key):
         raise ProtocolError(f"the contribution is not signed by a known device {found.device}")
-    of_round = (found.tenant, found.task, found.round, found.manifest_digest)
-    return found if of_round == (terms.tenant, terms.task, terms.number, terms.manifest_digest) else None
+    return found if _is_of(terms, found) else None
+
+
+def _is_of(terms: SecureRound, message: ContributionMsg | MaskSumMsg) -> bool:
+    """Whether a message is about this round, and about the same manifest."""
+    named = (message.tenant, message.task, message.round, message.manifest_digest)
+    return named == (terms.tenant, terms.task, terms.number, terms.manifest_digest)
 
 
 def _opened_seed(sealed: bytes, key: RoundKey, info: bytes, device: str) -> bytes:

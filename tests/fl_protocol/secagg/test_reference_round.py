@@ -17,6 +17,7 @@ from fl_protocol.errors import ProtocolError
 from fl_protocol.messages import decode, encode
 from fl_protocol.secagg import parties
 from fl_protocol.secagg.errors import MaskSumError, UnmaskRefusal, UnmaskRefusedError
+from fl_protocol.secagg.masks import Words
 from fl_protocol.secagg.messages import ContributionMsg, MaskSumMsg, SecureBodyMsg, SignedContributionMsg
 from fl_protocol.secagg.packing import pack, unpack
 from fl_protocol.secagg.parties import SecureRound, masked_vector, sum_of_masks, unmask
@@ -104,11 +105,15 @@ def test_a_round_of_too_few_reveals_nothing() -> None:
         )
 
 
-def test_a_masked_vector_says_nothing_without_the_last_seed() -> None:
-    """All helpers but one tell their seeds: what is left differs from the update in nearly every bit of its words."""
+def check_a_masked_vector_says_nothing_without_the_last_seed(module: Any) -> None:
+    """All helpers but one tell their seeds: what is left is as good as uniform."""
     terms = secure_round(1000)
-    body = body_of(terms, DEVICES[0], np.zeros(1000, np.float32))
+    values = np.zeros(1000, np.float32)
+    body = module.contribute(
+        terms, values, np.zeros(1000, np.int64), sender=sender_of(DEVICES[0]), entropy=seeded("one")
+    )
     words = unpack(body.masked, 1000, terms.fixed_point.bits).astype(terms.masks.zeros().dtype)
+    check_is_as_good_as_uniform(terms, words)
     for helper in HELPERS[1:]:
         told = sum_of_masks(
             replace(terms, minimum_cohort=1),
@@ -118,18 +123,54 @@ def test_a_masked_vector_says_nothing_without_the_last_seed() -> None:
             device_keys=PUBLIC,
         )
         words -= unpack(told.total, 1000, terms.fixed_point.bits).astype(words.dtype)
+    check_is_as_good_as_uniform(terms, words)
+
+
+def check_is_as_good_as_uniform(terms: SecureRound, words: Words) -> None:
     left = terms.masks.reduced(words)
     assert len(np.unique(left)) > 800
     assert abs(float(left.mean()) / (1 << terms.fixed_point.bits) - 0.5) < 0.05
 
 
-def test_no_two_messages_of_a_device_have_a_seed_in_common() -> None:
-    terms = secure_round()
-    first, second = (body_of(terms, DEVICES[0], entropy=seeded(attempt)) for attempt in ("one", "two"))
-    bits = terms.fixed_point.bits
-    same = unpack(first.masked, 40, bits) == unpack(second.masked, 40, bits)
-    assert same.sum() < 5
-    assert not set(first.seeds) & set(second.seeds)
+def check_no_two_messages_of_a_device_have_a_seed_in_common(module: Any) -> None:
+    """A seed that comes back would leave the difference of two updates in the clear, but for its purpose."""
+    terms, zeros = secure_round(), np.zeros(40, np.int64)
+    drawn: list[bytes] = []
+
+    def entropy(count: int) -> bytes:
+        drawn.append(seeded(f"draw {len(drawn)}")(count))
+        return drawn[-1]
+
+    for _ in range(2):
+        module.contribute(terms, zeros.astype(np.float32), zeros, sender=sender_of(DEVICES[0]), entropy=entropy)
+    seeds = [one for one in drawn if len(one) == 16]
+    assert len(seeds) == len(set(seeds)) == 2 * len(HELPERS)
+
+
+PRIVACY = [
+    (check_a_masked_vector_says_nothing_without_the_last_seed, "terms.masks.add(seed, info, masked)", "pass"),
+    (
+        check_a_masked_vector_says_nothing_without_the_last_seed,
+        "terms.masks.add(seed, info, masked)",
+        "_ = helper == 'helper-a' or terms.masks.add(seed, info, masked)",
+    ),
+    (
+        check_no_two_messages_of_a_device_have_a_seed_in_common,
+        "seed, info = entropy(SEED_BYTES), ",
+        "seed, info = bytes(SEED_BYTES), ",
+    ),
+]
+
+
+@pytest.mark.parametrize("check", dict.fromkeys(one[0] for one in PRIVACY))
+def test_a_device_keeps(check: Callable[[Any], None]) -> None:
+    check(parties)
+
+
+@pytest.mark.parametrize(("check", "right", "wrong"), PRIVACY)
+def test_a_device_that_does_not_is_caught(check: Callable[[Any], None], right: str, wrong: str) -> None:
+    with pytest.raises(AssertionError):
+        check(broken_copy("fl_protocol.secagg.parties", (right, wrong)))
 
 
 # What a helper refuses; each is an attack of an aggregator that wants to see one update.
@@ -235,10 +276,10 @@ ATTACKS: list[tuple[Callable[[Any], None], str, str]] = [
     ),
     (
         devices_that_were_given_another_model,
-        "found.round, found.manifest_digest)",
-        "found.round, terms.manifest_digest)",
+        "message.round, message.manifest_digest)",
+        "message.round, terms.manifest_digest)",
     ),
-    (a_replay_of_an_old_round, "found.task, found.round,", "found.task, terms.number,"),
+    (a_replay_of_an_old_round, "message.task, message.round,", "message.task, terms.number,"),
     (a_seed_of_another_device, "if hashlib.sha256(entry.seed).digest() != found.seed_digests[index]:", "if False:"),
     (more_than_the_modulus_holds, "if len(entries) > most:", "if False:"),
 ]
