@@ -1,4 +1,7 @@
-"""What every message is made of: its base class, the types of its fields, and checks that types cannot express."""
+"""What every message is made of: its base class, the types of its fields, and checks that types cannot express.
+
+`RecipientKeyMsg` stands here because manifests and helpers' keys both hold one.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,16 @@ class Msg(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """What every message has: the protocol version."""
 
     v: Version = 1
+
+
+KemName = Literal["mlkem768-x25519", "x25519"]
+
+
+class RecipientKeyMsg(Msg, frozen=True):
+    """The HPKE public key of one round, or of a helper: raw bytes in the KEM's own encoding (RFC 9180, section 4)."""
+
+    kem: KemName
+    public_key: Annotated[bytes, Meta(min_length=32, max_length=1216)]
 
 
 def require_finite(**values: float) -> None:

@@ -19,15 +19,18 @@ from fl_protocol.limits import MAX_CHUNKS, MAX_PACKET_BYTES, MAX_TRANSFER_BYTES,
 from fl_protocol.message_base import (
     Count,
     Digest,
+    KemName,
     Msg,
     Name,
     ParameterCount,
+    RecipientKeyMsg,
     RoundNumber,
     Seconds,
     Signature,
     UpdateId,
 )
 from fl_protocol.plans import EvaluationPlanMsg, FeatureMsg, PlanMsg, StatisticsPlanMsg, TrainingPlanMsg
+from fl_protocol.secagg.messages import SecureTermsMsg
 
 __all__ = [
     "ChunkMsg",
@@ -43,6 +46,7 @@ __all__ = [
     "ReceiptMsg",
     "RecipientKeyMsg",
     "RoundManifestMsg",
+    "SecureTermsMsg",
     "SignedMsg",
     "StatisticsPlanMsg",
     "TrainingPlanMsg",
@@ -55,7 +59,6 @@ __all__ = [
     "encode",
 ]
 
-KemName = Literal["mlkem768-x25519", "x25519"]
 EncodingName = Literal["float32", "float16", "int8", "top_k"]
 M = TypeVar("M", bound=Msg)
 
@@ -65,13 +68,6 @@ class SignedMsg(Msg, frozen=True):
 
     payload: bytes
     signature: Signature
-
-
-class RecipientKeyMsg(Msg, frozen=True):
-    """The HPKE public key of one round: raw bytes in the KEM's own encoding (RFC 9180, section 4)."""
-
-    kem: KemName
-    public_key: Annotated[bytes, Meta(min_length=32, max_length=1216)]
 
 
 class DeltaMsg(Msg, frozen=True):
@@ -111,13 +107,14 @@ class RoundManifestMsg(Msg, frozen=True):
         delta: how to get to the model from the one before, if that is offered.
         control_digest: SHA-256 of the server's control variate c (little-endian float32 [num_parameters]), fetched like
             a model; given exactly in open rounds whose plan has `control_variates`.
+        secure: how updates are masked and added up; given exactly in open rounds of the engine ``secure``.
     """
 
     tenant: Name
     task: Name
     round: RoundNumber
     status: Literal["open", "paused", "finished", "aborted"]
-    engine: Literal["open"]
+    engine: Literal["open", "secure"]
     model_digest: Digest
     graph_digest: Digest
     num_parameters: ParameterCount
@@ -135,6 +132,7 @@ class RoundManifestMsg(Msg, frozen=True):
     top_k_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0
     delta: DeltaMsg | None = None
     control_digest: Digest | None = None
+    secure: SecureTermsMsg | None = None
 
     def __post_init__(self) -> None:
         if (self.recipient is not None) != (self.status == "open"):
@@ -147,6 +145,21 @@ class RoundManifestMsg(Msg, frozen=True):
             raise ValueError("a control_digest belongs to open rounds with control_variates, and only to those")
         if len(set(self.required_tags)) < len(self.required_tags) or len(set(self.encodings)) < len(self.encodings):
             raise ValueError("a tag or an encoding is named twice")
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """Whether what the engine needs is there, and nothing that does not go with it. Raises ValueError."""
+        if (self.secure is not None) != (self.engine == "secure" and self.status == "open"):
+            raise ValueError("secure belongs to open rounds of the engine secure, and only to those")
+        if self.secure is None:
+            return
+        if self.maximum_staleness or self.encodings != ("float32",) or self.plan.control_variates:
+            raise ValueError(
+                "the engine secure adds up updates of one round in an encoding of its own: expected maximum_staleness "
+                "0, encodings float32 and no control_variates"
+            )
+        if self.secure.most_updates < self.minimum_cohort:
+            raise ValueError(f"most_updates {self.secure.most_updates} is below minimum_cohort {self.minimum_cohort}")
 
     @property
     def update_length(self) -> int:

@@ -1,7 +1,8 @@
 """Ed25519 signatures over messages, each bound to what it is for (a signature for one purpose fits no other).
 
-Devices sign update headers; the aggregator signs round manifests, receipts, NACKs and the chunks of models, so that a
-device drops each forged chunk by itself. Chunks of updates are not signed: their envelope's header is.
+Devices sign update headers and contributions; the aggregator signs round manifests, receipts, NACKs, requests to
+helpers, and the chunks of models, so that a device drops each forged chunk by itself. Helpers sign their keys and
+answers. Chunks of updates, requests and answers are not signed: what they add up to is.
 """
 
 from __future__ import annotations
@@ -22,9 +23,28 @@ from fl_protocol.messages import (
     decode,
     encode,
 )
-from fl_protocol.secagg.messages import ContributionMsg
+from fl_protocol.secagg.messages import (
+    ContributionMsg,
+    HelperKeyMsg,
+    MaskSumMsg,
+    UnmaskRefusalMsg,
+    UnmaskRequestMsg,
+)
 
-S = TypeVar("S", RoundManifestMsg, ReceiptMsg, NackMsg, ChunkMsg)
+Signable = (
+    RoundManifestMsg | ReceiptMsg | NackMsg | ChunkMsg | UnmaskRequestMsg | HelperKeyMsg | MaskSumMsg | UnmaskRefusalMsg
+)
+S = TypeVar(
+    "S",
+    RoundManifestMsg,
+    ReceiptMsg,
+    NackMsg,
+    ChunkMsg,
+    UnmaskRequestMsg,
+    HelperKeyMsg,
+    MaskSumMsg,
+    UnmaskRefusalMsg,
+)
 
 _CONTEXTS: dict[type, bytes] = {
     RoundManifestMsg: b"covey v1 round manifest\0",
@@ -33,17 +53,21 @@ _CONTEXTS: dict[type, bytes] = {
     ChunkMsg: b"covey v1 model chunk\0",
     UpdateHeaderMsg: b"covey v1 update header\0",
     ContributionMsg: b"covey v1 contribution\0",
+    UnmaskRequestMsg: b"covey v1 unmask request\0",
+    HelperKeyMsg: b"covey v1 helper key\0",
+    MaskSumMsg: b"covey v1 mask sum\0",
+    UnmaskRefusalMsg: b"covey v1 unmask refusal\0",
 }
 
 
-def sign(message: RoundManifestMsg | ReceiptMsg | NackMsg | ChunkMsg, key: Ed25519PrivateKey) -> bytes:
-    """Encoded `SignedMsg` around `message`; runs at the aggregator."""
+def sign(message: Signable, key: Ed25519PrivateKey) -> bytes:
+    """Encoded `SignedMsg` around `message`; runs at the aggregator, and for its own messages at a helper."""
     payload = encode(message)
     return encode(SignedMsg(payload=payload, signature=key.sign(_CONTEXTS[type(message)] + payload)))
 
 
 def verify(data: bytes, kind: type[S], key: Ed25519PublicKey) -> S:
-    """Decode and verify a signed message; runs at devices.
+    """Decode and verify a signed message; runs at who pins the signer's key.
 
     Raises:
         ProtocolError: malformed, or not signed by `key` for this purpose. The payload is not parsed before that.
@@ -52,7 +76,7 @@ def verify(data: bytes, kind: type[S], key: Ed25519PublicKey) -> S:
     try:
         key.verify(signed.signature, _CONTEXTS[kind] + signed.payload)
     except InvalidSignature:
-        raise ProtocolError(f"{kind.__name__} is not signed by the pinned aggregator key") from None
+        raise ProtocolError(f"{kind.__name__} is not signed by the pinned key") from None
     return decode(signed.payload, kind)
 
 

@@ -19,6 +19,12 @@ _UP = re.compile(
     re.ASCII,
 )
 
+_HELPER = re.compile(
+    r"fl/v1/(?P<tenant>[a-z0-9][a-z0-9_-]{0,63})/helper/(?P<helper>[a-z0-9][a-z0-9_-]{0,63})"
+    r"/(?P<kind>key|refusal|(?:request|answer)/[0-9a-f]{32}/(?:0|[1-9][0-9]{0,4}))",
+    re.ASCII,
+)
+
 DownKind = Literal["receipt", "nack", "control"]
 
 
@@ -100,6 +106,50 @@ def down_topic(tenant: str, device: str, kind: DownKind) -> str:
 def down_filter(tenant: str, device: str) -> str:
     """Subscription to everything addressed to one device."""
     return f"{_ROOT}/{checked_name(tenant, 'tenant')}/down/{checked_name(device, 'device')}/+"
+
+
+HelperKind = Literal["key", "request", "answer", "refusal"]
+
+
+class HelperTopic(NamedTuple):
+    """The parts of a helper's topic, as the broker delivered it."""
+
+    tenant: str
+    helper: str
+    kind: HelperKind
+
+
+def helper_topic(tenant: str, helper: str, kind: Literal["key", "refusal"]) -> str:
+    """A helper's retained, signed key; or why it does not answer."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/helper/{checked_name(helper, 'helper')}/{kind}"
+
+
+def helper_transfer_topic(
+    tenant: str, helper: str, kind: Literal["request", "answer"], transfer_id: bytes, index: int
+) -> str:
+    """Chunk `index` of a request to a helper, or of its answer."""
+    root = f"{_ROOT}/{checked_name(tenant, 'tenant')}/helper/{checked_name(helper, 'helper')}"
+    return f"{root}/{kind}/{transfer_id.hex()}/{index}"
+
+
+def helper_filters(tenant: str) -> list[str]:
+    """Subscriptions to everything that helpers say (an aggregator's)."""
+    root = f"{_ROOT}/{checked_name(tenant, 'tenant')}/helper/+"
+    return [f"{root}/key", f"{root}/refusal", f"{root}/answer/+/+"]
+
+
+def helper_request_filter(tenant: str, helper: str) -> str:
+    """Subscription to all requests to one helper."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/helper/{checked_name(helper, 'helper')}/request/+/+"
+
+
+def parse_helper_topic(topic: str) -> HelperTopic:
+    """The parts of a helper's topic. Raises ProtocolError."""
+    match = _HELPER.fullmatch(topic)
+    if match is None:
+        raise ProtocolError(f"expected a helper's topic, got {topic[:120]!r}")
+    kinds: dict[str, HelperKind] = {"key": "key", "refusal": "refusal", "request": "request", "answer": "answer"}
+    return HelperTopic(match["tenant"], match["helper"], kinds[match["kind"].split("/")[0]])
 
 
 def state_topic(tenant: str, device: str) -> str:

@@ -16,6 +16,9 @@ class UnmaskRefusal(str, enum.Enum):
     DUPLICATE = "duplicate"
     OTHER_ROUND = "other_round"
     WRONG_SEED = "wrong_seed"
+    SECOND_LIST = "second_list"
+    UNKNOWN_KEY = "unknown_key"
+    BAD_MANIFEST = "bad_manifest"
 
 
 class UnmaskRefusedError(ProtocolError):

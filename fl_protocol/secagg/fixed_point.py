@@ -40,9 +40,10 @@ class FixedPoint:
         most_updates: n, that are ever added up.
         noise_bound: largest magnitude of all noise in one coordinate of the sum, in grid steps.
         rotates: whether updates are rotated, which spreads large coordinates over all.
+        bits: b, of the modulus 2^b; 0 for the least that holds every sum.
 
     Raises:
-        LocalMisuseError: a value is out of range, or the sum does not fit 32 bits.
+        LocalMisuseError: a value is out of range, or the sum does not fit the bits, or 32 of them.
     """
 
     length: int
@@ -51,6 +52,7 @@ class FixedPoint:
     most_updates: int
     noise_bound: int = 0
     rotates: bool = False
+    bits: int = 0
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.most_updates < 1 or self.noise_bound < 0:
@@ -60,11 +62,14 @@ class FixedPoint:
             )
         if not (0 < self.step < math.inf and self.step <= self.l2_norm_clip < math.inf):
             raise LocalMisuseError(f"expected 0 < step <= l2_norm_clip < inf, got {self.step} and {self.l2_norm_clip}")
-        if self.sum_bound.bit_length() >= MOST_BITS:
+        least = max(LEAST_BITS, self.sum_bound.bit_length() + 1)
+        bits = self.bits or least
+        if not least <= bits <= MOST_BITS:
             raise LocalMisuseError(
-                f"the sum of {self.most_updates} updates reaches {self.sum_bound} grid steps, more than {MOST_BITS} "
-                "bits hold; take a larger step, or fewer updates"
+                f"the sum of {self.most_updates} updates reaches {self.sum_bound} grid steps, which takes {least} bits "
+                f"of {MOST_BITS}, and {bits} were given; take a larger step, or fewer updates"
             )
+        object.__setattr__(self, "bits", bits)
 
     @property
     def norm_bound(self) -> float:
@@ -81,11 +86,6 @@ class FixedPoint:
     def sum_bound(self) -> int:
         """Largest magnitude of one coordinate of the sum, noise included, in grid steps."""
         return self.most_updates * self.coordinate_bound + self.noise_bound
-
-    @property
-    def bits(self) -> int:
-        """b: of the smallest modulus 2^b, from 12 bits on, that holds the sum with its sign."""
-        return max(LEAST_BITS, self.sum_bound.bit_length() + 1)
 
     def encode(self, values: NDArray[np.float32], *, rotation_seed: bytes, entropy: Entropy) -> NDArray[np.int64]:
         """An update in grid steps, int64 [d]; runs at the device, before noise and masks are added.

@@ -31,14 +31,19 @@ from fl_protocol.messages import (
     UpdateHeaderMsg,
 )
 from fl_protocol.sealing import RoundKey, round_key_bytes
+from fl_protocol.secagg.errors import UnmaskRefusal
 from fl_protocol.secagg.messages import (
     ContributionMsg,
+    HelperKeyMsg,
     MaskSumMsg,
     SecureBodyMsg,
+    SecureTermsMsg,
     SignedContributionMsg,
     UnmaskEntryMsg,
+    UnmaskRefusalMsg,
     UnmaskRequestMsg,
 )
+from fl_protocol.signing import sign
 
 TENANT, TASK, DEVICE = "clinic", "watch", "watch-1"
 AGGREGATOR_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -75,6 +80,39 @@ SCAFFOLD_PLAN = msgspec.structs.replace(PLAN, momentum=0.0, proximal_mu=0.0, con
 def round_key(kem: KemName, seed: int = 7) -> RoundKey:
     """A fixed round key."""
     return RoundKey(kem, hashlib.shake_128(bytes([seed])).digest(round_key_bytes(kem)))
+
+
+HELPERS = {
+    f"helper-{letter}": Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"helper-{letter}".encode()).digest())
+    for letter in "ab"
+}
+
+
+def helper_key(name: str, kem: KemName = "x25519") -> HelperKeyMsg:
+    """A fixed helper's key; each is run by an operator of its own."""
+    recipient = round_key(kem, seed=ord(name[-1])).recipient()
+    return HelperKeyMsg(helper=name, operator=f"operator-{name[-1]}", recipient=recipient, not_after_s=2_000_000.0)
+
+
+def secure_terms(**changes: Any) -> SecureTermsMsg:
+    """Valid terms of a secure round with two helpers."""
+    fields: dict[str, Any] = {
+        "l2_norm_clip": 1.0,
+        "step": 2.0**-8,
+        "bits": 20,
+        "most_updates": 20,
+        "device_noise_variance": 64.0,
+        "helper_noise_sigma": 16.0,
+        "rotates": True,
+        "prg": "chacha20",
+        "helpers": tuple(sign(helper_key(name), identity) for name, identity in HELPERS.items()),
+    }
+    return SecureTermsMsg(**{**fields, **changes})
+
+
+def secure_manifest(**changes: Any) -> RoundManifestMsg:
+    """A valid open round of the engine secure."""
+    return manifest(**{"engine": "secure", "secure": secure_terms(), **changes})
 
 
 def manifest(kem: KemName = "x25519", **changes: Any) -> RoundManifestMsg:
@@ -141,6 +179,26 @@ CONTRIBUTION = ContributionMsg(
 )
 SIGNED_CONTRIBUTION = SignedContributionMsg(contribution=messages.encode(CONTRIBUTION), signature=bytes(range(64)))
 UNMASK_ENTRY = UnmaskEntryMsg(contribution=SIGNED_CONTRIBUTION, seed=bytes(range(64)))
+UNMASK_REQUEST = UnmaskRequestMsg(manifest=b"a signed manifest", helper="helper-a", entries=(UNMASK_ENTRY,))
+MASK_SUM = MaskSumMsg(
+    helper="helper-a",
+    tenant=TENANT,
+    task=TASK,
+    round=5,
+    manifest_digest=MODEL_DIGEST,
+    included_digest=SEALED_DIGEST,
+    count=20,
+    total=b"total",
+)
+UNMASK_REFUSAL = UnmaskRefusalMsg(
+    helper="helper-a",
+    tenant=TENANT,
+    task=TASK,
+    round=5,
+    manifest_digest=MODEL_DIGEST,
+    reason=UnmaskRefusal.TOO_FEW,
+    detail="expected at least 5 updates, got 2",
+)
 EXAMPLES: tuple[Msg, ...] = (
     PLAN,
     EVALUATION_PLAN,
@@ -162,6 +220,10 @@ EXAMPLES: tuple[Msg, ...] = (
         top_k_fraction=0.125,
         delta=DELTA,
     ),
+    helper_key("helper-a"),
+    secure_terms(),
+    secure_manifest(),
+    secure_manifest(status="paused", recipient=None, secure=None),
     manifest(plan=EVALUATION_PLAN),
     manifest(plan=STATISTICS_PLAN),
     CHUNK,
@@ -175,17 +237,9 @@ EXAMPLES: tuple[Msg, ...] = (
     SIGNED_CONTRIBUTION,
     SecureBodyMsg(contribution=SIGNED_CONTRIBUTION, seeds=(bytes(range(64)),), masked=b"masked"),
     UNMASK_ENTRY,
-    UnmaskRequestMsg(manifest=b"a signed manifest", helper="helper-a", entries=(UNMASK_ENTRY,)),
-    MaskSumMsg(
-        helper="helper-a",
-        tenant=TENANT,
-        task=TASK,
-        round=5,
-        manifest_digest=MODEL_DIGEST,
-        included_digest=SEALED_DIGEST,
-        count=20,
-        total=b"total",
-    ),
+    UNMASK_REQUEST,
+    MASK_SUM,
+    UNMASK_REFUSAL,
     PresenceMsg(state="online", software="covey 0.1.0"),
     SignedMsg(payload=messages.encode(RECEIPT), signature=bytes(range(64))),
 )

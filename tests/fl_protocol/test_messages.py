@@ -23,6 +23,7 @@ from fl_protocol.messages import (
     PresenceMsg,
     RecipientKeyMsg,
     RoundManifestMsg,
+    SecureTermsMsg,
     StatisticsPlanMsg,
     TrainingPlanMsg,
     UpdateBodyMsg,
@@ -50,6 +51,8 @@ from tests.fl_protocol.examples import (
     as_map,
     manifest,
     packed,
+    secure_manifest,
+    secure_terms,
 )
 
 KINDS = sorted({type(message) for message in EXAMPLES}, key=lambda kind: kind.__name__)
@@ -117,7 +120,7 @@ def test_a_field_of_another_type_is_refused(message: Msg) -> None:
         wrong += [[None], [[]], [1.5], dict.fromkeys(map(str, value))] if isinstance(value, list) else [[], [value]]
         wrong += [True] if not isinstance(value, bool) else [0, 1]
         wrong += [2**64 - 1, -1, "x"] if not isinstance(value, str) else [1]
-        wrong += [None] if name not in {"recipient", "delta", "control_digest"} else []
+        wrong += [None] if name not in {"recipient", "delta", "control_digest", "secure"} else []
         for other in wrong:
             refused(packed({**fields, name: other}), type(message))
 
@@ -303,6 +306,51 @@ def test_a_control_digest_stands_exactly_where_control_variates_are_used(changes
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"secure": None},
+        {"engine": "open"},
+        {"status": "paused", "recipient": None},
+        {"maximum_staleness": 1},
+        {"encodings": ["int8"]},
+        {"plan": SCAFFOLD_PLAN, "control_digest": CONTROL_DIGEST},
+        {"minimum_cohort": 21, "goal": 21},
+    ],
+    ids=str,
+)
+def test_terms_belong_to_open_secure_rounds_and_go_with_nothing_that_needs_single_updates(changes: Any) -> None:
+    fields = as_map(secure_manifest())
+    fields |= {name: as_map(value) if name == "plan" else value for name, value in changes.items()}
+    refused(packed(fields), RoundManifestMsg)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("l2_norm_clip", 0.0),
+        ("l2_norm_clip", math.inf),
+        ("step", 0.0),
+        ("step", math.inf),
+        ("bits", 11),
+        ("bits", 33),
+        ("most_updates", 0),
+        ("device_noise_variance", -1.0),
+        ("device_noise_variance", 2.0**26 + 1),
+        ("device_noise_variance", math.nan),
+        ("helper_noise_sigma", 0.5),
+        ("helper_noise_sigma", 2.0**41),
+        ("prg", "aes"),
+        ("helpers", []),
+        ("helpers", [b"key"] * 9),
+        ("helpers", [bytes(4097)]),
+    ],
+    ids=str,
+)
+def test_secure_terms_out_of_range_are_refused(name: str, value: object) -> None:
+    refused(packed({**as_map(secure_terms()), name: value}), SecureTermsMsg)
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("tenant", "Clinic"),
@@ -316,7 +364,8 @@ def test_a_control_digest_stands_exactly_where_control_variates_are_used(changes
         ("round", 0),
         ("round", 2**31),
         ("status", "closed"),
-        ("engine", "secure"),
+        ("engine", "secure"),  # without its terms
+        ("engine", "plain"),
         ("model_digest", bytes(31)),
         ("graph_digest", bytes(33)),
         ("num_parameters", 0),

@@ -7,7 +7,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.messages import ChunkMsg, NackMsg, ReceiptMsg, RoundManifestMsg, SignedMsg, decode, encode
+from fl_protocol.secagg.messages import HelperKeyMsg, MaskSumMsg, UnmaskRefusalMsg, UnmaskRequestMsg
 from fl_protocol.signing import (
+    Signable,
     header_signature_is_valid,
     public_key_from_hex,
     public_key_hex,
@@ -15,14 +17,30 @@ from fl_protocol.signing import (
     sign_header,
     verify,
 )
-from tests.fl_protocol.examples import AGGREGATOR_KEY, CHUNK, DEVICE_KEY, HEADER, NACK, RECEIPT, manifest
+from tests.fl_protocol.examples import (
+    AGGREGATOR_KEY,
+    CHUNK,
+    DEVICE_KEY,
+    HEADER,
+    MASK_SUM,
+    NACK,
+    RECEIPT,
+    UNMASK_REFUSAL,
+    UNMASK_REQUEST,
+    helper_key,
+    manifest,
+)
 
 PUBLIC = AGGREGATOR_KEY.public_key()
-SIGNED: dict[type, RoundManifestMsg | ReceiptMsg | NackMsg | ChunkMsg] = {
+SIGNED: dict[type, Signable] = {
     RoundManifestMsg: manifest(),
     ReceiptMsg: RECEIPT,
     NackMsg: NACK,
     ChunkMsg: CHUNK,
+    UnmaskRequestMsg: UNMASK_REQUEST,
+    HelperKeyMsg: helper_key("helper-a"),
+    MaskSumMsg: MASK_SUM,
+    UnmaskRefusalMsg: UNMASK_REFUSAL,
 }
 ED25519_ORDER = 2**252 + 27742317777372353535851937790883648493
 """L of RFC 8032, section 5.1."""
@@ -39,7 +57,7 @@ def test_a_signature_for_one_kind_fits_no_other(kind: type) -> None:
     signed = sign(SIGNED[kind], AGGREGATOR_KEY)
     for other in SIGNED:
         if other is not kind:
-            with pytest.raises(ProtocolError, match="is not signed by the pinned aggregator key"):
+            with pytest.raises(ProtocolError, match="is not signed by the pinned key"):
                 verify(signed, other, PUBLIC)
 
 
