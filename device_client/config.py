@@ -15,6 +15,7 @@ from msgspec import Meta
 from device_client.eligibility import parse_window
 from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.errors import ConfigError, LocalMisuseError
+from fl_protocol.helper_config import HelperPin, pinned
 from fl_protocol.topics import NAME_PATTERN
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
@@ -42,6 +43,8 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         tags: what this device can do or is, such as ``["imu", "left-wrist"]``: a round that asks for other tags is left
             out, and nothing is said about it. One that asks for a tag learns that whoever takes part has it. None by
             default.
+        helpers: helpers of secure aggregation that are trusted not to work together; a round with any other is refused.
+            None by default.
     """
 
     tenant: Name
@@ -56,6 +59,10 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     stream: Name = "default"
     epsilon: Epsilon | None = None
     tags: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    helpers: tuple[HelperPin, ...] = ()
+
+    def __post_init__(self) -> None:
+        pinned(self.helpers)
 
     @property
     def study(self) -> str:
@@ -93,6 +100,11 @@ class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         minimum_cohort: fewest devices an update may be combined with.
         maximum_l2_norm_clip: largest clip that is accepted.
         maximum_local_steps: most steps of training a round; each costs time and battery.
+        minimum_helpers: how many helpers have to work together, with the aggregator, to see a single update; from 1 on
+            updates are sent masked or not at all. Default 0.
+        minimum_operators: of how many different operators; default 0.
+        minimum_sum_noise_multiplier: least noise in the sum of the smallest cohort, over what one whole update can
+            change in it (device level); default 0.
     """
 
     epsilon: Epsilon
@@ -102,6 +114,9 @@ class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     minimum_cohort: Annotated[int, Meta(ge=1)] = 1
     maximum_l2_norm_clip: Annotated[float, Meta(gt=0)] | None = None
     maximum_local_steps: Annotated[int, Meta(ge=1)] | None = None
+    minimum_helpers: Annotated[int, Meta(ge=0, le=8)] = 0
+    minimum_operators: Annotated[int, Meta(ge=0, le=8)] = 0
+    minimum_sum_noise_multiplier: AtLeastZero = 0.0
 
 
 class EligibilityConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

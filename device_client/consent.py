@@ -54,7 +54,20 @@ def terms_of(study: StudyConfig, privacy: PrivacyConfig) -> dict[str, str]:
         "run by (aggregator key)": study.aggregator_key,
         "model from (publisher key)": study.publisher_key,
         # Whoever takes part in a round that asks for a tag says by it that the device has it.
+        **_helpers(study, privacy),
         **({"may be asked for by its tags": ", ".join(sorted(study.tags))} if study.tags else {}),
+    }
+
+
+def _helpers(study: StudyConfig, privacy: PrivacyConfig) -> dict[str, str]:
+    """Who keeps single updates from whoever runs the study; nothing where nobody does."""
+    if not study.helpers and not privacy.minimum_helpers and not privacy.minimum_sum_noise_multiplier:
+        return {}
+    named = [f"{pin.name} of {pin.operator} ({pin.key.strip().lower()})" for pin in study.helpers]
+    return {
+        "masked for (helpers)": ", ".join(named) or "none",
+        "never with fewer helpers than": f"{privacy.minimum_helpers}, of {privacy.minimum_operators} operators",
+        "least noise multiplier of a sum": f"{privacy.minimum_sum_noise_multiplier:g}",
     }
 
 

@@ -47,6 +47,7 @@ from device_client.training import Records
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.errors import ConfigError, CoveyError
+from fl_protocol.helper_config import pinned
 from fl_protocol.messages import RoundManifestMsg
 from fl_protocol.model_manifest import label_array
 
@@ -417,6 +418,7 @@ class Device:
             counts_records=True,
             tags=frozenset(study.tags),
             input_shape=bundle.manifest.input.shape,
+            helpers=pinned(study.helpers),
         )
 
     def _new_records(self, study: StudyConfig) -> NewRecords | None:
@@ -443,6 +445,9 @@ def floors_of(privacy: PrivacyConfig) -> Floors:
         privacy.minimum_cohort,
         np.inf if clip is None else clip,
         maximum_local_steps=np.inf if steps is None else steps,
+        minimum_helpers=privacy.minimum_helpers,
+        minimum_operators=privacy.minimum_operators,
+        minimum_sum_noise_multiplier=privacy.minimum_sum_noise_multiplier,
     )
 
 

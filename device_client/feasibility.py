@@ -13,6 +13,7 @@ from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.limits import MAX_PARAMETERS
 from fl_protocol.messages import RoundManifestMsg, TrainingPlanMsg
 from fl_protocol.sealing import check_recipient
+from fl_protocol.secagg.terms import helper_keys, secure_round
 from fl_protocol.update_encoding import usable_encoding
 
 _WIDEST_SIGMA = 2.0**40
@@ -31,8 +32,9 @@ def check_feasible(manifest: RoundManifestMsg, *, input_shape: tuple[int, ...] |
         input_shape: of one recorded window, channels last; None if that is not known.
 
     Raises:
-        InfeasibleError: the clip or the noise is outside what can be computed, the recipient key is unusable, a
-            feature is of a channel that the recordings do not have, or no encoding is named that the plan allows.
+        InfeasibleError: the clip or the noise is outside what can be computed, a key is unusable or a sum could
+            overflow, a feature is of a channel that the recordings do not have, or no encoding is named that the plan
+            allows.
     """
     plan = manifest.plan
     if input_shape is not None and (problem := channels_problem(plan, input_shape)):
@@ -56,5 +58,9 @@ def check_feasible(manifest: RoundManifestMsg, *, input_shape: tuple[int, ...] |
     try:
         if manifest.recipient is not None:  # an open round's manifest always names one
             check_recipient(manifest.recipient)
+        if manifest.secure is not None:
+            for key in helper_keys(manifest.secure).values():
+                check_recipient(key.recipient)
+            secure_round(manifest)
     except ProtocolError as error:
         raise InfeasibleError(f"no update could be sealed: {error}") from error

@@ -1,8 +1,8 @@
 """Which of the manifests that an aggregator signed a device listens to: its study's, not replayed, and within reason.
 Pure.
 
-Order: another study's, a replay, another model graph; then, for an open round that asks for devices like this one, the
-wearer's floors and whether it can be carried out at all.
+Order: another study's, a replay, another model graph; then, for an open round that asks for devices like this one, its
+helpers, the wearer's floors and whether it can be carried out at all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from device_client.feasibility import check_feasible
 from device_client.session_config import SessionConfig
 from fl_protocol.errors import ProtocolError
 from fl_protocol.messages import RoundManifestMsg
+from fl_protocol.secagg.terms import verified_helpers
 
 _SUPERSEDES = {"open": 0, "paused": 1, "finished": 2, "aborted": 3}
 """In this order the manifests of one round may follow each other: one that is over is not opened again."""
@@ -63,5 +64,7 @@ def check_concerns_us(manifest: RoundManifestMsg, config: SessionConfig) -> None
     if manifest.graph_digest != config.graph_digest or manifest.num_parameters != config.num_parameters:
         raise ProtocolError("the manifest names another model graph than the installed bundle's")
     if manifest.status == "open" and config.role == "train" and not missing_tags(manifest, config):
+        if manifest.secure is not None:
+            verified_helpers(manifest, config.helpers)
         config.floors.check(manifest)
         check_feasible(manifest, input_shape=config.input_shape)

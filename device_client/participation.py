@@ -28,6 +28,7 @@ from device_client.ledger import PrivacyLedger
 from device_client.outbox import Outbox, Work
 from device_client.ports import Float32, Graph
 from device_client.record_sums import RecordSums, channels_problem
+from device_client.secure_update import protected_update
 from device_client.training import Evaluation, LocalTraining, Records, evaluate
 from fl_protocol.errors import ProtocolError
 from fl_protocol.integer_noise import Entropy
@@ -42,6 +43,8 @@ from fl_protocol.messages import (
 )
 from fl_protocol.plans import EvaluationPlanMsg, TrainingPlanMsg
 from fl_protocol.sealing import seal_update
+from fl_protocol.secagg.messages import SecureBodyMsg
+from fl_protocol.secagg.parties import Sender
 from fl_protocol.update_encoding import decode_values, encode_values, rotation_seed, usable_encoding
 
 
@@ -274,9 +277,12 @@ class LocalWork:
         )
         return _SealedUpdate(pending, residual)
 
-    def _encoded(self, change: Float32) -> tuple[UpdateBodyMsg, Float32 | None]:
+    def _encoded(self, change: Float32) -> tuple[UpdateBodyMsg | SecureBodyMsg, Float32 | None]:
         """What goes inside the seal, and for ``top_k`` what it leaves out."""
         one, manifest, name = self._participant, self.manifest, _encoding_of(self.manifest)
+        if manifest.secure is not None:
+            sender = Sender(self._work.device, self._work.update_id, one.signing_key)
+            return protected_update(manifest.secure, manifest, change, sender=sender, entropy=one.entropy), None
         seed = rotation_seed(manifest.model_digest, manifest.round)
         wanted = one.feedback.compensate(change, device=self._work.device) if name == "top_k" else change
         values = encode_values(wanted, name, seed=seed, entropy=one.entropy, fraction=manifest.top_k_fraction)

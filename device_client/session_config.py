@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from device_client.floors import Floors
+from fl_protocol.secagg.terms import HelperIdentity
 
 Role = Literal["train", "evaluate"]
 
@@ -26,6 +28,7 @@ class SessionConfig:
         counts_records: whether the wearer's new records are counted before taking part.
         tags: what this device can do; a round that asks for others is left out.
         input_shape: of one recorded window, channels last, for what statistics may ask about; None if not known.
+        helpers: of secure aggregation that this device is pinned to, by name; a round with any other is refused.
     """
 
     tenant: str
@@ -41,6 +44,7 @@ class SessionConfig:
     counts_records: bool = False
     tags: frozenset[str] = frozenset()
     input_shape: tuple[int, ...] | None = None
+    helpers: Mapping[str, HelperIdentity] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

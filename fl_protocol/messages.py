@@ -30,7 +30,7 @@ from fl_protocol.message_base import (
     UpdateId,
 )
 from fl_protocol.plans import EvaluationPlanMsg, FeatureMsg, PlanMsg, StatisticsPlanMsg, TrainingPlanMsg
-from fl_protocol.secagg.messages import SecureTermsMsg
+from fl_protocol.secagg.messages import MaskSumMsg, SecureBodyMsg, SecureTermsMsg
 
 __all__ = [
     "ChunkMsg",
@@ -339,6 +339,8 @@ _BULK: dict[type[Msg], str] = {
     UpdateEnvelopeView: "sealed",
     UpdateBodyMsg: "values",
     UpdateBodyView: "values",
+    SecureBodyMsg: "masked",
+    MaskSumMsg: "total",
 }
 """Fields that are nearly all of their message; what comes after them are only texts and numbers, no bytes."""
 _NO_BYTES = b"\xc4\x00"

@@ -32,6 +32,7 @@ from fl_protocol.messages import (
     decode,
     encode,
 )
+from fl_protocol.secagg.messages import SecureBodyMsg
 from fl_protocol.signing import sign_header
 
 PrivateKey = X25519PrivateKey | hpke.MLKEM768X25519PrivateKey
@@ -156,7 +157,7 @@ def open_sealed(sealed: bytes | memoryview, key: RoundKey, *, info: bytes) -> by
 
 
 def seal_update(
-    body: UpdateBodyMsg,
+    body: UpdateBodyMsg | SecureBodyMsg,
     *,
     manifest: RoundManifestMsg,
     device: str,
@@ -166,7 +167,7 @@ def seal_update(
     """Seal and sign one update; runs at the device. Encapsulation draws from the operating system's CSPRNG.
 
     Args:
-        body: the update in the clear.
+        body: the update, in the clear or masked.
         manifest: the verified manifest of the round the update is for.
         device: this device's id on the wire.
         update_id: 16 random bytes, fresh for every update.
@@ -202,6 +203,16 @@ def open_update(header: UpdateHeaderMsg, sealed: bytes | memoryview, key: RoundK
     Raises:
         ProtocolError: not sealed to this key for these header fields, or the content is malformed.
     """
+    return decode(_opened(header, sealed, key), UpdateBodyView)
+
+
+def open_masked_update(header: UpdateHeaderMsg, sealed: bytes | memoryview, key: RoundKey) -> SecureBodyMsg:
+    """As `open_update`, for an update that is masked inside its seal."""
+    return decode(_opened(header, sealed, key), SecureBodyMsg)
+
+
+def _opened(header: UpdateHeaderMsg, sealed: bytes | memoryview, key: RoundKey) -> bytes:
+    """What is inside a seal. Raises ProtocolError."""
     if header.kem != key.kem:
         raise ProtocolError(f"sealed with {header.kem}, but this round's key is {key.kem}")
-    return decode(open_sealed(sealed, key, info=_info_of(header)), UpdateBodyView)
+    return open_sealed(sealed, key, info=_info_of(header))

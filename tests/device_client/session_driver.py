@@ -33,6 +33,7 @@ from device_client.floors import Floors
 from device_client.session import DeviceSession, Role, SessionConfig
 from fl_protocol.chunking import split
 from fl_protocol.messages import ChunkMsg, ReceiptMsg, RoundManifestMsg
+from fl_protocol.secagg.terms import HelperIdentity
 from fl_protocol.signing import sign
 from fl_protocol.topics import model_topic, round_topic
 from fl_protocol.transport import Connected, Received
@@ -151,6 +152,7 @@ class Driver:
     minimum_separation_s: float = 0.0
     tags: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
+    helpers: Mapping[str, HelperIdentity] = field(default_factory=dict)
     working_on: RoundManifestMsg | None = None
     disk: Disk = field(default_factory=Disk)
     connects: bool = True
@@ -171,6 +173,7 @@ class Driver:
             counts_records=self.counts_records,
             tags=frozenset(self.tags),
             input_shape=self.input_shape,
+            helpers=self.helpers,
         )
         self.disk.updates.update({update.update_id: update for update in self.outbox})
         self.disk.state = self.state if self.state is not None else self.disk.state

@@ -1,0 +1,288 @@
+"""A device in rounds of the engine secure: whom it trusts, what it refuses, and what leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from device_client.config import PrivacyConfig, StudyConfig
+from device_client.consent import terms_of
+from device_client.errors import StoreError
+from device_client.events import PendingUpdate
+from device_client.feasibility import InfeasibleError, check_feasible
+from device_client.floors import Floors, FloorsError
+from device_client.secure_update import protected_update
+from fl_protocol.messages import (
+    RecipientKeyMsg,
+    RoundManifestMsg,
+    UpdateEnvelopeMsg,
+    UpdateHeaderMsg,
+    decode,
+)
+from fl_protocol.sealing import RoundKey, open_masked_update
+from fl_protocol.secagg.messages import SecureBodyMsg, SecureTermsMsg
+from fl_protocol.secagg.parties import Sender, entry_for, masked_vector, sum_of_masks, unmask
+from fl_protocol.secagg.terms import secure_round
+from fl_protocol.signing import public_key_hex, sign
+from tests.device_client.ports import DEVICE, ROUND_KEY, MemoryStore, make_manifest
+from tests.device_client.session_driver import Driver, asked_for, notes
+from tests.device_client.test_participation import KEY, PARAMS, manifest_of, participant
+from tests.enrolments import broken_copy
+from tests.fl_protocol.examples import HELPERS, helper_key, round_key, secure_terms
+from tests.fl_protocol.secagg.test_terms import PINNED
+from tests.virtual_fleet import SeededEntropy
+
+HELPER_KEYS = {name: RoundKey("x25519", round_key("x25519", seed=ord(name[-1])).secret) for name in HELPERS}
+QUIET = {"device_noise_variance": 0.0, "helper_noise_sigma": 0.0}
+
+
+def secure(**changes: Any) -> RoundManifestMsg:
+    """A secure round of the device tests' study; `terms` changes what is said about masking."""
+    terms = secure_terms(**{"l2_norm_clip": 4.0, **QUIET, **changes.pop("terms", {})})
+    return make_manifest(engine="secure", secure=terms, **changes)
+
+
+def body_in(pending: PendingUpdate) -> tuple[UpdateHeaderMsg, SecureBodyMsg]:
+    """What is inside an update's seal."""
+    envelope = decode(pending.envelope, UpdateEnvelopeMsg)
+    header = decode(envelope.header, UpdateHeaderMsg)
+    return header, open_masked_update(header, envelope.sealed, ROUND_KEY)
+
+
+def unmasked(manifest: RoundManifestMsg, pending: PendingUpdate) -> NDArray[np.float64]:
+    """What helpers and aggregator find when this is the only update."""
+    terms, (header, body) = secure_round(manifest), body_in(pending)
+    public = {header.device: KEY.public_key()}
+    masked = masked_vector(
+        terms, body, device=header.device, update_id=header.update_id, device_key=public[header.device]
+    )
+    alone = [
+        sum_of_masks(
+            _for_one(terms), [entry_for(terms, body, name)], helper=name, key=HELPER_KEYS[name], device_keys=public
+        )
+        for name in HELPERS
+    ]
+    return unmask(terms, masked, alone, update_ids=[header.update_id])
+
+
+def _for_one(terms: Any) -> Any:
+    """As a helper without any floor would take the round: to look at one update, as only a test may."""
+    return type(terms)(**{**{name: getattr(terms, name) for name in terms.__dataclass_fields__}, "minimum_cohort": 1})
+
+
+def take_part(manifest: RoundManifestMsg, *, seed: str = "participant") -> PendingUpdate:
+    """One participation."""
+    work = participant(MemoryStore(), seed=seed).begin(manifest, PARAMS, None, now_s=1000.0)
+    while not work.done:
+        work.advance()
+    return work.finish(1000.0)
+
+
+def change_of(manifest: RoundManifestMsg) -> NDArray[np.float64]:
+    """The change that the same participation sends in an open round."""
+    work = participant(MemoryStore()).begin(manifest, PARAMS, None, now_s=1000.0)
+    while not work.done:
+        work.advance()
+    return np.asarray(work._computation.change(), np.float64)[:8]
+
+
+def test_helpers_and_aggregator_find_the_update_to_within_one_step_of_the_grid() -> None:
+    manifest = manifest_of(engine="secure", secure=secure(terms={"l2_norm_clip": 8.0, "bits": 24}).secure)
+    found = unmasked(manifest, take_part(manifest))
+    assert manifest.secure is not None
+    # Rotated and rounded: the length of what rounding changes is at most one step in each number.
+    assert float(np.linalg.norm(found - change_of(manifest))) <= manifest.secure.step * np.sqrt(len(found))
+
+
+def test_a_longer_update_is_cut_to_the_clip() -> None:
+    manifest = manifest_of(engine="secure", secure=secure(terms={"l2_norm_clip": 0.25}).secure)
+    assert float(np.linalg.norm(change_of(manifest))) > 0.4
+    assert float(np.linalg.norm(unmasked(manifest, take_part(manifest)))) <= 0.25 * 1.05
+
+
+def test_nothing_but_the_sum_of_all_parts_tells_of_the_update() -> None:
+    manifest = manifest_of(engine="secure", secure=secure().secure)
+    one, again = (body_in(take_part(manifest, seed=seed))[1] for seed in ("one", "other"))
+    assert one.masked != again.masked
+    assert not set(one.seeds) & set(again.seeds)
+
+
+def test_trying_again_after_a_full_disk_sends_the_same_bytes() -> None:
+    store = MemoryStore()
+    work = participant(store).begin(manifest_of(engine="secure", secure=secure().secure), PARAMS, None, now_s=1000.0)
+    while not work.done:
+        work.advance()
+    store.full = True
+    with pytest.raises(StoreError):
+        work.finish(1000.0)
+    sealed_first = work._update
+    store.full = False
+    assert sealed_first is not None
+    assert work.finish(1000.0).envelope == sealed_first.pending.envelope
+
+
+VARIANCE = 10_000.0
+LENGTH = 20_000
+FALSE_ALARM_RATE = 1e-6
+
+
+def noise_looks_right(protect: Callable[..., SecureBodyMsg]) -> bool:
+    """Whether a zero update carries noise of the variance that its manifest says.
+
+    The sum of the squares of n numbers of variance v and kurtosis 3 + 1/v has a standard deviation of about
+    v sqrt(2 n); 4.9 of them are left with probability 1e-6.
+    """
+    manifest = secure(num_parameters=LENGTH, terms={"bits": 32, "device_noise_variance": VARIANCE, "step": 2.0**-4})
+    assert manifest.secure is not None
+    sender = Sender(DEVICE, bytes(16), KEY)
+    body = protect(
+        manifest.secure, manifest, np.zeros(LENGTH, np.float32), sender=sender, entropy=SeededEntropy("noise")
+    )
+    terms = secure_round(manifest)
+    entries = [entry_for(terms, body, name) for name in HELPERS]
+    total = masked_vector(terms, body, device=DEVICE, update_id=bytes(16), device_key=KEY.public_key()).astype(np.int64)
+    for name, entry in zip(HELPERS, entries, strict=True):
+        one = sum_of_masks(
+            _for_one(terms), [entry], helper=name, key=HELPER_KEYS[name], device_keys={DEVICE: KEY.public_key()}
+        )
+        total -= np.frombuffer(one.total, "<u4").astype(np.int64)
+    noise = (total + (1 << 31)) % (1 << 32) - (1 << 31)
+    return abs(float(np.mean(noise.astype(np.float64) ** 2)) / VARIANCE - 1) < 4.9 * np.sqrt(2 / LENGTH)
+
+
+def test_an_update_carries_its_share_of_the_noise() -> None:
+    assert noise_looks_right(protected_update)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("skellam(variance, len(change), entropy) if variance else", "np.zeros(len(change), np.int64) if True else"),
+        ("skellam(variance, len(change), entropy)", "skellam(variance / 2, len(change), entropy)"),
+    ],
+    ids=["none", "half of it"],
+)
+def test_a_device_that_saves_on_noise_is_caught(change: tuple[str, str]) -> None:
+    assert not noise_looks_right(broken_copy("device_client.secure_update", change).protected_update)
+
+
+FLOORS = Floors(minimum_helpers=2, minimum_operators=2, minimum_sum_noise_multiplier=0.05)
+NOISY = {"device_noise_variance": 4096.0, "bits": 24}
+ONE = sign(helper_key("helper-a"), HELPERS["helper-a"])
+SAME_OPERATOR = sign(replace(helper_key("helper-b"), operator="operator-a"), HELPERS["helper-b"])
+BELOW: list[tuple[RoundManifestMsg, str, dict[str, float]]] = [
+    (make_manifest(), "0 helpers are below the wearer's floor 2", {"minimum_helpers": 0, "minimum_operators": 0}),
+    (
+        secure(terms={**NOISY, "helpers": (ONE,)}),
+        "1 helpers are below the wearer's floor 2",
+        {"minimum_helpers": 1, "minimum_operators": 1},
+    ),
+    (
+        secure(terms={**NOISY, "helpers": (ONE, SAME_OPERATOR)}),
+        "1 operators of helpers are below the wearer's floor 2",
+        {"minimum_operators": 1},
+    ),
+    (
+        secure(terms={"device_noise_variance": 256.0}),
+        "noise multiplier 0.02\\d+ is below the wearer's floor 0.05",
+        {"minimum_sum_noise_multiplier": 0.0},
+    ),
+]
+
+
+def test_what_is_at_least_as_private_as_the_floors_is_accepted() -> None:
+    FLOORS.check(secure(terms=NOISY))
+    FLOORS.check(secure(terms={"helper_noise_sigma": 64.0, "bits": 24}))
+
+
+@pytest.mark.parametrize(("manifest", "words"), [(manifest, words) for manifest, words, _ in BELOW])
+def test_what_is_less_private_is_refused_by_name(manifest: RoundManifestMsg, words: str) -> None:
+    quiet_open = manifest.secure is None
+    floors = Floors(minimum_helpers=2, minimum_operators=2) if quiet_open else FLOORS
+    with pytest.raises(FloorsError, match=words):
+        floors.check(manifest)
+
+
+@pytest.mark.parametrize(("manifest", "blind_to"), [(manifest, blind) for manifest, _, blind in BELOW])
+def test_without_that_one_floor_it_is_accepted(manifest: RoundManifestMsg, blind_to: dict[str, float]) -> None:
+    if manifest.secure is None:
+        blind_to = {**blind_to, "minimum_sum_noise_multiplier": 0.0}
+    Floors(**{**vars(FLOORS), **blind_to}).check(manifest)
+
+
+def refused_by_session(terms: SecureTermsMsg, **settings: Any) -> str:
+    """Why a session does not take part; empty if it asks for the model."""
+    driver = Driver(**settings)
+    actions = driver.open_round(engine="secure", secure=terms)
+    if asked_for(actions):
+        return ""
+    assert notes(actions)[0] == "message_refused"
+    return driver.session.view().refused
+
+
+def test_a_session_takes_part_with_its_pinned_helpers_only() -> None:
+    assert refused_by_session(secure_terms(), helpers=PINNED) == ""
+    assert "not among the pinned ones" in refused_by_session(secure_terms())
+    stranger = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    forged = secure_terms(helpers=tuple(sign(helper_key(name), stranger) for name in HELPERS))
+    assert "not signed by the pinned key" in refused_by_session(forged, helpers=PINNED)
+
+
+def test_a_helpers_key_that_cannot_be_sealed_to_costs_nothing() -> None:
+    bad = replace(helper_key("helper-b"), recipient=RecipientKeyMsg(kem="x25519", public_key=bytes(32)))
+    manifest = secure(terms={"helpers": (ONE, sign(bad, HELPERS["helper-b"]))})
+    with pytest.raises(InfeasibleError, match="cannot be sealed to"):
+        check_feasible(manifest)
+
+
+def test_a_modulus_that_could_overflow_costs_nothing() -> None:
+    with pytest.raises(InfeasibleError, match="take a larger step"):
+        check_feasible(secure(terms={"bits": 12, "device_noise_variance": 4096.0}))
+
+
+def pin(name: str, /, **changes: str) -> dict[str, str]:
+    return {"name": name, "operator": f"operator-{name[-1]}", "key": public_key_hex(PINNED[name].key), **changes}
+
+
+def study(*helpers: dict[str, str]) -> StudyConfig:
+    fields = {
+        "tenant": "clinic",
+        "task": "watch",
+        "broker": {"host": "127.0.0.1", "port": 1883},
+        "bundle": "watch.covey",
+        "publisher_key": "00" * 32,
+        "aggregator_key": "00" * 32,
+        "helpers": list(helpers),
+    }
+    return msgspec.convert(fields, StudyConfig)
+
+
+@pytest.mark.parametrize(
+    ("helpers", "words"),
+    [
+        ((pin("helper-a"), pin("helper-a")), "expected each name and each key once"),
+        ((pin("helper-a"), pin("helper-a", name="helper-b")), "expected each name and each key once"),
+        ((pin("helper-a", key="xyz"),), "expected an Ed25519 public key as 64 hex digits"),
+    ],
+    ids=["a name twice", "one helper under two names", "no key"],
+)
+def test_pins_that_make_no_sense_are_refused(helpers: tuple[dict[str, str], ...], words: str) -> None:
+    with pytest.raises(Exception, match=words):
+        study(*helpers)
+
+
+def test_the_wearer_agrees_to_named_helpers() -> None:
+    privacy = PrivacyConfig(epsilon=1.0, delta=1e-5)
+    assert "masked for (helpers)" not in terms_of(study(), privacy)
+    with_one, with_two = (
+        terms_of(study(*map(pin, names)), privacy) for names in (["helper-a"], ["helper-a", "helper-b"])
+    )
+    assert "helper-a of operator-a" in with_one["masked for (helpers)"]
+    assert with_one != with_two
