@@ -145,7 +145,7 @@ class _Settled:
             raise DatabaseError(f"rounds of task {row['task']} cannot go on after {number}: there is no larger number")
         self.numbers[row["task"]] = number
         changes: dict[str, Any] = {"number": number}
-        if row["phase"] in {"idle", "open"}:
+        if row["phase"] in {"idle", "open", "unmasking"}:
             changes |= {
                 "phase": "paused",
                 "pausing": False,

@@ -31,6 +31,22 @@ class Ticked:
 
 
 @dataclass(frozen=True)
+class Unmasked:
+    """Every helper has answered about the round that is being unmasked."""
+
+
+@dataclass(frozen=True)
+class StillMasked:
+    """Time has passed, and helpers have not answered.
+
+    Args:
+        missing: which ones, and what they said, in words.
+    """
+
+    missing: str
+
+
+@dataclass(frozen=True)
 class CombineFailed:
     """The round's updates could not be combined, or (`rejected`) made a model that the validation set finds worse.
 
@@ -86,6 +102,18 @@ class CommitRound:
 
 
 @dataclass(frozen=True)
+class AskHelpers:
+    """Take no more updates into the round, and ask its helpers for the sums of their masks; or ask them again.
+
+    Args:
+        until_s: Unix seconds, by when they should have answered.
+    """
+
+    number: int
+    until_s: float
+
+
+@dataclass(frozen=True)
 class AbortRound:
     """Throw the round's updates away; the model stays. Rejected: the validation set found the next model worse."""
 
@@ -129,5 +157,5 @@ class RollBack:
 
 
 RoundOrder = PauseAsked | ResumeAsked | AbortAsked | RollbackAsked
-RoundEvent = Reachable | Arrived | Ticked | CombineFailed | ClockJumped | RoundOrder
-RoundAction = CommitRound | AbortRound | OpenRound | ExtendRound | FinishTask | AnnounceTask | RollBack
+RoundEvent = Reachable | Arrived | Ticked | Unmasked | StillMasked | CombineFailed | ClockJumped | RoundOrder
+RoundAction = AskHelpers | CommitRound | AbortRound | OpenRound | ExtendRound | FinishTask | AnnounceTask | RollBack

@@ -4,8 +4,9 @@
 goal or at its deadline; it commits with at least the minimum cohort and otherwise aborts, saying why, and the next
 round tries again from the same model. An asynchronous round (FedBuff: J. Nguyen et al., arXiv 2106.06639, algorithm
 1; the goal is the buffer's size) is never given up for want of updates: its deadline moves until the minimum cohort
-is there. The task is finished after the wanted number of committed rounds. The operator pauses, resumes, aborts and
-rolls back.
+is there. Where updates are masked, a round that closes with enough of them is unmasked first: its helpers are asked,
+and it is given up if they have not answered in time. The task is finished after the wanted number of committed
+rounds. The operator pauses, resumes, aborts and rolls back.
 
 Invariants: numbers, committed rounds and model versions never fall; at most one round is open; fewer updates than the
 minimum cohort are never combined; a finished or aborted task opens no round.
@@ -24,6 +25,7 @@ from aggregator.round_events import (
     AbortRound,
     AnnounceTask,
     Arrived,
+    AskHelpers,
     ClockJumped,
     CombineFailed,
     CommitRound,
@@ -37,7 +39,9 @@ from aggregator.round_events import (
     RollbackAsked,
     RoundAction,
     RoundEvent,
+    StillMasked,
     Ticked,
+    Unmasked,
 )
 from fl_protocol.errors import LocalMisuseError
 
@@ -52,6 +56,7 @@ class Phase(str, enum.Enum):
 
     IDLE = "idle"
     OPEN = "open"
+    UNMASKING = "unmasking"
     PAUSED = "paused"
     FINISHED = "finished"
     ABORTED = "aborted"
@@ -70,6 +75,7 @@ class RoundPolicy:
         maximum_staleness: rounds by which an update may be late and still counts; 0 when synchronous.
         most_failures: rounds in a row that cannot be combined, or make the model worse, until the task pauses.
         makes_models: whether a commit makes a model; evaluations and statistics do not.
+        unmasking_s: seconds that helpers have to answer; None where updates are not masked. Only when synchronous.
     """
 
     rounds: int
@@ -80,6 +86,7 @@ class RoundPolicy:
     maximum_staleness: int = 0
     most_failures: int = 3
     makes_models: bool = True
+    unmasking_s: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.minimum_cohort <= self.goal:
@@ -95,6 +102,11 @@ class RoundPolicy:
                 f"maximum_staleness: expected 0 when mode is 'sync' and at least 0 when it is 'async', "
                 f"got {self.maximum_staleness} with {self.mode!r}"
             )
+        if self.unmasking_s is not None and (self.mode == "async" or not 0 < self.unmasking_s < math.inf):
+            raise LocalMisuseError(
+                f"unmasking_s: expected above 0, finite, and only when mode is 'sync', got {self.unmasking_s} with "
+                f"{self.mode!r}"
+            )
         if self.most_failures < 1:
             raise LocalMisuseError(f"most_failures: expected at least 1, got {self.most_failures}")
 
@@ -107,10 +119,11 @@ class RoundState:
         number: the newest round's number; aborted rounds have numbers too. 0 before the first.
         committed: committed rounds.
         version: version of the model in force. A commit, the finished model and a rollback each make the next one.
-        arrived: updates counted in the open round.
-        opened_s: Unix seconds; 0 when no round is open.
-        deadline_s: Unix seconds; 0 when no round is open.
-        pausing: the task pauses when the open round closes.
+        arrived: updates counted in the open round, or in the one that is being unmasked.
+        opened_s: of that round, Unix seconds; 0 when there is none.
+        deadline_s: of that round, and then by when its helpers should have answered, Unix seconds; 0 when there is
+            none.
+        pausing: the task pauses when that round closes.
         failures: rounds in a row that could not be combined or were rejected.
         reason: why the task is paused or aborted, for its operator; empty otherwise.
     """
@@ -166,8 +179,8 @@ def why_not(state: RoundState, event: RoundEvent) -> str:
             reason = f"the task pauses already, when round {state.number} closes; to give that round up, pause at once"
         case ResumeAsked() if state.phase is Phase.IDLE:
             reason = "the task has not begun; its first round opens as soon as the broker can be reached"
-        case ResumeAsked() if state.phase is Phase.OPEN and not state.pausing:
-            reason = f"the task is not paused: round {state.number} is open"
+        case ResumeAsked() if state.phase in _UNDER_WAY and not state.pausing:
+            reason = f"the task is not paused: round {state.number} is {state.phase.value}"
         case RollbackAsked() if not 0 <= event.version <= state.version:
             reason = f"the model has no version {event.version}; its versions are 0 to {state.version}"
         case RollbackAsked() if event.version == state.version:
@@ -208,12 +221,42 @@ def _check_open(state: RoundState, _event: RoundEvent, now_s: float, policy: Rou
     if state.arrived < policy.goal and now_s < state.deadline_s:
         return state, []
     if state.arrived >= policy.minimum_cohort:
-        closed = replace(state, committed=state.committed + 1, version=state.version + policy.makes_models, failures=0)
-        return _after(CommitRound(state.number), *_go_on(closed, now_s, policy))
+        return _commit(state, now_s, policy) if policy.unmasking_s is None else _ask(state, now_s, policy.unmasking_s)
     # A pause that was asked for ends the waiting: without it an empty buffer would put the pause off for ever.
     if policy.mode == "async" and not state.pausing:
         return _move_deadline(state, now_s + policy.duration_s)
     return _after(AbortRound(state.number, _too_few(state, policy)), *_go_on(state, now_s, policy))
+
+
+def _commit(state: RoundState, now_s: float, policy: RoundPolicy) -> _Step:
+    """The round made what comes next."""
+    closed = replace(state, committed=state.committed + 1, version=state.version + policy.makes_models, failures=0)
+    return _after(CommitRound(state.number), *_go_on(closed, now_s, policy))
+
+
+def _ask(state: RoundState, now_s: float, unmasking_s: float) -> _Step:
+    """Ask helpers, or ask again, with the whole time to answer."""
+    until_s = now_s + unmasking_s
+    return replace(state, phase=Phase.UNMASKING, deadline_s=until_s), [AskHelpers(state.number, until_s)]
+
+
+def _ask_again(state: RoundState, event: Reachable | ClockJumped, now_s: float, policy: RoundPolicy) -> _Step:
+    """After an outage, or under another clock."""
+    if isinstance(event, ClockJumped):
+        state = replace(state, opened_s=min(state.opened_s + event.by_s, now_s))
+    return _ask(state, now_s, policy.unmasking_s or policy.duration_s)
+
+
+def _check_unmasking(state: RoundState, event: StillMasked, now_s: float, policy: RoundPolicy) -> _Step:
+    """Give a round up whose helpers do not answer."""
+    if now_s < state.deadline_s:
+        return state, []
+    return _give_up(state, CombineFailed(event.missing), now_s, policy)
+
+
+def _unmask(state: RoundState, _event: Unmasked, now_s: float, policy: RoundPolicy) -> _Step:
+    """All helpers have answered."""
+    return _commit(state, now_s, policy)
 
 
 def _after(first: RoundAction, state: RoundState, actions: list[RoundAction]) -> _Step:
@@ -315,7 +358,7 @@ def _resume_paused(state: RoundState, _event: RoundEvent, now_s: float, policy: 
 def _abort_task(state: RoundState, event: AbortAsked, _now_s: float, _policy: RoundPolicy) -> _Step:
     """Give the task up for good, and its open round with it."""
     reason = "the operator aborted the task" + (f": {event.reason}" if event.reason else "")
-    closing: list[RoundAction] = [_dropped(state, reason)] if state.phase is Phase.OPEN else []
+    closing: list[RoundAction] = [_dropped(state, reason)] if state.phase in _UNDER_WAY else []
     return _standing(state, Phase.ABORTED, reason), [*closing, AnnounceTask()]
 
 
@@ -331,6 +374,7 @@ def _roll_back(state: RoundState, event: RollbackAsked, _now_s: float, _policy: 
     return replace(state, version=state.version + 1), [RollBack(event.version), AnnounceTask()]
 
 
+_UNDER_WAY = (Phase.OPEN, Phase.UNMASKING)
 _TABLE: dict[tuple[Phase, type], Callable[[RoundState, Any, float, RoundPolicy], _Step]] = {
     (Phase.IDLE, Reachable): _open_first,
     (Phase.IDLE, Ticked): _open_first,  # when the database did not take the first opening
@@ -346,6 +390,15 @@ _TABLE: dict[tuple[Phase, type], Callable[[RoundState, Any, float, RoundPolicy],
     (Phase.OPEN, ResumeAsked): _keep_going,
     (Phase.OPEN, AbortAsked): _abort_task,
     (Phase.OPEN, RollbackAsked): _roll_back_open,
+    (Phase.UNMASKING, Reachable): _ask_again,
+    (Phase.UNMASKING, ClockJumped): _ask_again,
+    (Phase.UNMASKING, StillMasked): _check_unmasking,
+    (Phase.UNMASKING, Unmasked): _unmask,
+    (Phase.UNMASKING, CombineFailed): _give_up,
+    (Phase.UNMASKING, PauseAsked): _pause_open,
+    (Phase.UNMASKING, ResumeAsked): _keep_going,
+    (Phase.UNMASKING, AbortAsked): _abort_task,
+    (Phase.UNMASKING, RollbackAsked): _roll_back_open,
     (Phase.PAUSED, ResumeAsked): _resume_paused,
     (Phase.PAUSED, AbortAsked): _abort_task,
     (Phase.PAUSED, RollbackAsked): _roll_back,

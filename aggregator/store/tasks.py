@@ -202,7 +202,7 @@ def _task(connection: Connection, row: Row[Any]) -> StoredTask:
         failures=row.failures,
         reason=row.reason,
     )
-    if state.phase is Phase.OPEN:
+    if state.phase in {Phase.OPEN, Phase.UNMASKING}:
         rounds, partials = schema.rounds.c, schema.partials.c
         opened = connection.execute(
             select(rounds.opened_s, rounds.deadline_s).where(rounds.task == row.task, rounds.number == state.number)

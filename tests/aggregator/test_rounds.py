@@ -17,6 +17,7 @@ from aggregator.round_events import (
     AbortRound,
     AnnounceTask,
     Arrived,
+    AskHelpers,
     ClockJumped,
     CombineFailed,
     CommitRound,
@@ -31,14 +32,20 @@ from aggregator.round_events import (
     RoundAction,
     RoundEvent,
     RoundOrder,
+    StillMasked,
     Ticked,
+    Unmasked,
 )
 from aggregator.rounds import RESUME_GRACE_S, Phase, RoundPolicy, RoundState, transition, why_not
 from fl_protocol.errors import LocalMisuseError
 
 POLICY = RoundPolicy(rounds=2, goal=3, minimum_cohort=2, duration_s=60.0)
 BUFFERED = RoundPolicy(rounds=2, goal=3, minimum_cohort=2, duration_s=60.0, mode="async", maximum_staleness=4)
+MASKED = RoundPolicy(rounds=2, goal=3, minimum_cohort=2, duration_s=60.0, unmasking_s=20.0)
 FINAL = (Phase.FINISHED, Phase.ABORTED)
+
+
+UNDER_WAY = (Phase.OPEN, Phase.UNMASKING)
 
 
 class Task(RuleBasedStateMachine):
@@ -51,12 +58,31 @@ class Task(RuleBasedStateMachine):
         duration_s=st.floats(1.0, 1e4),
         buffered=st.booleans(),
         most_failures=st.integers(1, 3),
+        masked=st.booleans(),
     )
     def begin(
-        self, rounds: int, cohort: int, extra: int, *, duration_s: float, buffered: bool, most_failures: int
+        self,
+        rounds: int,
+        cohort: int,
+        extra: int,
+        *,
+        duration_s: float,
+        buffered: bool,
+        most_failures: int,
+        masked: bool,
     ) -> None:
         mode, staleness = ("async", 3) if buffered else ("sync", 0)
-        self.policy = RoundPolicy(rounds, cohort + extra, cohort, duration_s, mode, staleness, most_failures)  # type: ignore[arg-type]
+        self.policy = RoundPolicy(
+            rounds,
+            cohort + extra,
+            cohort,
+            duration_s,
+            mode,  # type: ignore[arg-type]
+            staleness,
+            most_failures,
+            unmasking_s=20.0 if masked and not buffered else None,
+        )
+        self.asked = 0
         self.state, self.now_s, self.arrived = RoundState(), 1e6, 0
         self.opened: list[int] = []
         self.closed: list[int] = []
@@ -71,7 +97,7 @@ class Task(RuleBasedStateMachine):
             assert not refused
         for action in actions:
             self.check(action, before, event)
-        assert (self.state.phase is Phase.OPEN) == (self.opened != self.closed)
+        assert (self.state.phase in UNDER_WAY) == (self.opened != self.closed)
         assert self.state.number >= before.number
         assert self.state.committed >= before.committed
         assert self.state.version >= before.version
@@ -91,12 +117,20 @@ class Task(RuleBasedStateMachine):
             case CommitRound():
                 self.close(action.number)
                 assert self.arrived >= self.policy.minimum_cohort
-                assert self.arrived >= self.policy.goal or self.now_s >= before.deadline_s
+                if self.policy.unmasking_s is None:
+                    assert self.arrived >= self.policy.goal or self.now_s >= before.deadline_s
+                else:
+                    assert self.asked == action.number
+                    assert isinstance(event, Unmasked)
                 self.commits, self.versions = self.commits + 1, self.versions + 1
+            case AskHelpers():
+                self.check_asking(action, before)
             case AbortRound():
                 self.close(action.number)
                 assert action.reason
                 assert (action.outcome == "rejected") == (isinstance(event, CombineFailed) and event.rejected)
+                if isinstance(event, StillMasked):
+                    assert self.now_s >= before.deadline_s
                 if isinstance(event, Ticked | Reachable):
                     assert self.arrived < self.policy.minimum_cohort
                     assert self.policy.mode == "sync" or before.pausing
@@ -110,7 +144,16 @@ class Task(RuleBasedStateMachine):
                 assert 0 <= action.version < before.version
                 self.versions += 1
             case AnnounceTask():
-                assert self.state.phase is not Phase.OPEN
+                assert self.state.phase not in UNDER_WAY
+
+    def check_asking(self, action: AskHelpers, before: RoundState) -> None:
+        assert self.policy.unmasking_s is not None
+        assert action.number == self.opened[-1]
+        assert self.arrived >= self.policy.minimum_cohort
+        assert action.until_s == self.state.deadline_s == self.now_s + self.policy.unmasking_s
+        if before.phase is Phase.OPEN:
+            assert self.arrived >= self.policy.goal or self.now_s >= before.deadline_s
+        self.asked = action.number
 
     def close(self, number: int) -> None:
         self.closed.append(number)
@@ -146,6 +189,16 @@ class Task(RuleBasedStateMachine):
     def start(self) -> None:
         self.tell(Reachable())
 
+    @rule(late=st.booleans())
+    def wait_for_helpers(self, late: bool) -> None:
+        if self.state.phase is Phase.UNMASKING and late:
+            self.now_s = self.state.deadline_s
+        self.tell(StillMasked("helper-b has not answered"))
+
+    @rule()
+    def hear_all_helpers(self) -> None:
+        self.tell(Unmasked())
+
     @rule(rejected=st.booleans())
     def fail_to_combine(self, rejected: bool) -> None:
         self.tell(CombineFailed("not finite", rejected=rejected))
@@ -153,12 +206,15 @@ class Task(RuleBasedStateMachine):
     @rule(by_s=st.floats(-9e5, 1e6))
     def set_the_clock(self, by_s: float) -> None:
         was_open, arrived = self.state.phase is Phase.OPEN, self.arrived
+        was_unmasking = self.state.phase is Phase.UNMASKING
         self.now_s = max(1.0, self.now_s + by_s)
         self.tell(ClockJumped(by_s))
         if was_open:
             left_s = self.state.deadline_s - self.now_s
             assert min(RESUME_GRACE_S, self.policy.duration_s) * 0.999 <= left_s <= self.policy.duration_s * 1.001
             assert (self.state.phase, self.arrived) == (Phase.OPEN, arrived)
+        if was_unmasking:
+            assert (self.state.phase, self.state.deadline_s) == (Phase.UNMASKING, self.now_s + 20.0)
 
     @rule(at_once=st.booleans())
     def pause(self, at_once: bool) -> None:
@@ -187,9 +243,10 @@ class Task(RuleBasedStateMachine):
 
     @invariant()
     def an_open_round_has_time_and_a_count(self) -> None:
-        if self.state.phase is Phase.OPEN:
+        if self.state.phase in UNDER_WAY:
+            longest_s = self.policy.duration_s if self.state.phase is Phase.OPEN else 20.0
             assert self.state.deadline_s > self.state.opened_s
-            assert self.state.deadline_s <= self.now_s + self.policy.duration_s
+            assert self.state.deadline_s <= self.now_s + longest_s
             assert self.state.arrived == self.arrived
         else:
             assert (self.state.arrived, self.state.deadline_s, self.state.pausing) == (0, 0.0, False)
@@ -255,6 +312,18 @@ def leaving_the_round_open(
     return after_, [action for action in actions if not isinstance(action, AbortRound)]
 
 
+def not_waiting_for_helpers(
+    state: RoundState, event: RoundEvent, now_s: float, policy: RoundPolicy
+) -> tuple[RoundState, list[RoundAction]]:
+    return rounds._check_open(state, event, now_s, replace(policy, unmasking_s=None))
+
+
+def forgetting_the_round(
+    state: RoundState, event: RoundEvent, now_s: float, policy: RoundPolicy
+) -> tuple[RoundState, list[RoundAction]]:
+    return rounds._go_on(state, now_s, policy)
+
+
 def rolling_back_the_count(
     state: RoundState, event: RoundEvent, now_s: float, policy: RoundPolicy
 ) -> tuple[RoundState, list[RoundAction]]:
@@ -275,6 +344,10 @@ def test_the_table_keeps_its_promises() -> None:
         ((Phase.OPEN, PauseAsked), leaving_the_round_open),
         ((Phase.OPEN, RollbackAsked), rolling_back_the_count),
         ((Phase.ABORTED, Ticked), rounds._open_first),
+        ((Phase.OPEN, Ticked), not_waiting_for_helpers),
+        ((Phase.UNMASKING, StillMasked), forgetting_the_round),
+        ((Phase.UNMASKING, ClockJumped), blind_to_jumps),
+        ((Phase.UNMASKING, PauseAsked), leaving_the_round_open),
     ],
 )
 def test_a_table_with_one_broken_rule_is_noticed(
@@ -323,6 +396,43 @@ def test_a_deadline_with_the_minimum_cohort_commits() -> None:
     for policy in (POLICY, BUFFERED):
         _, actions = after((Reachable(), 0.0), (Arrived(2), 1.0), (Ticked(), 60.0), policy=policy)
         assert actions[1] == CommitRound(1)
+
+
+def test_a_masked_round_waits_for_its_helpers() -> None:
+    state, actions = after((Reachable(), 0.0), (Arrived(3), 1.0), (Ticked(), 1.0), policy=MASKED)
+    assert actions[1:] == [AskHelpers(1, 21.0)]
+    assert (state.phase, state.arrived) == (Phase.UNMASKING, 3)
+    assert after((Ticked(), 1e9), (Arrived(9), 9.0), (StillMasked("b"), 20.9), state=state, policy=MASKED)[1] == []
+    _, actions = after((Unmasked(), 5.0), state=state, policy=MASKED)
+    assert actions == [CommitRound(1), OpenRound(2, 5.0, 65.0)]
+
+
+def test_a_helper_that_does_not_answer_is_named_and_the_task_pauses_in_the_end() -> None:
+    state, said = RoundState(), []
+    for _ in range(MASKED.most_failures):
+        state, actions = after(
+            (Reachable(), 0.0), (Arrived(3), 1.0), (Ticked(), 1.0), (StillMasked("no answer of helper-b"), 21.0),
+            state=state, policy=MASKED,
+        )  # fmt: skip
+        said += [action.reason for action in actions if isinstance(action, AbortRound)]
+    assert [reason.split(":")[0] for reason in said] == [
+        f"the 3 updates of round {number} could not be combined" for number in (1, 2, 3)
+    ]
+    assert all("no answer of helper-b" in reason for reason in said)
+    assert (state.phase, "no answer of helper-b" in state.reason) == (Phase.PAUSED, True)
+
+
+def test_a_garbage_sum_gives_the_round_up() -> None:
+    state, _ = after((Reachable(), 0.0), (Arrived(3), 1.0), (Ticked(), 1.0), policy=MASKED)
+    _, actions = after((CombineFailed("a helper's sum is wrong"), 2.0), state=state, policy=MASKED)
+    assert isinstance(actions[0], AbortRound)
+    assert actions[1] == OpenRound(2, 2.0, 62.0)
+
+
+@pytest.mark.parametrize("changes", [{"mode": "async"}, {"unmasking_s": 0.0}, {"unmasking_s": float("inf")}])
+def test_time_for_helpers_that_makes_no_sense_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(LocalMisuseError, match="unmasking_s"):
+        replace(MASKED, **changes)  # type: ignore[arg-type]
 
 
 def test_a_buffer_that_is_not_full_enough_is_waited_for() -> None:
