@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from aggregator.committer import Committer, PendingUpdate, Verdict
 from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator
 from aggregator.errors import DatabaseError
+from aggregator.helper_calls import HelperCalls
 from aggregator.in_force import config_of, tasks_in_force
 from aggregator.intake import Intake, IntakeLimits
 from aggregator.service import AggregatorService
@@ -38,6 +39,8 @@ from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.errors import ConfigError
+from fl_protocol.helper_config import pinned
+from fl_protocol.secagg.terms import HelperIdentity
 from fl_protocol.signing import public_key_from_hex
 from fl_protocol.transport import Transport
 
@@ -153,6 +156,7 @@ def assemble(files: AggregatorFiles, *, journal: Journal, worker: str | None = N
         now_s=time.time,
         monotonic_s=time.monotonic,
         limits=IntakeLimits(section.reassembly_bytes, section.device_bytes_a_minute, section.device_transfers_a_minute),
+        helpers=pinned(files.config.helpers),
         commits=CommitProcess(partial(_commits, files.path, worker or section.client_id)),
     )
 
@@ -170,6 +174,7 @@ def make_service(
     now_s: Callable[[], float],
     monotonic_s: Callable[[], float],
     limits: IntakeLimits,
+    helpers: Mapping[str, HelperIdentity] | None = None,
     commits: Commits | None = None,
 ) -> AggregatorService:
     """The parts of one process, connected; a simulation passes its own transport, time and randomness.
@@ -186,6 +191,7 @@ def make_service(
         now_s: Unix seconds.
         monotonic_s: seconds that no clock setting moves.
         limits: what half-received updates and single devices may take.
+        helpers: of secure rounds, by name.
         commits: whole updates; None to do so in this process.
     """
     committer = Committer(tenant=tenant, worker=name, store=store, entropy=entropy, now_s=now_s)
@@ -214,7 +220,15 @@ def make_service(
     coordinator = None
     if coordinates:
         announcer = Announcer(tenant, signing_key, transport)
-        ports = RunnerPorts(tenant, store, announcer, journal, entropy, now_s, name)
+        calls = HelperCalls(
+            tenant=tenant,
+            helpers=helpers or {},
+            signing_key=signing_key,
+            transport=transport,
+            note=partial(_noted, journal, now_s),
+            now_s=now_s,
+        )
+        ports = RunnerPorts(tenant, store, announcer, journal, entropy, now_s, name, calls)
         coordinator = Coordinator(name=name, ports=ports, load=lambda task: _load(task, ports), monotonic_s=monotonic_s)
     return AggregatorService(
         transport=transport,
@@ -240,6 +254,11 @@ def _commits(config: Path, name: str) -> Commit:
         return verdicts
 
     return commit
+
+
+def _noted(journal: Journal, now_s: Callable[[], float], event: str, **fields: object) -> None:
+    """Write to the journal."""
+    journal.write(event, at_s=now_s(), **fields)
 
 
 def _load(task: StoredTask, ports: RunnerPorts) -> TaskRunner:

@@ -63,8 +63,9 @@ connection_messages false
 def mosquitto_acl(*, tenant: str, aggregator: str, workers: tuple[str, ...] = ()) -> str:
     """The ACL: a device writes its own uploads and presence, reads its own answers, manifests and models; no more.
 
-    An ingest worker reads uploads and answers them, and has a device's rights under its own name, as everybody has.
-    What the study publishes (manifests, models) is the aggregator's alone.
+    A helper of secure rounds reads requests to it, and writes its key and its answers. An ingest worker reads uploads
+    and answers them, and has a device's rights under its own name, as everybody has. What the study publishes
+    (manifests, models) is the aggregator's alone.
 
     Args:
         tenant: name on the wire.
@@ -86,10 +87,16 @@ topic read {root}/state/#
 topic write {root}/round/#
 topic write {root}/model/#
 topic write {root}/down/#
+topic read {root}/helper/#
+topic write {root}/helper/+/request/#
 
 {ingest}pattern write {root}/up/+/%u/+/+
 pattern write {root}/state/%u
 pattern read {root}/down/%u/+
 pattern read {root}/round/+
 pattern read {root}/model/+/+
+pattern read {root}/helper/%u/request/+/+
+pattern write {root}/helper/%u/key
+pattern write {root}/helper/%u/refusal
+pattern write {root}/helper/%u/answer/+/+
 """

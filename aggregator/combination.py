@@ -15,21 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregator.errors import BlobError, CombineError
-from aggregator.exact_sum import UNIT
+from aggregator.exact_sum import UNIT, ExactSum
 from aggregator.federated_results import as_metrics, result_of
 from aggregator.ingest import Placed, RoundInForce, TaskInForce, Whole, open_sealed
 from aggregator.partial_sums import open_sum, sum_place
 from aggregator.robust_rules import combine_with_weights
 from aggregator.scaffold import PlainSteps, ServerControl, next_control
+from aggregator.secure_terms import noise_sigma
 from aggregator.server_optimisers import initial_state, state_from_bytes, state_to_bytes, step
 from aggregator.staleness import StalenessWeight, combine_stale
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.models import Float32, ModelRecord, NewModel
 from aggregator.store.updates import KeptUpdate
-from aggregator.task_file import TaskConfig, TrainingPlan
+from aggregator.task_file import Secure, TaskConfig, TrainingPlan
 from fl_protocol.errors import LocalMisuseError, RefusedError
+from fl_protocol.integer_noise import Entropy, discrete_gaussian
 from fl_protocol.messages import TrainingPlanMsg, UpdateHeaderMsg
 from fl_protocol.model_delta import make_delta
+from fl_protocol.secagg.errors import MaskSumError
+from fl_protocol.secagg.messages import MaskSumMsg
+from fl_protocol.secagg.parties import unmask
 
 Float64 = NDArray[np.float64]
 
@@ -42,11 +47,13 @@ class ClosedRound:
         number: of the round.
         update_length: numbers in an update.
         live: the rounds whose updates are in it, by number.
+        mask_sums: what the round's helpers answered, where updates are masked.
     """
 
     number: int
     update_length: int
     live: dict[int, RoundInForce]
+    mask_sums: tuple[MaskSumMsg, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,17 @@ class _ServerState(msgspec.Struct, frozen=True):
     residual: bytes = b""
 
 
-def combine(store: AggregatorStore, tenant: str, config: TaskConfig, closed: ClosedRound) -> Combined:
-    """The round's combined update.
+def combine(
+    store: AggregatorStore, tenant: str, config: TaskConfig, closed: ClosedRound, *, entropy: Entropy
+) -> Combined:
+    """The round's combined update; `entropy` is for noise that the aggregator itself adds.
 
     Raises:
         CombineError: there are too few updates for the rule, or what is stored of them is damaged.
         DatabaseError: a sum or an update cannot be read.
     """
+    if config.secure is not None:
+        return _unmasked(store, config, config.secure, closed, entropy)
     if config.rule.name == "mean":
         return _mean(store, config, closed)
     kept = store.updates.kept(config.name, closed.number)
@@ -90,14 +101,8 @@ def _mean(store: AggregatorStore, config: TaskConfig, closed: ClosedRound) -> Co
     staleness: dict[int, int] = {}
 
     def partials() -> Iterator[tuple[int, NDArray[np.int64], int]]:
-        for stored in store.updates.partials(config.name, closed.number):
-            key = (config.name, closed.number, stored.round)
-            sealed, place = store.blobs.get(stored.blob), sum_place(key, stored.worker)
-            try:
-                one = open_sum(sealed, closed.live[closed.number].sums_secret, place=place, count=stored.num_updates)
-            except BlobError as error:  # read it was; it is damaged, and waiting would not mend it
-                raise CombineError(str(error)) from error
-            late = closed.number - stored.round
+        for made_for, one in _workers_sums(store, config, closed):
+            late = closed.number - made_for
             staleness[late] = staleness.get(late, 0) + one.count
             yield late, one.total, one.count
 
@@ -106,6 +111,42 @@ def _mean(store: AggregatorStore, config: TaskConfig, closed: ClosedRound) -> Co
     mean, count = combine_stale(partials(), closed.update_length, weight=weight, unit=UNIT)
     metrics = {} if stale is None else {"staleness": {str(late): staleness[late] for late in sorted(staleness)}}
     return Combined(mean, count, metrics)
+
+
+def _workers_sums(store: AggregatorStore, config: TaskConfig, closed: ClosedRound) -> Iterator[tuple[int, ExactSum]]:
+    """Every worker's sums, with the round that their updates were made for."""
+    for stored in store.updates.partials(config.name, closed.number):
+        key = (config.name, closed.number, stored.round)
+        sealed, place = store.blobs.get(stored.blob), sum_place(key, stored.worker)
+        try:
+            one = open_sum(sealed, closed.live[closed.number].sums_secret, place=place, count=stored.num_updates)
+        except BlobError as error:  # read it was; it is damaged, and waiting would not mend it
+            raise CombineError(str(error)) from error
+        yield stored.round, one
+
+
+def _unmasked(
+    store: AggregatorStore, config: TaskConfig, secure: Secure, closed: ClosedRound, entropy: Entropy
+) -> Combined:
+    """The mean of masked updates, without their masks, and with the noise that the aggregator adds."""
+    terms = closed.live[closed.number].secure
+    if terms is None:
+        raise CombineError("the round's manifest is gone; abort the round")
+    words, count = np.zeros(closed.update_length, np.int64), 0
+    for _, one in _workers_sums(store, config, closed):
+        words += one.total
+        count += one.count
+    ids = [update.update_id for update in store.updates.kept(config.name, closed.number)]
+    if len(ids) != count:
+        raise CombineError(f"{count} updates were added up, and {len(ids)} are listed")
+    masked = terms.masks.reduced(terms.masks.words_of(words))
+    sigma = noise_sigma(config, secure, closed.update_length) if secure.noise_from == "aggregator" else 0.0
+    noise = discrete_gaussian(sigma, len(masked), entropy) if sigma else None
+    try:
+        total = unmask(terms, masked, closed.mask_sums, update_ids=ids, noise=noise)
+    except MaskSumError as error:
+        raise CombineError(str(error)) from error
+    return Combined(total / count, count, {"engine": "secure"})
 
 
 def _room_for(count: int, config: TaskConfig, closed: ClosedRound) -> NDArray[np.float32]:

@@ -22,7 +22,17 @@ from sqlalchemy import Connection
 
 from aggregator.errors import BlobError, ConflictError
 from aggregator.exact_sum import MOST_UPDATES
-from aggregator.ingest import NotNowError, Placed, TaskInForce, Whole, open_sealed, place, verify_header
+from aggregator.ingest import (
+    Masked,
+    NotNowError,
+    Placed,
+    TaskInForce,
+    Whole,
+    open_masked,
+    open_sealed,
+    place,
+    verify_header,
+)
 from aggregator.partial_sums import SumKey
 from aggregator.store.aggregator_store import AggregatorStore, RefusalCounts
 from aggregator.store.devices import find_devices
@@ -226,7 +236,7 @@ class Committer:
             except NotNowError:
                 batch.verdicts[index] = None
         with self._store.database.reading() as connection:
-            places = {(one.task, placed.counted_in, one.device) for (one, _, _), placed in fresh.values()}
+            places = {(whole.header.task, placed.counted_in, whole.header.device) for whole, placed in fresh.values()}
             batch.counted = devices_that_counted(connection, places)
         return fresh
 
@@ -255,10 +265,10 @@ class Committer:
             if counting in batch.counted or header.task in batch.unreadable:
                 batch.verdicts[index] = None
                 return
-            values = open_sealed(whole, placed)
+            opened = open_masked(whole, placed) if placed.task.is_masked else open_sealed(whole, placed)
             key = (placed.task.name, placed.counted_in, placed.round.number)
             mine = batch.sums.get(key) or self._sums.of(key, placed)
-            if mine.sum.count >= MOST_UPDATES:
+            if mine.sum.count >= _most_updates(placed):
                 raise RefusedError(RefusalReason.ROUND_CLOSED, f"round {placed.counted_in} takes no more updates")
         except RefusedError as refusal:
             batch.verdicts[index] = refusal
@@ -271,11 +281,14 @@ class Committer:
         batch.taken.add(sender)
         batch.counted.add(counting)
         batch.sums[key] = mine
-        if placed.task.keeps_updates:
+        if isinstance(opened, Masked):
+            batch.kept.setdefault(key, []).append((len(batch.rows), opened.entry))
+            mine.sum.add_masked(opened.vector)
+        elif placed.task.keeps_updates:
             batch.kept.setdefault(key, []).append((len(batch.rows), whole.sealed))
             mine.sum.count += 1
         else:
-            mine.sum.add(values)
+            mine.sum.add(opened)
         accepted = AcceptedUpdate(
             header.task, header.update_id, header.device, header.round, header.sealed_digest, self._now_s()
         )
@@ -306,7 +319,7 @@ class Committer:
                 for row, sealed in kept:
                     rows[row] = rows[row]._replace(segment=segment, start=start, length=len(sealed))
                     start += len(sealed)
-            else:
+            if not tasks[task].keeps_updates:
                 before_it = self._sums.put(key, mine, tasks[task].rounds[counted_in].sums_secret)
                 replaced += [before_it] if before_it else []
             stored[key] = StoredPartial(made_for, self._worker, mine.blob or "", mine.sum.count)
@@ -335,6 +348,12 @@ class Committer:
             is_open = self._store.rounds.is_open(connection, *key, counts_late=key in late)
             if not is_open and key in counting:
                 raise ConflictError(f"round {key[1]} of {key[0]} was closed while updates were opened")
+
+
+def _most_updates(placed: Placed) -> int:
+    """How many updates a round takes, of one worker."""
+    secure = placed.round.secure
+    return MOST_UPDATES if secure is None else min(MOST_UPDATES, secure.fixed_point.most_updates)
 
 
 def _may_be_open(key: tuple[str, int], tasks: Mapping[str, TaskInForce]) -> bool:

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from fl_protocol.broker_config import BrokerConfig
+from fl_protocol.helper_config import HelperPin, pinned
 from fl_protocol.messages import Name
 
 
@@ -42,7 +43,16 @@ class AggregatorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
 
 
 class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A whole ``aggregator.toml``."""
+    """A whole ``aggregator.toml``.
+
+    Args:
+        helpers: of secure rounds (``helpers = [{ name = ..., operator = ..., key = ... }]``); tasks use all of them, or
+            those that they name.
+    """
 
     aggregator: AggregatorSection
     broker: BrokerConfig
+    helpers: tuple[HelperPin, ...] = ()
+
+    def __post_init__(self) -> None:
+        pinned(self.helpers)

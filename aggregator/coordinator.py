@@ -20,7 +20,6 @@ from aggregator.round_events import (
     RollbackAsked,
     RoundEvent,
     RoundOrder,
-    Ticked,
 )
 from aggregator.rounds import why_not
 from aggregator.shards import LEASE_S, RENEW_EVERY_S
@@ -75,6 +74,10 @@ class Coordinator:
         """What is wrong with the database, in words; empty when it is well."""
         return self._outage.reason
 
+    def take(self, events: Sequence[TransportEvent]) -> list[TransportEvent]:
+        """Take what helpers of secure rounds say; the other events."""
+        return self._ports.calls.take(events)
+
     def handle(self, events: Sequence[TransportEvent], *, arrived: bool) -> None:
         """Take connections made and lost, and do what is due.
 
@@ -107,6 +110,7 @@ class Coordinator:
         """Everything is published again: a broker may have lost it."""
         try:
             self._ports.announcer.connected(event.maximum_packet_bytes)
+            self._ports.calls.connected(event.maximum_packet_bytes)
         except LocalMisuseError as error:
             self._note("broker_unusable", reason=str(error))
             return
@@ -124,6 +128,7 @@ class Coordinator:
         looks = arrived or not happened_within(LOOK_EVERY_S, self._looked_s, now_s)
         failed: list[DatabaseError] = []
         if looks and self._connected:
+            self._ports.calls.look_after()
             failed += self._note_clock_jump(now_s)
             if not happened_within(ORDERS_EVERY_S, self._asked_s, now_s):
                 failed += self._load_new_tasks()
@@ -187,7 +192,7 @@ class Coordinator:
             self._advance(runner, Reachable())
             self._unreached.discard(runner.name)
         runner.count_arrivals()
-        self._advance(runner, Ticked())
+        self._advance(runner, runner.due())
 
     def _advance(self, runner: TaskRunner, event: RoundEvent, *, order: tuple[int, str] | None = None) -> None:
         """Let something happen to a task, and remember if it may have erased keys. Raises DatabaseError."""

@@ -7,12 +7,14 @@ grid.) Rounding changes a value by at most 2^-33, which for any value above 2^-9
 
 **No overflow.** An update whose L2 norm is above `LARGEST_NORM` is refused, so no value exceeds 2^10 and `MOST_UPDATES`
 of them stay below 2^62 in int64. Up to 512 updates are added up in float64 first, which is faster: their sums stay
-below 2^19, and a float64 has all multiples of 2^-32 up to 2^21. Pure.
+below 2^19, and a float64 has all multiples of 2^-32 up to 2^21. Masked updates are words below 2^32, of which as many
+stay below 2^52. Pure.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +87,13 @@ class ExactSum:
             self._recent[start : start + _BLOCK] += block
         self.count += 1
         self._recent_count += 1
+
+    def add_masked(self, vector: NDArray[np.unsignedinteger[Any]]) -> None:
+        """Add one masked update, words [d] of at most 32 bits; `total` is then a sum of words. Raises CombineError."""
+        self._make_room(1)
+        total = self.total
+        total += vector
+        self.count += 1
 
     def merge(self, other: ExactSum) -> None:
         """Add another sum. Raises CombineError when there are too many updates in both."""

@@ -9,7 +9,10 @@ from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.rounds import LiveRound
 from aggregator.task_file import TaskConfig, read_task
 from fl_protocol.errors import ConfigError
+from fl_protocol.messages import RoundManifestMsg, decode
 from fl_protocol.sealing import RoundKey
+from fl_protocol.secagg.parties import SecureRound
+from fl_protocol.secagg.terms import secure_round
 
 
 def tasks_in_force(store: AggregatorStore) -> list[TaskInForce]:
@@ -41,18 +44,26 @@ def _task(name: str, spec: str, live: list[LiveRound]) -> TaskInForce:
         name=name,
         update_length=newest.update_length if newest is not None else 0,
         open_round=newest.number if newest is not None else None,
-        rounds={one.number: _round(one) for one in live},
+        rounds={one.number: round_in_force(one) for one in live},
         takes_stale=config.asynchronous is not None,
         encodings=config.updates.encodings,
         norm_bound=config.rule.norm_bound,
         keeps_updates=config.rule.name != "mean",
+        is_masked=config.secure is not None,
     )
 
 
-def _round(live: LiveRound) -> RoundInForce:
+def round_in_force(live: LiveRound) -> RoundInForce:
     """One round."""
+    secure = None if live.manifest is None else _secure(live.manifest)
     is_closing = live.outcome == "closing"
-    return RoundInForce(live.number, live.model_digest, _key(live.key), live.sums_secret, is_closing)
+    return RoundInForce(live.number, live.model_digest, _key(live.key), live.sums_secret, is_closing, secure)
+
+
+@lru_cache(maxsize=64)
+def _secure(manifest: bytes) -> SecureRound:
+    """What a stored manifest says about masking, decoded once."""
+    return secure_round(decode(manifest, RoundManifestMsg))
 
 
 @lru_cache(maxsize=256)

@@ -14,13 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from aggregator.exact_sum import LARGEST_NORM, norm_of
 from aggregator.robust_rules import bounded
 from fl_protocol.errors import ProtocolError, RefusalReason, RefusedError
-from fl_protocol.messages import EncodingName, UpdateEnvelopeView, UpdateHeaderMsg, decode
-from fl_protocol.sealing import RoundKey, open_update
+from fl_protocol.messages import EncodingName, UpdateEnvelopeView, UpdateHeaderMsg, decode, encode
+from fl_protocol.sealing import RoundKey, open_masked_update, open_update
+from fl_protocol.secagg.masks import Words
+from fl_protocol.secagg.parties import SecureRound, masked_vector
 from fl_protocol.signing import header_signature_is_valid
 from fl_protocol.update_encoding import open_values, rotation_seed
 
@@ -30,11 +33,13 @@ class Whole(NamedTuple):
 
     Args:
         bytes_up: as it came, header and all.
+        device_key: that its header was verified with.
     """
 
     header: UpdateHeaderMsg
     sealed: bytes | memoryview
     bytes_up: int
+    device_key: Ed25519PublicKey | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class RoundInForce:
         key: that updates are sealed to.
         sums_secret: under which its sums are stored; None once it is closed.
         is_closing: whether it is being combined: it takes updates again if whoever combines it dies.
+        secure: how its updates are masked; None where they are not.
     """
 
     number: int
@@ -54,6 +60,7 @@ class RoundInForce:
     key: RoundKey
     sums_secret: bytes | None = None
     is_closing: bool = False
+    secure: SecureRound | None = None
 
     @cached_property
     def rotation_seed(self) -> bytes:
@@ -74,6 +81,7 @@ class TaskInForce:
         encodings: that the manifest allows.
         norm_bound: longer updates are scaled down to it; None for none.
         keeps_updates: whether single updates are kept until the round closes, or only their sum.
+        is_masked: whether updates are masked: then what helpers are told of each is kept beside the sum.
         is_readable: whether this process understands the task's file; if not, it says nothing about updates, for
             another version may.
     """
@@ -86,6 +94,7 @@ class TaskInForce:
     encodings: tuple[EncodingName, ...] = ("float32",)
     norm_bound: float | None = None
     keeps_updates: bool = False
+    is_masked: bool = False
     is_readable: bool = True
 
 
@@ -132,7 +141,7 @@ def verify_header(
         raise RefusedError(RefusalReason.WRONG_TASK, f"expected tenant {tenant}, got {header.tenant}")
     if hashlib.sha256(envelope.sealed).digest() != header.sealed_digest:
         raise RefusedError(RefusalReason.MALFORMED, "the sealed bytes do not match the signed digest")
-    return Whole(header, envelope.sealed, len(whole))
+    return Whole(header, envelope.sealed, len(whole), device_key)
 
 
 class NotNowError(Exception):
@@ -163,11 +172,42 @@ def place(header: UpdateHeaderMsg, tasks: Mapping[str, TaskInForce]) -> Placed:
     # A refusal is final: not while the round may be opened again, or the next one may count the update.
     if found is not None and (found.is_closing or (task.open_round is None and task.takes_stale)):
         raise NotNowError
+    if found is not None and task.is_masked and found.secure is None:
+        raise NotNowError
     if found is None or task.open_round is None:
         raise RefusedError(RefusalReason.ROUND_CLOSED, f"round {header.round} is closed")
     if header.model_digest != found.model_digest:
         raise RefusedError(RefusalReason.WRONG_MODEL, "the update starts from another model than the round's")
     return Placed(task, found, task.open_round)
+
+
+class Masked(NamedTuple):
+    """A masked update: its vector in words, [d], and what the round's helpers have to be told of it, encoded."""
+
+    vector: Words
+    entry: bytes
+
+
+def open_masked(whole: Whole, placed: Placed) -> Masked:
+    """The masked update inside the seal, of which nobody can see whether it is what it should be.
+
+    Raises:
+        RefusedError: UNSEALABLE, or MALFORMED: it is not this device's for this round, or does not fit together.
+    """
+    secure, header = placed.round.secure, whole.header
+    if secure is None or whole.device_key is None:
+        raise RefusedError(RefusalReason.WRONG_ENCODING, "the round takes no masked updates")
+    try:
+        body = open_masked_update(header, whole.sealed, placed.round.key)
+    except ProtocolError as error:
+        raise RefusedError(RefusalReason.UNSEALABLE, str(error)[:200]) from error
+    try:
+        vector = masked_vector(
+            secure, body, device=header.device, update_id=header.update_id, device_key=whole.device_key
+        )
+    except ProtocolError as error:
+        raise RefusedError(RefusalReason.MALFORMED, str(error)[:200]) from error
+    return Masked(vector, encode(replace(body, masked=b"")))
 
 
 def open_sealed(whole: Whole, placed: Placed) -> NDArray[np.float32]:

@@ -9,12 +9,14 @@ import numpy as np
 
 from aggregator.combination import ClosedRound, average, combine, measurement, next_model
 from aggregator.errors import CombineError, LostModelError, MissingBlobError, RejectedModelError
-from aggregator.ingest import RoundInForce
+from aggregator.in_force import round_in_force
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.models import ModelRecord, NewModel
 from aggregator.task_file import TaskConfig
 from aggregator.validation import Judge, Judgement, why_worse
 from fl_protocol.errors import GraphError
+from fl_protocol.integer_noise import Entropy
+from fl_protocol.secagg.messages import MaskSumMsg
 
 
 @dataclass(frozen=True)
@@ -41,34 +43,44 @@ class RoundOutcomes:
         config: of the task.
         update_length: numbers in an update.
         judge: of the operator's validation set, if there is one.
+        entropy: cryptographic source, for noise that is added here.
     """
 
     def __init__(
-        self, store: AggregatorStore, tenant: str, config: TaskConfig, *, update_length: int, judge: Judge | None
+        self,
+        store: AggregatorStore,
+        tenant: str,
+        config: TaskConfig,
+        *,
+        update_length: int,
+        judge: Judge | None,
+        entropy: Entropy,
     ) -> None:
-        self._store, self._tenant, self._config = store, tenant, config
+        self._store, self._tenant, self._config, self._entropy = store, tenant, config, entropy
         self._update_length, self._judge = update_length, judge
         self._judged: tuple[bytes, Judgement] | None = None
 
-    def outcome(self, number: int, *, version: int) -> RoundOutcome:
+    def outcome(self, number: int, *, version: int, mask_sums: tuple[MaskSumMsg, ...] = ()) -> RoundOutcome:
         """Combine a closed round's updates.
 
         Args:
             number: of the round.
             version: of the model that it trained.
+            mask_sums: what its helpers answered, where updates are masked.
 
         Raises:
             CombineError: they cannot be combined, or what is stored of them is gone or damaged.
             RejectedModelError: the model that they make is worse on the validation set.
         """
         try:
-            return self._outcome(number, version)
+            return self._outcome(number, version, mask_sums)
         except (MissingBlobError, LostModelError) as error:  # waiting would not mend it, as it does a store's outage
             raise CombineError(str(error)) from error
 
-    def _outcome(self, number: int, version: int) -> RoundOutcome:
+    def _outcome(self, number: int, version: int, mask_sums: tuple[MaskSumMsg, ...]) -> RoundOutcome:
         """Combine a closed round's updates; MissingBlobError, LostModelError: what they need is not in the store."""
-        combined = combine(self._store, self._tenant, self._config, self._closed(number))
+        closed = self._closed(number, mask_sums)
+        combined = combine(self._store, self._tenant, self._config, closed, entropy=self._entropy)
         if self._config.kind != "train":
             result = {"result": measurement(self._config, combined)}
             return RoundOutcome(combined.count, {**result, **combined.metrics})
@@ -127,14 +139,11 @@ class RoundOutcomes:
             metrics={"instead_of": newest},
         )
 
-    def _closed(self, number: int) -> ClosedRound:
+    def _closed(self, number: int, mask_sums: tuple[MaskSumMsg, ...]) -> ClosedRound:
         """A round that takes no more updates, with the keys of all whose updates are in it."""
-        live = {
-            one.number: RoundInForce(one.number, one.model_digest, one.key, one.sums_secret)
-            for one in self._store.rounds.live()
-            if one.task == self._config.name
-        }
-        return ClosedRound(number, self._update_length, live)
+        rounds = [one for one in self._store.rounds.live() if one.task == self._config.name]
+        live = {one.number: round_in_force(one) for one in rounds}
+        return ClosedRound(number, self._update_length, live, mask_sums)
 
     def _judgement(self, before: ModelRecord, model: NewModel) -> dict[str, Any]:
         """How the new model does on the operator's validation set. Raises RejectedModelError if it is worse."""

@@ -70,6 +70,8 @@ class AggregatorService:
     def step(self) -> None:
         """Wait for events, at most `LONGEST_WAIT_S`, and act on them."""
         events, more_wait = self._gather()
+        if self.coordinator is not None:
+            events = self.coordinator.take(events)
         committed = self.worker.handle(events, more_wait=more_wait)
         if self.coordinator is not None:
             self.coordinator.handle(events, arrived=committed > 0)

@@ -8,14 +8,16 @@ from pathlib import Path
 from aggregator.adapters.graph_judge import GraphJudge
 from aggregator.errors import AggregatorError
 from aggregator.robust_rules import smallest_cohort
+from aggregator.secure_terms import terms_of
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.models import Float32, NewModel
 from aggregator.task_file import TaskConfig, read_task
 from aggregator.validation import load_validation
 from fl_protocol.adapters.config_files import pinned_key, read_file, relative_to_config
 from fl_protocol.bundle import ModelBundle, open_bundle
-from fl_protocol.errors import ConfigError
-from fl_protocol.messages import StatisticsPlanMsg
+from fl_protocol.errors import ConfigError, LocalMisuseError
+from fl_protocol.messages import StatisticsPlanMsg, TrainingPlanMsg
+from fl_protocol.secagg.messages import MOST_HELPERS
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def create_task(store: AggregatorStore, path: Path, *, now_s: float) -> CreatedT
     bundle = open_bundle(raw_bundle, publisher=pinned_key(path, "publisher_key", config.publisher_key))
     _check_rule(path, config, len(bundle.shared_params))
     _check_features(path, config, bundle)
+    _check_secure(path, config, bundle)
     raw_validation = None
     if config.validation is not None:
         raw_validation = read_file(relative_to_config(path, config.validation.data), "validation.data")
@@ -102,6 +105,18 @@ def _check_features(path: Path, config: TaskConfig, bundle: ModelBundle) -> None
                 f"task file {path}: feature {feature.name}: the bundle's recordings have channels 0 to "
                 f"{channels - 1}, got {feature.channel}"
             )
+
+
+def _check_secure(path: Path, config: TaskConfig, bundle: ModelBundle) -> None:
+    """Masked updates need a modulus that holds every sum, and noise that can be drawn. Raises ConfigError."""
+    if config.secure is None:
+        return
+    plan = config.plan_message()
+    length = len(bundle.shared_params) if isinstance(plan, TrainingPlanMsg) else plan.length
+    try:
+        terms_of(config, config.secure, length, helpers=[b""] * MOST_HELPERS)
+    except LocalMisuseError as error:
+        raise ConfigError(f"task file {path}: {error}") from error
 
 
 def _start(store: AggregatorStore, config: TaskConfig, bundle: ModelBundle) -> Float32:

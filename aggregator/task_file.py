@@ -26,6 +26,8 @@ from fl_protocol.messages import (
     TrainingPlanMsg,
 )
 from fl_protocol.plans import PlanMsg
+from fl_protocol.secagg.masks import PrgName
+from fl_protocol.secagg.messages import MOST_HELPERS
 
 LONGEST_S = 1e9
 """Thirty years; a deadline without end could not be sent."""
@@ -204,6 +206,35 @@ class Validation(_Section, frozen=True, kw_only=True):
     margin: Annotated[float, Meta(ge=0)] = 0.1
 
 
+class Secure(_Section, frozen=True, kw_only=True):
+    """``[secure]``: how updates are masked and added up; see docs/privacy.md.
+
+    Args:
+        l2_norm_clip: of a whole update; a longer one is scaled down to it on the device.
+        helpers: names of those in the aggregator's configuration that the task's rounds use; default all.
+        noise_multiplier: standard deviation of the noise in the sum of `goal` updates, over what one update can change
+            in it; default 0, and then no device-level privacy is claimed.
+        noise_from: ``devices`` each add a share; ``helpers`` each add all of it, since one of them is assumed to be
+            honest; ``aggregator`` adds it to the sum, which protects against those who see models only. Default
+            ``devices``.
+        step: of the grid, in the update's unit; default: so fine that rounding changes a sum by far less than a clip.
+        most_updates: that a round takes; default twice the goal.
+        rotates: whether updates are rotated before they are rounded; default false.
+        prg: keystream of the masks; ``chacha20`` where devices have no AES instructions. Default ``aes128-ctr``.
+        unmasking_s: seconds that helpers have to answer when a round has closed; default 120.
+    """
+
+    l2_norm_clip: Annotated[float, Meta(gt=0, le=1e9)]
+    helpers: Annotated[tuple[Name, ...], Meta(max_length=MOST_HELPERS)] = ()
+    noise_multiplier: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    noise_from: Literal["devices", "helpers", "aggregator"] = "devices"
+    step: Annotated[float, Meta(gt=0)] | None = None
+    most_updates: AtLeastOne | None = None
+    rotates: bool = False
+    prg: PrgName = "aes128-ctr"
+    unmasking_s: Annotated[float, Meta(gt=0, le=LONGEST_S)] = 120.0
+
+
 class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """One task.
 
@@ -215,6 +246,9 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         goal: updates at which a round closes early; the buffer's size when asynchronous.
         minimum_cohort: fewest updates that are ever combined.
         round_duration_s: seconds from a round's opening to its deadline.
+        engine: ``secure``: the aggregator learns sums of at least `minimum_cohort` updates alone, and needs the section
+            `secure` and helpers; ``open``: it sees each update, as rules other than the mean, asynchronous rounds,
+            encodings and control variates need. Default ``secure``.
         start_from: ``task``, ``task/version`` or ``task/tag``: begin with that model instead of the bundle's. Default
             none.
         most_failures: rounds in a row that cannot be combined, or make the model worse, until the task pauses itself;
@@ -222,8 +256,8 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         population: devices that may take part, needed for the plan's `control_variates` (N in `aggregator.scaffold`).
             It is not counted from the registered names, since one device has a row of pseudonyms. It need not be exact:
             a value a few times too large or too small changes how fast training gets to the optimum, not which.
-        plan, server, rule, asynchronous, participation, updates, validation: the tables of the file; only `plan` must
-            be there. `asynchronous` and `validation` are off unless they are.
+        plan, server, rule, asynchronous, participation, updates, validation, secure: the tables of the file; `plan`
+            must be there, and `secure` with its engine. `asynchronous` and `validation` are off unless they are.
     """
 
     name: Name
@@ -234,6 +268,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     goal: AtLeastOne
     minimum_cohort: AtLeastOne
     round_duration_s: Annotated[float, Meta(gt=0, le=LONGEST_S)]
+    engine: Literal["secure", "open"] = "secure"
     start_from: str | None = None
     most_failures: AtLeastOne = 3
     population: AtLeastOne | None = None
@@ -243,8 +278,10 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     participation: Participation = Participation()
     updates: Updates = Updates()
     validation: Validation | None = None
+    secure: Secure | None = None
 
     def __post_init__(self) -> None:
+        self._check_engine()
         if self.plan.control_variates and self.population is None:
             raise ValueError("control_variates need population, the number of devices that may take part")
         if self.plan.control_variates and (self.asynchronous is not None or self.rule.name != "mean"):
@@ -274,11 +311,35 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
             maximum_staleness=0 if stale is None else stale.maximum_staleness,
             most_failures=self.most_failures,
             makes_models=self.kind == "train",
+            unmasking_s=None if self.secure is None else self.secure.unmasking_s,
         )
 
     def plan_message(self) -> PlanMsg:
         """The plan as it travels. Raises msgspec.ValidationError."""
         return self.plan.message()
+
+    def _check_engine(self) -> None:
+        """What goes with masked updates, and what does not."""
+        if (self.secure is not None) != (self.engine == "secure"):
+            raise ValueError(
+                "the engine secure, which is the default, needs a section [secure] with at least l2_norm_clip; "
+                'engine = "open" lets the aggregator see each update, and has none'
+            )
+        if self.secure is None:
+            return
+        if self.asynchronous is not None or self.rule != Rule() or self.plan.control_variates:
+            raise ValueError(
+                "asynchronous rounds, other rules than the mean, a norm_bound and control_variates need single "
+                'updates, which the engine secure hides: leave them out, or take engine = "open"'
+            )
+        if self.updates.encodings != ("float32",):
+            raise ValueError("the engine secure has an encoding of its own: leave out updates.encodings")
+        if self.minimum_cohort < 2:
+            raise ValueError(
+                "a sum of one update is that update: the engine secure needs a minimum_cohort of at least 2"
+            )
+        if self.secure.most_updates is not None and self.secure.most_updates < self.goal:
+            raise ValueError(f"secure.most_updates {self.secure.most_updates} is below the goal {self.goal}")
 
     def _check_measures_only(self) -> None:
         """Evaluation and statistics change no model."""

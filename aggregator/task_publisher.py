@@ -5,16 +5,22 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
+from msgspec.structs import replace
+
 from aggregator.announcer import Announcer, Whole
+from aggregator.helper_calls import HelperCalls
 from aggregator.rounds import Phase, RoundState
+from aggregator.secure_terms import terms_of
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.models import ModelRecord, little_endian
 from aggregator.store.rounds import LiveRound
 from aggregator.task_file import TaskConfig
-from fl_protocol.messages import DeltaMsg, RoundManifestMsg
+from fl_protocol.errors import LocalMisuseError
+from fl_protocol.messages import DeltaMsg, RoundManifestMsg, SecureTermsMsg, decode, encode
 
 _STATUS: dict[Phase, Literal["open", "paused", "finished", "aborted"]] = {
     Phase.OPEN: "open",
+    Phase.UNMASKING: "paused",  # a device that began now would come too late
     Phase.PAUSED: "paused",
     Phase.FINISHED: "finished",
     Phase.ABORTED: "aborted",
@@ -31,6 +37,8 @@ class TaskPublisher:
         config: of the task.
         graph_digest: SHA-256 of the bundle's trainable graph.
         num_parameters: d, shared ones.
+        update_length: numbers in an update.
+        calls: to the helpers, for their keys; None without any.
     """
 
     def __init__(
@@ -42,13 +50,20 @@ class TaskPublisher:
         *,
         graph_digest: bytes,
         num_parameters: int,
+        update_length: int,
+        calls: HelperCalls | None,
     ) -> None:
         self._store, self._announcer, self._tenant, self._config = store, announcer, tenant, config
         self._graph_digest, self._num_parameters = graph_digest, num_parameters
+        self._update_length, self._calls = update_length, calls
         self._plan = config.plan_message()
 
-    def publish(self, state: RoundState, *, probability: float) -> None:
-        """Publish what devices fetch, then the manifest; withdraw what is too old. Raises DatabaseError."""
+    def publish(self, state: RoundState, *, probability: float) -> str:
+        """Publish what devices fetch, then the manifest; withdraw what is too old. Raises DatabaseError.
+
+        Returns:
+            Why nothing was published: helpers of a secure round have to be waited for. Empty if it was.
+        """
         models = self._store.models
         record = models.record(self._config.name, state.version)
         open_round = self._open_round(state)
@@ -61,8 +76,14 @@ class TaskPublisher:
             wholes.append(models.delta(record))
             parent = models.record(self._config.name, record.parent)
             delta = DeltaMsg(from_digest=parent.digest, digest=record.delta_digest, total_bytes=len(wholes[-1]))
+        manifest = self._manifest(state, record, open_round, probability, control_digest=control_digest, delta=delta)
+        if open_round is not None and self._config.secure is not None:
+            with_terms, why = self._with_terms(manifest, open_round)
+            if with_terms is None:
+                return why
+            manifest = with_terms
         self._announcer.publish(
-            self._manifest(state, record, open_round, probability, control_digest=control_digest, delta=delta),
+            manifest,
             wholes,
             # A device may be in the middle of downloading the version before.
             kept=self._digests(state.version - 1),
@@ -73,6 +94,34 @@ class TaskPublisher:
                 for digest in self._digests(version)
             ],
         )
+        return ""
+
+    def _with_terms(self, manifest: RoundManifestMsg, open_round: LiveRound) -> tuple[RoundManifestMsg | None, str]:
+        """A secure round's manifest, the same as when it was first published but for the times; or why not yet."""
+        if open_round.manifest is not None:
+            stored = decode(open_round.manifest, RoundManifestMsg)
+            return replace(stored, opened_s=manifest.opened_s, deadline_s=manifest.deadline_s), ""
+        terms, why = self._terms(manifest.deadline_s)
+        if terms is None:
+            return None, why
+        with_terms = replace(manifest, engine="secure", secure=terms)
+        # Security: durable before any device can act on it, so that there is one such manifest for a round.
+        with self._store.database.transaction() as connection:
+            self._store.rounds.set_manifest(connection, open_round.task, open_round.number, encode(with_terms))
+        return with_terms, ""
+
+    def _terms(self, deadline_s: float) -> tuple[SecureTermsMsg | None, str]:
+        """How a round that is to be published masks updates; or why that cannot be said yet."""
+        secure = self._config.secure
+        if secure is None or self._calls is None:
+            return None, "this process knows no helpers"
+        keys, why = self._calls.keys(secure.helpers, until_s=deadline_s + secure.unmasking_s)
+        if not keys:
+            return None, why
+        try:
+            return terms_of(self._config, secure, self._update_length, helpers=keys), ""
+        except LocalMisuseError as error:  # which creating the task refuses; here it must not end the process
+            return None, str(error)
 
     def _open_round(self, state: RoundState) -> LiveRound | None:
         """The open round's row."""
@@ -98,7 +147,7 @@ class TaskPublisher:
             task=config.name,
             round=state.number,
             status=_STATUS[state.phase],
-            engine="open",
+            engine="open" if self._config.secure is None or open_round is not None else "secure",
             model_digest=record.digest,
             graph_digest=self._graph_digest,
             num_parameters=self._num_parameters,

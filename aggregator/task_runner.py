@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 
 from aggregator.announcer import Announcer
 from aggregator.errors import BlobError, CombineError, ConflictError, LostModelError, RejectedModelError
+from aggregator.helper_calls import HelperCalls
 from aggregator.in_force import config_of
 from aggregator.pacing import next_probability
 from aggregator.partial_sums import SECRET_BYTES
@@ -23,6 +24,7 @@ from aggregator.round_events import (
     AbortRound,
     AnnounceTask,
     Arrived,
+    AskHelpers,
     CombineFailed,
     CommitRound,
     ExtendRound,
@@ -44,6 +46,7 @@ from aggregator.store.rounds import Outcome
 from aggregator.store.tasks import StoredTask
 from aggregator.task_file import TaskConfig
 from aggregator.task_publisher import TaskPublisher
+from aggregator.unmasking import Unmasking
 from aggregator.validation import Judge
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
@@ -66,6 +69,7 @@ class RunnerPorts:
         entropy: cryptographic source of bytes, for round keys.
         now_s: Unix seconds.
         worker: the coordinator's name, under which it has its lease.
+        calls: to the helpers of secure rounds.
     """
 
     tenant: str
@@ -75,6 +79,7 @@ class RunnerPorts:
     entropy: Callable[[int], bytes]
     now_s: Callable[[], float]
     worker: str
+    calls: HelperCalls
 
 
 @dataclass
@@ -106,8 +111,14 @@ class TaskRunner:
         num_parameters = len(bundle.shared_params)
         self._update_length = num_parameters if isinstance(plan, TrainingPlanMsg) else plan.length
         self._maker = RoundOutcomes(
-            ports.store, ports.tenant, self.config, update_length=self._update_length, judge=judge
+            ports.store,
+            ports.tenant,
+            self.config,
+            update_length=self._update_length,
+            judge=judge,
+            entropy=ports.entropy,
         )
+        self._unmasking = Unmasking(self.name, ports.store, ports.calls)
         self._publisher = TaskPublisher(
             ports.store,
             ports.announcer,
@@ -115,7 +126,10 @@ class TaskRunner:
             self.config,
             graph_digest=bundle.graph_digest,
             num_parameters=num_parameters,
+            update_length=self._update_length,
+            calls=ports.calls,
         )
+        self._waits_for = ""  # helpers, without which the open round cannot be published
         self._state, self._probability = stored.state, stored.probability
         self._stale = True  # what the database says may be something else
         self._unpublished = True
@@ -149,6 +163,10 @@ class TaskRunner:
         if self._state.phase is Phase.OPEN:
             self.advance(Arrived(self._ports.store.updates.arrived(self.name, self._state.number)))
 
+    def due(self) -> RoundEvent:
+        """What time brings: whether a closed round's helpers have answered, or only that it has passed."""
+        return self._unmasking.event() if self._state.phase is Phase.UNMASKING else Ticked()
+
     def advance(self, event: RoundEvent, *, order: tuple[int, str] | None = None) -> None:
         """Let the round table decide, carry out what it says in one transaction, then publish.
 
@@ -165,6 +183,8 @@ class TaskRunner:
         # A model that is gone keeps nobody from pausing, aborting or rolling back, nor the clock from being set.
         if isinstance(event, ResumeAsked) or (self._unpublished and isinstance(event, Reachable | Arrived | Ticked)):
             self._publish()
+        if self._waits_for and isinstance(event, Ticked):
+            return  # a round that no device can see yet is not given up for want of updates
         now_s = self._ports.now_s()
         state, actions = transition(self._state, event, now_s, policy=self._policy)
         if state == self._state and not actions and order is None:
@@ -196,9 +216,18 @@ class TaskRunner:
 
     def _publish(self) -> None:
         """Publish the task as it stands; before the first round there is nothing to publish."""
+        waited, self._waits_for = self._waits_for, ""
         if self._state.number:
-            self._publisher.publish(self._state, probability=self._probability)
-        self._unpublished = False
+            self._waits_for = self._publisher.publish(self._state, probability=self._probability)
+        if self._state.phase is Phase.UNMASKING:
+            self._unmasking.ask(self._state.number)
+        else:
+            self._unmasking.done()
+        self._unpublished = bool(self._waits_for)
+        if self._waits_for and self._waits_for != waited:
+            self._note("waiting_for_helpers", round=self._state.number, reason=self._waits_for)
+        elif waited and not self._waits_for:
+            self.advance(Reachable())  # only from now on devices can take part
 
     def _prepare(self, state: RoundState, actions: Iterable[RoundAction]) -> _Change:
         """Everything that takes time or may fail, before the transaction: it locks nothing. Raises CombineError."""
@@ -208,7 +237,8 @@ class TaskRunner:
                 case CommitRound():
                     with self._transaction() as connection:
                         self._ports.store.rounds.mark(connection, self.name, action.number, "closing")
-                    change.outcome = self._maker.outcome(action.number, version=version)
+                    sums = self._unmasking.sums
+                    change.outcome = self._maker.outcome(action.number, version=version, mask_sums=sums)
                     change.models += [change.outcome.model] if change.outcome.model is not None else []
                 case FinishTask() if self._policy.makes_models:
                     change.models.append(self._maker.finished(state.version, after=change.models[-1:]))
@@ -250,6 +280,12 @@ class TaskRunner:
     ) -> None:
         """Write what one action is about, and note what to tell of it."""
         match action:
+            case AskHelpers():
+                self._ports.store.rounds.mark(connection, self.name, action.number, "closing")
+                self._ports.store.rounds.extend(connection, self.name, action.number, action.until_s)
+                change.notes.append(
+                    ("round_unmasking", {"round": action.number, "arrived": state.arrived, "until_s": action.until_s})
+                )
             case CommitRound():
                 self._confirm_combined(connection, action.number, change)
                 change.notes.append(
@@ -362,7 +398,7 @@ class TaskRunner:
 
     def _erase_keys(self, connection: Connection, state: RoundState, actions: Iterable[RoundAction]) -> None:
         """Erase keys of rounds whose updates cannot count any more; after a rollback none that came before can."""
-        newest_closed = state.number - (state.phase is Phase.OPEN)
+        newest_closed = state.number - (state.phase in {Phase.OPEN, Phase.UNMASKING})
         is_over = state.phase in {Phase.FINISHED, Phase.ABORTED}
         rolled_back = any(isinstance(action, RollBack) for action in actions)
         lasting = 0 if is_over or rolled_back else self._policy.maximum_staleness

@@ -172,6 +172,7 @@ def task_file(settings: DemoSettings) -> str:
             goal=len(settings.training_wrists),
             minimum_cohort=settings.minimum_cohort,
             round_duration_s=settings.round_duration_s,
+            engine="open",
         )
     )
 

@@ -233,6 +233,7 @@ def task_config(**changes: Any) -> TaskConfig:
         "goal": 3,
         "minimum_cohort": 2,
         "round_duration_s": 60.0,
+        "engine": "open",
         "server": Server(name="fedavgm", learning_rate=1.0, momentum=0.9),
         "updates": Updates(kem="x25519"),
     }

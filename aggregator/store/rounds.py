@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from sqlalchemy import Connection, func, insert, select, update
 
+from aggregator.errors import ConflictError
 from aggregator.store import schema
 from aggregator.store.database import Database
 from fl_protocol.sealing import RoundKey
@@ -27,6 +28,8 @@ class LiveRound(NamedTuple):
         outcome: where it stands.
         key: that its updates are sealed to.
         sums_secret: under which its sums are stored; None once it is closed.
+        manifest: that contributions are bound to, encoded; None where updates are not masked, or before it was first
+            published.
     """
 
     task: str
@@ -37,6 +40,7 @@ class LiveRound(NamedTuple):
     outcome: Outcome
     key: RoundKey
     sums_secret: bytes | None
+    manifest: bytes | None = None
 
 
 class RoundRecord(NamedTuple):
@@ -76,6 +80,7 @@ class Rounds:
                 row.outcome,
                 RoundKey(row.kem, row.secret),
                 row.sums_secret,
+                row.manifest,
             )
             for row in rows
         ]
@@ -115,6 +120,19 @@ class Rounds:
                 metrics="{}",
             )
         )
+
+    def set_manifest(self, connection: Connection, task: str, number: int, manifest: bytes) -> None:
+        """Keep the manifest that a round's contributions are bound to; part of a transaction before it is published.
+
+        Raises:
+            ConflictError: it has one already.
+        """
+        changed = connection.execute(
+            _round(task, number).where(schema.rounds.c.manifest.is_(None)).values(manifest=manifest)
+        )
+        # Security: devices that acted on two manifests of one round would be in no list together.
+        if changed.rowcount != 1:
+            raise ConflictError(f"round {number} of {task} has a manifest already: another coordinator runs")
 
     def extend(self, connection: Connection, task: str, number: int, deadline_s: float) -> None:
         """Move an open round's deadline, as part of a transaction."""

@@ -65,6 +65,7 @@ rounds = {rounds}
 goal = {goal}
 minimum_cohort = 2
 round_duration_s = 3600.0
+engine = "open"
 
 [plan]
 sampling_rate = 1.0

@@ -110,7 +110,12 @@ class FixedPoint:
         return self._rounded(rotated, self._clip_factor(rotated) / self.step, entropy)
 
     def decode(
-        self, total: NDArray[np.unsignedinteger[Any]], *, count: int, rotation_seed: bytes
+        self,
+        total: NDArray[np.unsignedinteger[Any]],
+        *,
+        count: int,
+        rotation_seed: bytes,
+        noise: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float64]:
         """The sum of updates, float64 [d], from its residues; runs at the aggregator.
 
@@ -121,6 +126,7 @@ class FixedPoint:
             total: modulo 2^b, unsigned [d].
             count: how many updates.
             rotation_seed: as in `encode`.
+            noise: of the aggregator's own, int64 [d] in grid steps: added while the sum is on the grid.
 
         Raises:
             ProtocolError: so many updates cannot add up to this.
@@ -134,6 +140,8 @@ class FixedPoint:
                 f"{count} updates add up to at most {most} grid steps in a coordinate and {longest:.4g} in all; got "
                 f"{largest} and {norm:.4g}"
             )
+        if noise is not None:
+            signed += noise
         summed: NDArray[np.float64] = signed * self.step
         if not self.rotates:
             return summed

@@ -233,7 +233,12 @@ def sum_of_masks(
 
 
 def unmask(
-    terms: SecureRound, masked: Words, sums: Sequence[MaskSumMsg], *, update_ids: Sequence[bytes]
+    terms: SecureRound,
+    masked: Words,
+    sums: Sequence[MaskSumMsg],
+    *,
+    update_ids: Sequence[bytes],
+    noise: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
     """The sum of the listed updates, float64 [d]; runs at the aggregator.
 
@@ -242,6 +247,7 @@ def unmask(
         masked: the sum of the masked vectors, in words.
         sums: one of each helper, its signature verified.
         update_ids: of the updates in `masked`.
+        noise: of the aggregator's own, int64 [d] in grid steps, for those who see only what is released.
 
     Raises:
         MaskSumError: a helper's sum is missing or of another list, or the result is none that updates add up to.
@@ -258,7 +264,7 @@ def unmask(
         total -= unpack(one.total, terms.fixed_point.length, terms.fixed_point.bits).astype(total.dtype, copy=False)
     residues = terms.masks.reduced(total)
     try:
-        return terms.fixed_point.decode(residues, count=len(update_ids), rotation_seed=terms.rotation_seed)
+        return terms.fixed_point.decode(residues, count=len(update_ids), rotation_seed=terms.rotation_seed, noise=noise)
     except ProtocolError as error:
         raise MaskSumError(f"a helper's sum is wrong, or a device's vector is: {error}") from error
 

@@ -292,6 +292,7 @@ def task_config(**changes: Any) -> TaskConfig:
         "goal": 100,
         "minimum_cohort": 2,
         "round_duration_s": 60.0,
+        "engine": "open",
         "updates": Updates(kem="x25519"),
     }
     return TaskConfig(**{**settings, **changes})

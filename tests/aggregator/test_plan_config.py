@@ -35,6 +35,7 @@ rounds = 3
 goal = 3
 minimum_cohort = 2
 round_duration_s = 60.0
+engine = "open"
 {task}
 [plan]
 {given}

@@ -30,6 +30,7 @@ rounds = 3
 goal = 5
 minimum_cohort = 2
 round_duration_s = 60.0
+engine = "open"
 """
 TRAIN = """
 [plan]

@@ -268,6 +268,7 @@ def study(folder: Path, port: int, **plan: Any) -> Iterator[tuple[Path, Daemon]]
         minimum_cohort=1,
         rounds=500,
         round_duration_s=600.0,
+        engine="open",
     )
     (folder / "watch.toml").write_text(write_task(task))
     write_atomic(folder / "aggregator.toml", encode(config))

@@ -1,0 +1,86 @@
+"""From a task's section ``[secure]`` and helpers' keys to what a round's manifest says about masking. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from aggregator.task_file import Secure, TaskConfig
+from fl_protocol.errors import LocalMisuseError, ProtocolError
+from fl_protocol.secagg.fixed_point import MOST_BITS, FixedPoint
+from fl_protocol.secagg.messages import SecureTermsMsg
+from fl_protocol.secagg.terms import fixed_point_of, noise_bound
+
+
+def default_step(l2_norm_clip: float, length: int) -> float:
+    """The grid's step where a task names none: the largest power of two that is at most C / (4 sqrt(d)).
+
+    Rounding then lengthens what one update can change in a sum, and by it all noise, by at most 1 % beyond one grid
+    step (`FixedPoint.norm_bound`).
+    """
+    return float(2.0 ** math.floor(math.log2(l2_norm_clip / (4 * math.sqrt(length)))))
+
+
+def most_updates(config: TaskConfig) -> int:
+    """How many updates a round of a secure task takes."""
+    named = config.secure.most_updates if config.secure is not None else None
+    return named or 2 * config.goal
+
+
+def noise_sigma(config: TaskConfig, secure: Secure, length: int) -> float:
+    """Standard deviation of the noise in the sum of `goal` updates, in grid steps."""
+    return secure.noise_multiplier * _grid(config, secure, length).norm_bound
+
+
+def terms_of(config: TaskConfig, secure: Secure, length: int, *, helpers: Sequence[bytes]) -> SecureTermsMsg:
+    """A round's terms, with the least modulus that holds every sum.
+
+    Args:
+        config: of the task.
+        secure: its section.
+        length: numbers in an update.
+        helpers: each one's signed key.
+
+    Raises:
+        LocalMisuseError: no modulus of at most 32 bits holds every sum, or the noise cannot be drawn.
+    """
+    sigma = noise_sigma(config, secure, length)
+    if secure.noise_from != "devices" and 0 < sigma < 1:
+        raise LocalMisuseError(
+            f"the {secure.noise_from}' noise is {sigma:.3g} grid steps, at least 1 can be drawn; lower secure.step"
+        )
+    terms = SecureTermsMsg(
+        l2_norm_clip=secure.l2_norm_clip,
+        step=_step(secure, length),
+        bits=MOST_BITS,
+        most_updates=most_updates(config),
+        device_noise_variance=sigma**2 / config.goal if secure.noise_from == "devices" else 0.0,
+        helper_noise_sigma=sigma if secure.noise_from == "helpers" else 0.0,
+        rotates=secure.rotates,
+        prg=secure.prg,
+        helpers=tuple(helpers),
+    )
+    try:
+        fixed_point_of(terms, length)
+    except ProtocolError as error:
+        raise LocalMisuseError(f"secure: {error}") from error
+    return replace(terms, bits=_grid(config, secure, length, noise=noise_bound(terms)).bits)
+
+
+def _grid(config: TaskConfig, secure: Secure, length: int, *, noise: int = 0) -> FixedPoint:
+    """The task's grid, with the least number of bits."""
+    return FixedPoint(
+        length,
+        l2_norm_clip=secure.l2_norm_clip,
+        step=_step(secure, length),
+        most_updates=most_updates(config),
+        noise_bound=noise,
+        rotates=secure.rotates,
+    )
+
+
+def _step(secure: Secure, length: int) -> float:
+    """Of the grid."""
+    return secure.step if secure.step is not None else default_step(secure.l2_norm_clip, length)
