@@ -122,7 +122,7 @@ def case_of(count: int, length: int) -> Case:
         number=1,
         manifest_digest=os.urandom(32),
         fixed_point=point,
-        prg="aes128-ctr",
+        prg="aes128-gcm-zeros",
         rotation_seed=bytes(32),
         minimum_cohort=2,
         helpers={name: key.recipient() for name, key in keys.items()},
