@@ -14,8 +14,8 @@ here: it is part of the integers and changes no time.
                                 vectors and their additions alone
     aggregator_over_all_primitives  the same over these and one signature verified for each update
 
-The four are those of 100 devices (or of the most there are). Beside it one client of Flower's SecAgg+, in the same
-process and in turns (`benchmarks.peers.flower_secagg`), in an environment that is made once below .peers:
+Those at the top are of rounds of 100 devices (or of the most there are). Beside it one client of Flower's SecAgg+, in
+the same process and in turns (`benchmarks.peers.flower_secagg`), in an environment that is made once below .peers:
 
     flower_over_covey_client_time    Flower's client over ``device_whole_ms``; 50 devices, d = 100,000, shares for all
     flower15_over_covey_client_time  the same; 100 devices, d = 9,000, 15 shares
@@ -35,7 +35,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def main() -> None:
         json.dump(result, sys.stdout, indent=2)
         print()
         return
-    for row in [*result.pop("rounds"), *result.pop("flower")]:
+    for row in [*result.pop("rounds"), *result.pop("device"), *result.pop("flower")]:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     for key, value in result.items():
         print(f"{key:<33}{value}")
@@ -98,19 +98,19 @@ def report(ours: Mapping[str, Any], flower: Sequence[Mapping[str, Any]], no_flow
     """Headlines first, then everything."""
     cases = {(row["n"], row["d"], row["shares"]): row for row in flower}
     full, fifteen = cases.get(FULL), cases.get(FIFTEEN)
-    most = PREFERRED_DEVICES if any(row["n"] == PREFERRED_DEVICES for row in ours["rounds"]) else None
-    chosen = [row for row in ours["rounds"] if row["n"] == (most or max(row["n"] for row in ours["rounds"]))]
-    device = ours["device"]
+    count = headline_devices(row["n"] for row in ours["rounds"])
+    chosen = [row for row in ours["rounds"] if row["n"] == count]
+    device_ms = {row["d"]: row["device_ms"] for row in ours["device"] if row["n"] == count}
     return {
         "exact": all(row["exact"] for row in ours["rounds"]),
-        "device_ms_100k": device["100000"]["device_ms"] if "100000" in device else None,
-        "device_ms_1m": device["1000000"]["device_ms"] if "1000000" in device else None,
+        "device_ms_100k": device_ms.get(100_000),
+        "device_ms_1m": device_ms.get(1_000_000),
         "flower_over_covey_client_time": full and full["flower_over_covey"],
         "flower15_over_covey_client_time": fifteen and fifteen["flower_over_covey"],
         "bytes_over_flower": full and full["bytes_over_flower"],
         **{name: {str(row["d"]): row[name] for row in chosen} for name in OVER},
-        "over_primitives_devices": chosen[0]["n"],
-        "device": device,
+        "headline_devices": count,
+        "device": ours["device"],
         "rounds": ours["rounds"],
         "flower": list(flower),
         "no_flower": no_flower,
@@ -149,11 +149,17 @@ def measure(devices: Sequence[int], lengths: Sequence[int], *, repeats: int) -> 
         for length in lengths:
             say(f"{count} devices, {length} numbers")
             rounds.append(whole_round(case_of(count, length), count, repeats=repeats))
-    device = {}
-    for length in lengths:
-        say(f"one device, {length} numbers")
-        device[str(length)] = one_device(case_of(max(devices), length), repeats=repeats)
+    device = []
+    for count in sorted({headline_devices(devices), max(devices)}):
+        for length in lengths:
+            say(f"one device of {count}, {length} numbers")
+            device.append({"n": count, "d": length} | one_device(case_of(count, length), repeats=repeats))
     return {"rounds": rounds, "device": device, "repeats": repeats}
+
+
+def headline_devices(devices: Iterable[int]) -> int:
+    """Of how many devices the figures at the top are."""
+    return PREFERRED_DEVICES if PREFERRED_DEVICES in (found := list(devices)) else max(found)
 
 
 def whole_round(case: Case, count: int, *, repeats: int) -> dict[str, Any]:

@@ -30,22 +30,24 @@ def test_a_tiny_round_is_exact_and_every_figure_is_there() -> None:
     found = measure([4, 6], [300], repeats=1)
     assert [(one["n"], one["d"], one["bits"]) for one in found["rounds"]] == [(4, 300, 12), (6, 300, 12)]
     assert all(one["exact"] and one["bytes_up"] < 300 * 2.1 + 6000 for one in found["rounds"])
-    assert set(found["device"]["300"]) == {"bits", *device_steps(case_of(4, 300)), "bare_ms"}
+    (device,) = found["device"]
+    assert list(device) == ["n", "d", "bits", *device_steps(case_of(4, 300)), "bare_ms"]
     result = report(found, [], "not asked for")
     assert list(result)[: len(HEADLINES)] == HEADLINES
     assert result["exact"] is True
     assert [result[name] for name in HEADLINES[1:6]] == [None] * 5
-    assert result["over_primitives_devices"] == 6
+    assert result["headline_devices"] == 6
     assert all(result[name] == {"300": found["rounds"][1][name]} for name in OVER)
     assert json.loads(json.dumps(result)) == result
 
 
 def test_headlines_are_those_of_the_cases_that_they_name() -> None:
-    ours: dict[str, Any] = {"rounds": [], "device": {}, "repeats": 1}
+    ours: dict[str, Any] = {"rounds": [], "device": [], "repeats": 1}
     for count in (20, 100, 1000):
         row = {"n": count, "d": 9000, "exact": count != 20} | dict.fromkeys(OVER, count / 10)
         ours["rounds"].append(row)
-    ours["device"] = {"100000": {"device_ms": 0.7}, "1000000": {"device_ms": 3.6}}
+    for count, length, ms in ((100, 100_000, 0.7), (100, 1_000_000, 3.6), (1000, 100_000, 1.2)):
+        ours["device"].append({"n": count, "d": length, "device_ms": ms})
     shape = [(100, 100_000, 100), (50, 100_000, 15), (50, 100_000, 50), (100, 9_000, 15)]
     flower = [
         {"n": n, "d": d, "shares": shares, "flower_over_covey": index, "bytes_over_flower": index / 8}
