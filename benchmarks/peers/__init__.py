@@ -5,6 +5,7 @@ A peer is a process: ``client`` starts the Python of an environment that ``envir
 that a private mode really clips and really adds noise, and then time blocks of steps when asked (``serve``).
 
 ``flower`` is another kind of peer: a federation whose device is measured beside ours (`benchmarks.device_footprint`).
+``flower_secagg`` runs Flower's secure aggregation in turns with ours in one process (`benchmarks.secure_aggregation`).
 
     python = environments.prepare("torch")
     with client.Peer("torch", python) as peer:

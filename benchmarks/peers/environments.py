@@ -47,6 +47,8 @@ PEERS = {
         ("tensorflow==2.15.1", "tensorflow-privacy==0.9.0"), REPOSITORY / "constraints.txt" if IS_3_11 else None
     ),
     "flower": Requirements((FLOWER, "numpy==1.26.4", "ai-edge-litert==2.3.0")),
+    # With what the protocol imports: its devices are timed in the same process (`flower_secagg`).
+    "flower_secagg": Requirements((FLOWER, "numpy==1.26.4", "cryptography==50.0.2", "msgspec==0.22.0")),
 }
 """Name (also the script's and the folder's) and what its environment holds."""
 

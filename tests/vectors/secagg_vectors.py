@@ -13,7 +13,7 @@ from fl_protocol.secagg.packing import pack
 from fl_protocol.secagg.parties import included_digest
 from tests.fl_protocol.secagg.rounds import ROTATION_SEED, residues, secure_round, update_id
 
-_PRGS: tuple[PrgName, ...] = ("aes128-ctr", "chacha20")
+_PRGS: tuple[PrgName, ...] = ("aes128-gcm-zeros", "chacha20")
 
 
 def secagg() -> dict[str, Any]:

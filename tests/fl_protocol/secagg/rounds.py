@@ -45,7 +45,7 @@ def secure_round(length: int = 40, *, helpers: tuple[str, ...] = HELPERS, **chan
         "number": 7,
         "manifest_digest": hashlib.sha256(b"a manifest").digest(),
         "fixed_point": fixed_point(length),
-        "prg": "aes128-ctr",
+        "prg": "aes128-gcm-zeros",
         "rotation_seed": ROTATION_SEED,
         "minimum_cohort": 3,
         "helpers": {name: key.recipient() for name, key in helper_keys(helpers).items()},

@@ -21,6 +21,16 @@ def test_what_was_packed_comes_out_again_and_has_one_encoding(bits: int, length:
     assert int.from_bytes(raw, "little") == as_number
 
 
+@pytest.mark.parametrize("bits", [13, 16, 19, 31])
+@pytest.mark.parametrize("length", [2**16 - 1, 2**16, 2**16 + 1, 150_003])
+def test_long_vectors_are_packed_like_short_ones(bits: int, length: int) -> None:
+    residues = np.random.default_rng(length).integers(0, 1 << bits, length, dtype=np.uint32)
+    raw = pack(residues, bits)
+    each_bit = (residues[:, np.newaxis] >> np.arange(bits, dtype=np.uint32) & 1).astype(np.uint8)
+    assert raw == np.packbits(each_bit, bitorder="little").tobytes()
+    np.testing.assert_array_equal(unpack(raw, length, bits), residues)
+
+
 @given(bits=st.integers(12, 32), length=st.integers(1, 40), raw=st.binary(max_size=200))
 def test_any_bytes_are_unpacked_to_what_packs_to_them_or_refused(bits: int, length: int, raw: bytes) -> None:
     whole = (raw * (packed_bytes(length, bits) // max(1, len(raw)) + 1))[: packed_bytes(length, bits)] or b""
