@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sqlalchemy import ColumnElement, delete, func, insert, select, update
+from sqlalchemy.dialects.sqlite import insert as upsert
 
 from aggregator.errors import DatabaseError
 from aggregator.helper import schema
@@ -117,11 +118,11 @@ class DeviceRegister:
     def add_all(self, tenant: str, devices: Iterable[tuple[str, bytes]]) -> None:
         """Register devices' Ed25519 keys (32 bytes), or replace them. Raises DatabaseError."""
         rows = [{"tenant": tenant, "device": device, "public_key": key} for device, key in devices]
+        insertion = upsert(schema.devices)
         with self._database.transaction() as connection:
-            for row in rows:
-                connection.execute(delete(schema.devices).where(_is_device(tenant, str(row["device"]))))
             if rows:
-                connection.execute(insert(schema.devices), rows)
+                replaced = insertion.on_conflict_do_update(set_={"public_key": insertion.excluded.public_key})
+                connection.execute(replaced, rows)
 
     def remove(self, tenant: str, device: str) -> bool:
         """Forget a device; whether it was known. Raises DatabaseError."""

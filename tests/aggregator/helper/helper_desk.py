@@ -120,15 +120,17 @@ class Desk:
         now_s: float = NOW_S,
         key_terms: KeyTerms = KeyTerms("x25519"),  # noqa: B008 - frozen
         limits: dict[str, Any] | None = None,
+        studies: Sequence[Study] = (STUDY,),
+        transports: dict[str, VirtualTransport] | None = None,
     ) -> None:
         self.now_s, self.journal = now_s, Events()
         self.broker = broker or VirtualBroker(maximum_packet_bytes=maximum_packet_bytes)
         self.store = HelperStore(HelperDatabase(folder / "helper.db"), most_refusals=20)
-        self.transport = transport(self.broker)
+        self.transport = transport(self.broker) if transports is None else transports[TENANT]
         self.service = kind(
             Helper(HELPER, "operator-a", IDENTITY),
-            studies=[STUDY],
-            transports={TENANT: self.transport},
+            studies=studies,
+            transports=transports or {TENANT: self.transport},
             store=self.store,
             journal=self.journal,
             entropy=entropy,
