@@ -135,6 +135,33 @@ def assemble(files: HelperFiles, *, journal: Journal) -> HelperService:
     )
 
 
+@contextmanager
+def serving_https(files: HelperFiles, service: HelperService) -> Iterator[None]:
+    """The helper over HTTPS too, if the configuration says so.
+
+    Args:
+        files: its configuration.
+        service: what answers.
+
+    Raises:
+        ConfigError: what HTTPS needs is not installed, or its files cannot be used.
+        AggregatorError: the address cannot be listened on.
+    """
+    section = files.config.https
+    if section is None:
+        yield
+        return
+    try:
+        # Here, so that a helper on MQTT alone needs neither library.
+        from aggregator.helper.https_api import make_api, serve_https  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(f"[https] needs what pip install covey[helper] installs ({error})") from error
+    tenants = [study.tenant for study in files.config.studies]
+    api = make_api(service.answerer, keys=service.keys, tenants=tenants, now_s=time.time)
+    with serve_https(api, section, files.path):
+        yield
+
+
 def _waiter(arrived: threading.Event) -> Callable[[float], None]:
     """Waits until a transport has something, or not longer than told."""
 

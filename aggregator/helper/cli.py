@@ -11,7 +11,7 @@ import typer
 from aggregator.command_line import make_app, moment, run_app, say_json, say_table, span
 from aggregator.errors import DatabaseError
 from aggregator.helper.answer_ledger import LedgerError
-from aggregator.helper.assembly import HelperFiles, assemble
+from aggregator.helper.assembly import HelperFiles, assemble, serving_https
 from aggregator.helper.cli_devices import device_app
 from aggregator.helper.cli_options import AsJson, Config, examples, opened
 from aggregator.helper.helper_store import HelperStore
@@ -72,7 +72,14 @@ def run(config: Config) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda signum, _frame: stop.append(signum))
     files = HelperFiles.load(config)
-    assemble(files, journal=JsonLines()).run(lambda: bool(stop))
+    service = assemble(files, journal=JsonLines())
+    service.start()
+    try:
+        with serving_https(files, service):
+            while not stop:
+                service.step()
+    finally:
+        service.stop()
 
 
 @app.command(epilog=examples("status --config helper.toml", "status --config helper.toml --json"))
