@@ -193,8 +193,11 @@ def sum_of_masks(
     key: RoundKey,
     device_keys: Mapping[str, Ed25519PublicKey],
     minimum_cohort: int = 1,
+    noise: NDArray[np.int64] | None = None,
 ) -> MaskSumMsg:
     """The sum of the masks of a list of updates; runs at a helper, which has to see to it that it answers a round once.
+
+    Noise is added to it, and so taken from the sum of the updates: its law is symmetric.
 
     Args:
         terms: of the round, from a manifest that the helper has verified.
@@ -203,10 +206,14 @@ def sum_of_masks(
         key: its private key for the round.
         device_keys: of the devices that it knows, by name.
         minimum_cohort: its own floor, if the manifest's is below it.
+        noise: its own share, int64 [d] in grid steps; drawn once for a round, or asking again would average it away.
 
     Raises:
         UnmaskRefusedError: with the reason; nothing was revealed.
+        LocalMisuseError: the noise is of another length.
     """
+    if noise is not None and noise.shape != (terms.fixed_point.length,):
+        raise LocalMisuseError(f"noise: expected {terms.fixed_point.length} numbers, got shape {noise.shape}")
     fewest, most = max(terms.minimum_cohort, minimum_cohort), terms.fixed_point.most_updates
     if len(entries) < fewest:
         raise UnmaskRefusedError(UnmaskRefusal.TOO_FEW, f"expected at least {fewest} updates, got {len(entries)}")
@@ -220,6 +227,8 @@ def sum_of_masks(
     for one, entry in zip(found, entries, strict=True):
         info = terms.seed_info(helper, device=one.device, update_id=one.update_id)
         terms.masks.add(_opened_seed(entry.seed, key, info, one.device), info, total)
+    if noise is not None:
+        total += terms.masks.words_of(noise)
     return MaskSumMsg(
         helper=helper,
         tenant=terms.tenant,

@@ -82,6 +82,8 @@ def test_device_and_aggregator_do_not_know_each_other() -> None:
 PURE = [
     "aggregator.exact_sum",
     "aggregator.federated_results",
+    "aggregator.helper.answer_chain",
+    "aggregator.helper.answering",
     "aggregator.ingest",
     "aggregator.outage",
     "aggregator.pacing",

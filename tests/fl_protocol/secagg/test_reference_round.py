@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as with_fields
 
-from fl_protocol.errors import ProtocolError
+from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.messages import decode, encode
 from fl_protocol.secagg import parties
 from fl_protocol.secagg.errors import MaskSumError, UnmaskRefusal, UnmaskRefusedError
@@ -340,6 +340,23 @@ def test_a_helper_with_another_key_says_that_a_seed_does_not_open() -> None:
 
 
 # What an aggregator does not take.
+
+
+def test_a_helpers_noise_is_in_its_sum_and_nothing_else_changes() -> None:
+    terms = secure_round(fixed_point=fixed_point(noise_bound=5000))
+    noise = np.random.default_rng(3).integers(-5000, 5001, 40)
+    plain, silent, noisy = (ask(parties, DEVICES[:4], terms=terms, noise=one) for one in (None, noise * 0, noise))
+    assert plain == silent == ask(parties, DEVICES[:4], terms=terms)
+    bits = terms.fixed_point.bits
+    without, with_it = (unpack(one.total, 40, bits).astype(np.int64) for one in (plain, noisy))
+    np.testing.assert_array_equal((with_it - without) % (1 << bits), noise % (1 << bits))
+    assert with_fields(noisy, total=plain.total) == plain
+
+
+@pytest.mark.parametrize("length", [0, 1, 39, 41])
+def test_noise_of_another_length_is_refused(length: int) -> None:
+    with pytest.raises(LocalMisuseError, match="noise: expected 40 numbers"):
+        ask(parties, DEVICES[:4], noise=np.zeros(length, np.int64))
 
 
 def resigned(body: SecureBodyMsg, device: str, **changes: Any) -> SecureBodyMsg:

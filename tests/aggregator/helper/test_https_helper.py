@@ -1,0 +1,220 @@
+"""A helper over HTTPS on loopback, with real sockets and certificates: nobody without one is heard."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregator.adapters.https_helper import HelperRefusedRequestError, HelperUnreachableError, HttpsHelper
+from aggregator.certificates import issue, make_ca
+from aggregator.errors import AggregatorError
+from aggregator.helper import https_api
+from aggregator.helper.config import HttpsSection
+from aggregator.helper.https_api import make_api, serve_https
+from fl_protocol.errors import ConfigError, LocalMisuseError
+from fl_protocol.limits import MAX_TRANSFER_BYTES
+from fl_protocol.secagg.messages import MaskSumMsg, UnmaskRefusalMsg
+from tests.aggregator.helper.helper_desk import DEVICES, TENANT, Desk, read_reply, request_for
+from tests.contracts.brokers import free_port
+from tests.enrolments import broken_copy
+
+HOST = "127.0.0.1"
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, now_s = tmp_path_factory.mktemp("certificates"), time.time()
+    ca, other = make_ca("helper test", now_s=now_s), make_ca("helper test", now_s=now_s)
+    pairs = {
+        "server": issue(ca, "helper-a", now_s=now_s, server_hosts=(HOST,)),
+        "aggregator": issue(ca, "aggregator", now_s=now_s),
+        "stranger": issue(other, "aggregator", now_s=now_s),
+    }
+    (folder / "ca.pem").write_bytes(ca.certificate)
+    for name, pair in pairs.items():
+        (folder / f"{name}.pem").write_bytes(pair.certificate)
+        (folder / f"{name}.key").write_bytes(pair.key)
+    return folder
+
+
+class Site:
+    """A helper that is asked over HTTPS and over MQTT."""
+
+    def __init__(self, folder: Path, certificates: Path, port: int, module: Any = https_api) -> None:
+        self.desk, self.certificates, self.port = Desk(folder), certificates, port
+        section = HttpsSection(HOST, port, "server.pem", "server.key", "ca.pem")
+        service = self.desk.service
+        api = module.make_api(service.answerer, keys=service.keys, tenants=[TENANT], now_s=lambda: self.desk.now_s)
+        self.serving = module.serve_https(api, section, certificates / "helper.toml")
+
+    def client(self, name: str = "aggregator", **changes: Any) -> HttpsHelper:
+        files = {
+            "ca": self.certificates / "ca.pem",
+            "certificate": self.certificates / f"{name}.pem",
+            "key": self.certificates / f"{name}.key",
+        }
+        return HttpsHelper(HOST, self.port, **{**files, "timeout_s": 10.0, **changes})
+
+    def raw(
+        self, method: str, path: str, body: Any = None, *, context: ssl.SSLContext | None = None
+    ) -> tuple[int, bytes]:
+        context = context or self.client()._context
+        connection = http.client.HTTPSConnection(HOST, self.port, timeout=10, context=context)
+        try:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+
+@pytest.fixture
+def site(tmp_path: Path, certificates: Path) -> Iterator[Site]:
+    made = Site(tmp_path, certificates, free_port())
+    with made.serving:
+        yield made
+
+
+def test_the_same_round_has_the_same_answer_over_https_and_over_mqtt(site: Site) -> None:
+    assert site.client().key(TENANT) == site.desk.key()
+    manifest = site.desk.manifest(terms={"helper_noise_sigma": 50.0, "bits": 24})
+    request = request_for(manifest, DEVICES[:4])
+    reply = site.client().unmask(request)
+    assert reply.is_answer
+    assert isinstance(read_reply(reply.data), MaskSumMsg)
+    assert site.desk.ask(request) == [reply.data]
+    assert site.client().unmask(request) == reply
+    refused = site.client().unmask(request_for(manifest, DEVICES[:3]))
+    assert not refused.is_answer
+    told = read_reply(refused.data)
+    assert isinstance(told, UnmaskRefusalMsg)
+    assert told.reason.value == "second_list"
+
+
+def test_asked_for_two_lists_at_once_it_answers_one(site: Site) -> None:
+    manifest = site.desk.manifest()
+    requests = [request_for(manifest, DEVICES[: 3 + index % 2]) for index in range(4)]
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda one=one: found.append(site.client().unmask(one))) for one in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    answers = {one.data for one in found if one.is_answer}
+    assert len(answers) == 1
+    assert [one.is_answer for one in found].count(True) == 2
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [(b"", 400), (b"garbage", 400), (b"x" * (MAX_TRANSFER_BYTES + 1), 413)],
+    ids=["nothing", "garbage", "too long"],
+)
+def test_what_is_no_request_is_told_so(site: Site, request_: bytes, status: int) -> None:
+    assert site.raw("POST", "/v1/unmask", request_)[0] == status
+
+
+def test_a_body_without_end_is_cut_off(site: Site) -> None:
+    """Chunked, so that no length is announced: nothing is kept of more than the limit."""
+    parts = (bytes(2**20) for _ in range(40))
+    try:
+        status, _ = site.raw("POST", "/v1/unmask", parts)
+    except (OSError, ssl.SSLError):
+        return  # hung up on while it was still sending
+    assert status == 413
+
+
+def test_other_studies_and_paths_are_not_there(site: Site) -> None:
+    with pytest.raises(HelperRefusedRequestError, match="404"):
+        site.client().key("hospital")
+    for path in ("/", "/docs", "/openapi.json", "/v1/unmask/x"):
+        assert site.raw("GET", path)[0] == 404
+    assert site.raw("GET", "/v1/unmask")[0] == 405
+
+
+def test_health_is_that_there_is_a_key_that_rounds_may_use(site: Site) -> None:
+    assert site.raw("GET", "/healthz") == (200, b"ok")
+    site.desk.now_s += 4 * 86_400
+    assert site.raw("GET", "/healthz")[0] == 503
+
+
+def test_a_store_that_fails_is_asked_again_later(site: Site) -> None:
+    site.desk.store.database.close()
+    (Path(str(site.desk.store.database.engine.url.database))).unlink()
+    with pytest.raises(HelperUnreachableError, match="503"):
+        site.client().unmask(request_for(site.desk.manifest(), DEVICES[:3]))
+
+
+def check_only_certified_clients_are_heard(site: Site) -> None:
+    request = request_for(site.desk.manifest(), DEVICES[:3])
+    with pytest.raises(HelperUnreachableError):
+        site.client("stranger").unmask(request)
+    bare, old = (ssl.create_default_context(cafile=str(site.certificates / "ca.pem")) for _ in range(2))
+    old.load_cert_chain(site.certificates / "aggregator.pem", site.certificates / "aggregator.key")
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    for context in (bare, old):
+        with pytest.raises((OSError, http.client.HTTPException)):
+            site.raw("GET", "/healthz", context=context)
+    assert site.client().unmask(request).is_answer
+
+
+def test_only_certified_clients_are_heard(site: Site) -> None:
+    check_only_certified_clients_are_heard(site)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("ssl_cert_reqs=ssl.CERT_REQUIRED", "ssl_cert_reqs=ssl.CERT_OPTIONAL"),
+        ("made.ssl.minimum_version = ssl.TLSVersion.TLSv1_3", "pass"),
+    ],
+    ids=["without a certificate", "TLS 1.2"],
+)
+def test_a_server_that_hears_others_is_caught(tmp_path: Path, certificates: Path, right: str, wrong: str) -> None:
+    copy = broken_copy("aggregator.helper.https_api", (right, wrong))
+    made = Site(tmp_path, certificates, free_port(), copy)
+    with made.serving, pytest.raises(pytest.fail.Exception):
+        check_only_certified_clients_are_heard(made)
+
+
+def test_a_helper_that_is_away_or_is_another_is_unreachable(tmp_path: Path, certificates: Path) -> None:
+    made = Site(tmp_path, certificates, free_port())
+    with pytest.raises(HelperUnreachableError, match="does not answer"):
+        made.client().key(TENANT)
+    with made.serving, pytest.raises(HelperUnreachableError, match="certificate"):
+        made.client(ca=_other_ca(tmp_path)).key(TENANT)
+
+
+def test_files_that_cannot_be_used_are_told_by_name(certificates: Path, tmp_path: Path) -> None:
+    good = HttpsSection(HOST, free_port(), "server.pem", "server.key", "ca.pem")
+    desk = Desk(tmp_path)
+    api = make_api(desk.service.answerer, keys=desk.service.keys, tenants=[TENANT], now_s=time.time)
+    for changes in ({"certificate": "no.pem"}, {"key": "aggregator.key"}, {"client_ca": "server.key"}):
+        values = {name: getattr(good, name) for name in good.__struct_fields__}
+        with (
+            pytest.raises(ConfigError, match="https: expected PEM files"),
+            serve_https(api, HttpsSection(**{**values, **changes}), certificates / "helper.toml"),
+        ):
+            pass
+    with pytest.raises(LocalMisuseError, match="TLS files"):
+        HttpsHelper(HOST, 1, ca=tmp_path, certificate=tmp_path, key=tmp_path)
+
+
+def test_a_port_that_is_taken_is_told(site: Site, certificates: Path, tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    second = Site(tmp_path / "second", certificates, site.port)
+    with pytest.raises(AggregatorError, match="cannot be listened on"), second.serving:
+        pass
+
+
+def _other_ca(folder: Path) -> Path:
+    path = folder / "other.pem"
+    path.write_bytes(make_ca("another", now_s=time.time()).certificate)
+    return path
