@@ -128,6 +128,7 @@ PURE = [
     "fl_protocol.plans",
     "fl_protocol.recency",
     "fl_protocol.record_sums",
+    "fl_protocol.renyi",
     "fl_protocol.secagg.reference",
     "fl_protocol.squared_norm",
     "fl_protocol.update_encoding",
