@@ -24,7 +24,7 @@ from fl_protocol.errors import LocalMisuseError
 Vector = NDArray[np.float64]
 
 FRACTIONAL_ORDERS = (1.25, 1.5, 1.75, 2.25, 2.5, 2.75, 3.25, 3.5, 3.75, 4.5, 5.5, 6.5, 7.5, 8.5, 9.5, 10.5)
-INTEGER_ORDERS = (*range(2, 65), 72, 80, 96, 128, 192, 256, 512, 1024)
+INTEGER_ORDERS: tuple[int, ...] = (*range(2, 65), 72, 80, 96, 128, 192, 256, 512, 1024)
 ORDERS: tuple[float, ...] = tuple(sorted({float(order) for order in (*FRACTIONAL_ORDERS, *INTEGER_ORDERS)}))
 """The fixed Rényi orders of every ledger; a ledger's totals are vectors over them."""
 
