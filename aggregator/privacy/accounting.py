@@ -47,13 +47,18 @@ def device_epsilon(
 def device_rdp(events: Sequence[ReleasedSum], adversary: Adversary, limits: Limits | None = None) -> Vector:
     """RDP of any one device at each of `INTEGER_ORDERS`. Raises LocalMisuseError as `device_epsilon` does."""
     kept = limits or Limits()
-    if adversary.amplified and not kept.are_none:
+    require_provable(adversary, kept)
+    costs = np.array([round_rdp(event, adversary) for event in events]).reshape(len(events), len(INTEGER_ORDERS))
+    return worst_case(costs, events, kept)
+
+
+def require_provable(adversary: Adversary, limits: Limits) -> None:
+    """Raise LocalMisuseError if amplification is asked for together with limits."""
+    if adversary.amplified and not limits.are_none:
         raise LocalMisuseError(
             "amplification by sampling needs coins that do not depend on earlier rounds: a cap on participations or a "
             "least time between them makes them depend; account with one or the other"
         )
-    costs = np.array([round_rdp(event, adversary) for event in events]).reshape(len(events), len(INTEGER_ORDERS))
-    return worst_case(costs, events, kept)
 
 
 def round_rdp(event: ReleasedSum, adversary: Adversary) -> Vector:

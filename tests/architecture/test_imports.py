@@ -80,12 +80,16 @@ def test_device_and_aggregator_do_not_know_each_other() -> None:
 
 
 PURE = [
+    "aggregator.adaptive_clipping",
     "aggregator.exact_sum",
     "aggregator.federated_results",
     "aggregator.ingest",
     "aggregator.outage",
     "aggregator.pacing",
     "aggregator.partial_sums",
+    "aggregator.privacy.filter",
+    "aggregator.privacy.planning",
+    "aggregator.privacy.record_level",
     "aggregator.robust_rules",
     "aggregator.round_events",
     "aggregator.rounds",

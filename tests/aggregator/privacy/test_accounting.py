@@ -139,7 +139,7 @@ def test_sampling_amplifies_only_where_that_is_proven() -> None:
         ("if adversary.amplified else 1.0", "if event.participation.probability < 1 else 1.0"),
         ("if not event.participation.secret_coin:", "if False:"),
         ("if isinstance(event, SecureSum) and event.shares is not None:", "if False:"),
-        ("if adversary.amplified and not kept.are_none:", "if False:"),
+        ("if adversary.amplified and not limits.are_none:", "if False:"),
     ],
 )
 def test_amplifying_where_it_is_not_proven_is_caught(change: tuple[str, str]) -> None:
