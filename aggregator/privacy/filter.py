@@ -5,8 +5,8 @@ whatever later rounds depend on (V. Feldman, T. Zrnic, arXiv 2008.11193, theorem
 sum of its own, of the rounds that it was in; none is larger than the worst case over the rounds that the limits allow
 one device, so it is enough to hold that one.
 
-A round has to be admitted before its sum is asked for, and its event be kept before that too: with the fewest updates
-that would be taken, since whoever does not come brings no noise.
+A round is admitted before it opens, with the fewest updates that it would be committed with, since whoever does not
+come brings no noise. Its event, with the updates that did come, is kept before the sum of masks is asked for.
 """
 
 from __future__ import annotations

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from fractions import Fraction
 from types import ModuleType
 from typing import ClassVar
 
 import dp_accounting
+import mpmath
 import numpy as np
 import pytest
 from dp_accounting import rdp
 
 from aggregator.privacy import mechanisms
 from aggregator.privacy.mechanisms import DiscreteGaussian, Gaussian, Mechanism, PoissonSampled, Skellam
+from fl_protocol import integer_noise
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.renyi import INTEGER_ORDERS
 from tests.aggregator.privacy import exact
@@ -204,3 +207,21 @@ class TestSampledGaussian(SampledSuite):
     def test_with_probability_one_it_is_the_mechanism(self) -> None:
         for kind in (Gaussian(1.0, 2.0), DiscreteGaussian(1.0, 2.0)):
             assert (PoissonSampled(kind, 1.0).rdp() == kind.rdp()).all()
+
+
+@pytest.mark.parametrize("variance", [4.0, 1000.0, 60_267.0])
+def test_a_shares_sampler_is_as_close_to_skellam_noise_as_the_documentation_says(variance: float) -> None:
+    cumulative = integer_noise._cumulative_weights("skellam", variance).astype(object)
+    weights, last = np.diff(cumulative, prepend=0), len(cumulative) // 2
+    with mpmath.workdps(25):
+        # By ratios of Bessel functions from far out, where errors shrink (Gautschi 1967).
+        ratio, ratios = mpmath.mpf(0), []
+        for k in range(last + 400, 0, -1):
+            ratio = 1 / (2 * k / mpmath.mpf(variance) + ratio)
+            ratios.append(ratio)
+        half = list(itertools.accumulate(ratios[::-1], operator.mul, initial=mpmath.mpf(1)))
+        total = 2 * mpmath.fsum(half) - 1
+        drawn = [mpmath.mpf(weights[last + z]) / 2**63 for z in range(last + 1)]
+        gaps = [abs(exact / total - weight) for exact, weight in zip(half, drawn, strict=False)]
+        distance = (2 * mpmath.fsum(gaps) - gaps[0] + 2 * mpmath.fsum(half[last + 1 :]) / total) / 2
+    assert 0 < distance <= 1e-16
