@@ -20,6 +20,7 @@ from aggregator.cli_ca import ca_app
 from aggregator.cli_devices import device_app
 from aggregator.cli_models import model_app
 from aggregator.cli_options import AsJson, Config, Out, opened, write_files
+from aggregator.cli_privacy import privacy_app
 from aggregator.cli_tasks import task_app
 from aggregator.command_line import examples, make_app, moment, run_app, say_json, say_table, span
 from aggregator.errors import DatabaseError
@@ -53,11 +54,19 @@ Examples:
 
   covey-aggregator model export exercises --config aggregator.toml --out model
 
+  covey-aggregator privacy plan --epsilon 2 --delta 1e-6 --devices 5000 --rounds 200
+
 Exit codes: 0 done, 1 other error, 2 usage or configuration, 3 database, 4 model bundle.
 """
 
 app = make_app("covey-aggregator", _HELP)
-for _name, _group in (("task", task_app), ("model", model_app), ("device", device_app), ("ca", ca_app)):
+for _name, _group in (
+    ("task", task_app),
+    ("model", model_app),
+    ("privacy", privacy_app),
+    ("device", device_app),
+    ("ca", ca_app),
+):
     app.add_typer(_group, name=_name)
 register_backup(app)
 

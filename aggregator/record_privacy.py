@@ -5,9 +5,9 @@ were made along the lineage, every update behind them included. An aggregator al
 gave up or rejected; each device's own ledger charges those as well and is what protects the wearer. Nothing is enforced
 here: this is a figure for the operator, and never below what such a device was charged for the same rounds.
 
-By dp-accounting's Rényi accountant at integer orders, where it is exact: I. Mironov, K. Talwar, L. Zhang, "Rényi
-Differential Privacy of the Sampled Gaussian Mechanism", arXiv 1908.10530, section 3.3. One step is accounted and kept,
-and multiplied. Converted by C. Canonne, G. Kamath, T. Steinke, arXiv 2004.00010, proposition 12.
+By dp-accounting's Rényi accountant at the integer ones of the ledgers' orders (fewer give no smaller epsilon), where it
+is exact: I. Mironov, K. Talwar, L. Zhang, "Rényi Differential Privacy of the Sampled Gaussian Mechanism", arXiv
+1908.10530, section 3.3. One step is accounted and kept, and multiplied. Converted by `fl_protocol.renyi`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from aggregator.errors import AggregatorError
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.plans import PlanMsg
+from fl_protocol.renyi import INTEGER_ORDERS, conversion_terms
 
-_ORDERS = (*range(2, 65), 72, 80, 96, 128, 192, 256, 512, 1024)
-"""The integer orders of the devices' ledgers: fewer orders than theirs give no smaller epsilon."""
 _LEAST_NOISE = 1e-100
 """Less than this is no noise: the moments overflow, and devices refuse to take part."""
 _MOST_NOISE = 1e100
@@ -53,37 +52,34 @@ def record_epsilon(
         AggregatorError: dp-accounting is not installed.
         LocalMisuseError: an argument is out of range.
     """
-    if not 0 < delta < 1:
-        raise LocalMisuseError(f"delta: expected 0 < delta < 1, got {delta}")
+    conversion = conversion_terms(delta, INTEGER_ORDERS)
     spent = [one for one in ((plan, rounds), *earlier) if one[1] != 0]
     if any(count < 0 for _, count in spent):
         raise LocalMisuseError(f"rounds: expected at least 0, got {min(count for _, count in spent)}")
     if not spent:
         return 0.0
-    orders = np.array(_ORDERS, dtype=np.float64)
     rdp = sum(_rounds_rdp(one, count) for one, count in spent)
-    conversion = np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
     return max(0.0, float((rdp + conversion).min()))
 
 
 def _rounds_rdp(plan: PlanMsg, rounds: int) -> Vector:
-    """RDP of all releases of some rounds at each of `_ORDERS`."""
+    """RDP of all releases of some rounds at each of `INTEGER_ORDERS`."""
     noise_multiplier = min(plan.noise_multiplier, _MOST_NOISE)
     if noise_multiplier < _LEAST_NOISE:
-        return np.full(len(_ORDERS), math.inf)
+        return np.full(len(INTEGER_ORDERS), math.inf)
     total: Vector = rounds * plan.local_steps * _step_rdp(plan.sampling_rate, noise_multiplier)
     return total
 
 
 @functools.lru_cache(maxsize=256)
 def _step_rdp(sampling_rate: float, noise_multiplier: float) -> Vector:
-    """RDP of one release at each of `_ORDERS`, rounded up."""
+    """RDP of one release at each of `INTEGER_ORDERS`, rounded up."""
     dp_accounting, rdp = _dp_accounting()
     step = dp_accounting.GaussianDpEvent(noise_multiplier)
     sampled = step if sampling_rate == 1 else dp_accounting.PoissonSampledDpEvent(sampling_rate, step)
-    accountant = rdp.RdpAccountant(list(_ORDERS), dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant = rdp.RdpAccountant(list(INTEGER_ORDERS), dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(sampled)
-    lost = _LOST_DIGITS / (np.array(_ORDERS) - 1)
+    lost = _LOST_DIGITS / (np.array(INTEGER_ORDERS) - 1)
     # The accountant's own vector: what it offers publicly is accounted again for every number of steps.
     result: Vector = np.maximum(0.0, np.asarray(accountant._rdp)) * _ROUNDING_UP + lost
     result.setflags(write=False)

@@ -27,13 +27,14 @@ from aggregator.combination import average
 from aggregator.exact_sum import UNIT, ExactSum
 from aggregator.server_optimisers import initial_state, step
 from benchmarks.command import parser
-from device_client.accounting import poisson_gaussian_rdp, rdp_to_epsilon
+from device_client.accounting import poisson_gaussian_rdp
 from device_client.training import Evaluation, Records, evaluate, train_locally
 from firmware_sim.bundles import bundle_and_publisher
 from firmware_sim.settings import DemoSettings
 from firmware_sim.watch_data import default_cache, load_recordings, windows_of
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 from fl_protocol.bundle import open_bundle
+from fl_protocol.renyi import rdp_to_epsilon
 from fl_protocol.signing import public_key_from_hex
 
 FOLDS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10))

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from device_client.accounting import ORDERS, Vector, epsilon_by_order, filter_order_index, rdp_to_epsilon
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.renyi import ORDERS, Vector, epsilon_by_order, filter_order_index, rdp_to_epsilon
 
 LEAST_LEFT_TO_GAUSSIANS = 0.75
 """Of the unsampled Gaussian steps that a budget's best order admits, `common_order_index` admits at least this part."""

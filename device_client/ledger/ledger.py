@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from device_client.accounting import Vector, poisson_gaussian_rdp
+from device_client.accounting import poisson_gaussian_rdp
 from device_client.errors import BudgetSpentError, LedgerError
 from device_client.events import PendingUpdate
 from device_client.ledger.chain import CountedLog, Counter, LogStore, open_log, read_log
@@ -22,10 +22,11 @@ from device_client.ledger.lines import FORMAT, Acceptance, Purpose, Release, Res
 from device_client.ledger.spending import Period, Refusal, Spending
 from device_client.ledger.times import RoundTimes, disagreement, proviso, utc, widest_window_s
 from fl_protocol.plans import PlanMsg
+from fl_protocol.renyi import Vector
 
 
 def cost_of(plan: PlanMsg) -> Vector:
-    """RDP of one participation at each of `device_client.accounting.ORDERS`."""
+    """RDP of one participation at each of `fl_protocol.renyi.ORDERS`."""
     return poisson_gaussian_rdp(
         sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=plan.local_steps
     )

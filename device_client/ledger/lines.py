@@ -13,8 +13,9 @@ from typing import Final, Literal
 
 import msgspec
 
-from device_client.accounting import Vector, poisson_gaussian_rdp
+from device_client.accounting import poisson_gaussian_rdp
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.renyi import Vector
 
 FORMAT: Final = 1
 GENESIS = "0" * 64
@@ -31,7 +32,7 @@ class Steps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=
     steps: int
 
     def rdp(self) -> Vector:
-        """What they cost at each of `device_client.accounting.ORDERS`; not to be written to."""
+        """What they cost at each of `fl_protocol.renyi.ORDERS`; not to be written to."""
         return _rdp(self.sampling_rate, self.noise_multiplier, self.steps)
 
     def check(self) -> None:
@@ -73,7 +74,7 @@ class Reservation(
     plan: Steps | None = None
 
     def rdp(self) -> Vector:
-        """What it costs at each of `device_client.accounting.ORDERS`; not to be written to."""
+        """What it costs at each of `fl_protocol.renyi.ORDERS`; not to be written to."""
         return _rdp(self.sampling_rate, self.noise_multiplier, self.steps)
 
     def repeated_rdp(self) -> Vector:

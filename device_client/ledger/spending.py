@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from device_client.accounting import ORDERS, Vector, rdp_to_epsilon
 from device_client.ledger.filters import Budget, RenyiFilter, common_order_index
 from device_client.ledger.lines import Acceptance, Line, Purpose, Release, Reservation
+from fl_protocol.renyi import ORDERS, Vector, rdp_to_epsilon
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Literal
 
 import msgspec
 
-from device_client.accounting import noise_multiplier_for, poisson_gaussian_rdp, rdp_to_epsilon
+from device_client.accounting import noise_multiplier_for, poisson_gaussian_rdp
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.renyi import rdp_to_epsilon
 
 NEIGHBOURS = "add or remove one record"
 NO_CLIP = 1e10

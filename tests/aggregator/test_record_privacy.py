@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from aggregator import record_privacy
 from aggregator.errors import AggregatorError
 from aggregator.record_privacy import record_epsilon
-from device_client.accounting import ORDERS, epsilon_by_order, poisson_gaussian_rdp, rdp_to_epsilon
+from device_client.accounting import poisson_gaussian_rdp
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.plans import EvaluationPlanMsg, FeatureMsg, StatisticsPlanMsg, TrainingPlanMsg
+from fl_protocol.renyi import ORDERS, epsilon_by_order, rdp_to_epsilon
 
 INTEGER = [index for index, order in enumerate(ORDERS) if order == math.floor(order)]
 

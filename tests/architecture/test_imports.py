@@ -80,6 +80,7 @@ def test_device_and_aggregator_do_not_know_each_other() -> None:
 
 
 PURE = [
+    "aggregator.adaptive_clipping",
     "aggregator.exact_sum",
     "aggregator.federated_results",
     "aggregator.helper.answer_chain",
@@ -88,6 +89,9 @@ PURE = [
     "aggregator.outage",
     "aggregator.pacing",
     "aggregator.partial_sums",
+    "aggregator.privacy.filter",
+    "aggregator.privacy.planning",
+    "aggregator.privacy.record_level",
     "aggregator.robust_rules",
     "aggregator.round_events",
     "aggregator.rounds",
@@ -132,6 +136,7 @@ PURE = [
     "fl_protocol.plans",
     "fl_protocol.recency",
     "fl_protocol.record_sums",
+    "fl_protocol.renyi",
     "fl_protocol.secagg.reference",
     "fl_protocol.squared_norm",
     "fl_protocol.update_encoding",

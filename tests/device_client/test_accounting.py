@@ -19,15 +19,9 @@ from dp_accounting.pld import privacy_loss_distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_client.accounting import (
-    ORDERS,
-    epsilon_by_order,
-    filter_order_index,
-    noise_multiplier_for,
-    poisson_gaussian_rdp,
-    rdp_to_epsilon,
-)
+from device_client.accounting import noise_multiplier_for, poisson_gaussian_rdp
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.renyi import ORDERS, epsilon_by_order, filter_order_index, rdp_to_epsilon
 
 ADD_OR_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 REPLACE = dp_accounting.NeighboringRelation.REPLACE_ONE

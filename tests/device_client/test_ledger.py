@@ -12,18 +12,13 @@ from dp_accounting import rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_client.accounting import (
-    ORDERS,
-    epsilon_by_order,
-    filter_order_index,
-    noise_multiplier_for,
-    rdp_to_epsilon,
-)
+from device_client.accounting import noise_multiplier_for
 from device_client.errors import BudgetSpentError, StoreError
 from device_client.ledger import LOG_NAME, Budget, Counter, LogStore, PrivacyLedger, Reservation, cost_of, cost_of_count
 from device_client.ledger.filters import RenyiFilter
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.messages import TrainingPlanMsg
+from fl_protocol.renyi import ORDERS, epsilon_by_order, filter_order_index, rdp_to_epsilon
 from tests.device_client.ledger_ports import (
     BUDGET,
     OTHER,

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_client.accounting import ORDERS, Vector, filter_order_index
 from device_client.errors import BudgetSpentError
 from device_client.ledger import LOG_NAME, Budget, PrivacyLedger, cost_of, cost_of_count
 from device_client.ledger.filters import LEAST_LEFT_TO_GAUSSIANS, RenyiFilter, common_order_index
 from device_client.ledger.lines import Reservation, decode_line
 from device_client.ledger.spending import Period
 from fl_protocol.messages import TrainingPlanMsg
+from fl_protocol.renyi import ORDERS, Vector, filter_order_index
 from tests.device_client.ledger_ports import BUDGET, OTHER, START_S, TASK, MemoryCounter, Open, opened, reserve
 from tests.device_client.ports import MemoryStore, make_plan
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_client.accounting import rdp_to_epsilon
 from device_client.errors import BudgetSpentError
 from device_client.ledger import Budget, Counter, LogStore, PrivacyLedger, cost_of
 from device_client.ledger.filters import RenyiFilter, common_order_index
 from device_client.ledger.times import RoundTimes, widest_window_s
+from fl_protocol.renyi import rdp_to_epsilon
 from tests.device_client.ledger_ports import DAY_S, OTHER, START_S, TASK, MemoryCounter, Open, opened, reserve
 from tests.device_client.ports import MemoryStore, make_plan
 
