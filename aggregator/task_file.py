@@ -220,7 +220,7 @@ class Secure(_Section, frozen=True, kw_only=True):
         step: of the grid, in the update's unit; default: so fine that rounding changes a sum by far less than a clip.
         most_updates: that a round takes; default twice the goal.
         rotates: whether updates are rotated before they are rounded; default false.
-        prg: keystream of the masks; ``chacha20`` where devices have no AES instructions. Default ``aes128-ctr``.
+        prg: keystream of the masks; ``chacha20`` where devices have no AES instructions. Default ``aes128-gcm-zeros``.
         unmasking_s: seconds that helpers have to answer when a round has closed; default 120.
     """
 
@@ -231,7 +231,7 @@ class Secure(_Section, frozen=True, kw_only=True):
     step: Annotated[float, Meta(gt=0)] | None = None
     most_updates: AtLeastOne | None = None
     rotates: bool = False
-    prg: PrgName = "aes128-ctr"
+    prg: PrgName = "aes128-gcm-zeros"
     unmasking_s: Annotated[float, Meta(gt=0, le=LONGEST_S)] = 120.0
 
 

@@ -23,6 +23,10 @@ from sqlalchemy import event
 
 from aggregator.assembly import make_service
 from aggregator.errors import BlobError
+from aggregator.helper.answering import Study
+from aggregator.helper.helper_store import HelperDatabase, HelperStore
+from aggregator.helper.key_ring import Helper, KeyTerms
+from aggregator.helper.service import HelperLimits, HelperService
 from aggregator.intake import IntakeLimits
 from aggregator.rounds import Phase, RoundState
 from aggregator.service import AggregatorService
@@ -53,6 +57,8 @@ from firmware_sim.virtual_flash import VirtualFlash
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.bundle import ModelBundle, open_bundle, pack_bundle
+from fl_protocol.helper_config import HelperPin
+from fl_protocol.secagg.terms import HelperIdentity
 from fl_protocol.signing import public_key_from_hex, public_key_hex
 from fl_protocol.transport import Received, TransportEvent
 
@@ -74,6 +80,11 @@ def load_bundle(name: str = "watch_features") -> ModelBundle:
     folder = bundle_folder()
     publisher = public_key_from_hex((folder / "publisher.pub").read_text())
     return open_bundle((folder / f"{name}.covey").read_bytes(), publisher=publisher)
+
+
+def helper_identity(name: str) -> Ed25519PrivateKey:
+    """A helper's key."""
+    return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"identity of {name}".encode()).digest())
 
 
 class SeededEntropy:
@@ -269,8 +280,11 @@ class VirtualFleet:
         maximum_packet_bytes: int | None = None,
         faults: Faults | None = None,
         database_url: str | None = None,
+        helpers: tuple[str, ...] = (),
     ) -> None:
         self.folder, self.seed, self._faults = folder, seed, faults
+        self.helper_names = helpers
+        self.helpers: dict[str, HelperService] = {}
         self._database_url = database_url
         self._starts: dict[str, int] = {}
         self.task = task if task is not None else task_config()
@@ -297,6 +311,8 @@ class VirtualFleet:
         self.create_task(self.task)
         self.services: dict[str, AggregatorService] = {}
         self.entropies: dict[str, SeededEntropy] = {}
+        for name in helpers:
+            self.start_helper(name)
         self.start_aggregator()
         for index in range(devices):
             self.start_device(f"watch-{index}")
@@ -357,10 +373,48 @@ class VirtualFleet:
             now_s=self.aggregators_now_s,
             monotonic_s=self.clock.now_s,
             limits=IntakeLimits(),
+            helpers=self.pinned_helpers(),
         )
         service.start()
         self.services[name] = service
         return service
+
+    def pinned_helpers(self) -> dict[str, HelperIdentity]:
+        """Each is run by an operator of its own."""
+        return {
+            name: HelperIdentity(name, f"operator-of-{name}", helper_identity(name).public_key())
+            for name in self.helper_names
+        }
+
+    def start_helper(self, name: str) -> HelperService:
+        """Start a helper, or start it again after `kill_helper`, on the same store."""
+        life = self._life(name)
+        database = HelperDatabase(self.folder / f"{name}.db")
+        event.listen(database.engine, "connect", _trust_the_disk)
+        service = HelperService(
+            Helper(name, f"operator-of-{name}", helper_identity(name)),
+            studies=[Study(TENANT, AGGREGATOR_KEY.public_key())],
+            transports={
+                TENANT: FaultyTransport(self.broker, session=name, faults=self._faults, seed=f"network {life}")
+            },
+            store=HelperStore(database),
+            journal=self.journals.setdefault(name, MemoryJournal()),
+            entropy=SeededEntropy(life),
+            now_s=self.clock.now_s,
+            limits=HelperLimits(minimum_cohort=2),
+            key_terms=KeyTerms("x25519"),
+            wait=lambda _longest_s: None,
+        )
+        service.start()
+        self.helpers[name] = service
+        return service
+
+    def kill_helper(self, name: str) -> None:
+        """What SIGKILL leaves: its store as the last transaction left it, and the broker's session."""
+        killed = self.helpers.pop(name)
+        for connection in killed._connections:
+            connection._transport.close()
+        killed.store.close()
 
     def start_worker(self, name: str) -> AggregatorService:
         """Start a process that only takes uploads."""
@@ -398,8 +452,10 @@ class VirtualFleet:
         return self.store.models.params(self.model(version, task=task))
 
     def register(self, name: str, public_key: bytes) -> None:
-        """What ``covey-aggregator device add`` does."""
+        """What ``covey-aggregator device add`` and each helper's ``covey-helper device add`` do."""
         self.store.devices.add(name, public_key, self.clock.now_s())
+        for helper in self.helpers.values():
+            helper.store.devices.add_all(TENANT, [(name, public_key)])
 
     def _life(self, name: str) -> str:
         """A seed for one life of a process: no two lives draw the same random numbers."""
@@ -429,6 +485,10 @@ class VirtualFleet:
             aggregator_key="unused",
             id=device if task == TASK else f"{device}-{task}",
             role=role,
+            helpers=tuple(
+                HelperPin(name=one.name, operator=one.operator, key=public_key_hex(one.key))
+                for one in self.pinned_helpers().values()
+            ),
             **changes,
         )
 
@@ -493,6 +553,8 @@ class VirtualFleet:
         for _ in range(count):
             for service in list(self.services.values()):
                 service.step()
+            for helper in list(self.helpers.values()):
+                helper.step()
             for device in list(self.devices.values()):
                 device.step()
             yield
