@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from aggregator.privacy.grid_step import choose_step
 from aggregator.task_file import Secure, TaskConfig
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.secagg.fixed_point import MOST_BITS, FixedPoint
@@ -15,12 +16,13 @@ from fl_protocol.secagg.terms import fixed_point_of, noise_bound
 
 
 def default_step(l2_norm_clip: float, length: int) -> float:
-    """The grid's step where a task names none: the largest power of two that is at most C / (4 sqrt(d)).
+    """The grid's step where a task names none: a power of two of at most C / (4 sqrt(d)).
 
     Rounding then lengthens what one update can change in a sum, and by it all noise, by at most 1 % beyond one grid
-    step (`FixedPoint.norm_bound`).
+    step (`FixedPoint.norm_bound`). Short vectors get a finer grid, since their bits cost next to nothing.
     """
-    return float(2.0 ** math.floor(math.log2(l2_norm_clip / (4 * math.sqrt(length)))))
+    fineness = max(4 * math.sqrt(length), min(2.0**12, 2.0**22 / length))
+    return float(2.0 ** math.floor(math.log2(l2_norm_clip / fineness)))
 
 
 def most_updates(config: TaskConfig) -> int:
@@ -53,7 +55,7 @@ def terms_of(config: TaskConfig, secure: Secure, length: int, *, helpers: Sequen
         )
     terms = SecureTermsMsg(
         l2_norm_clip=secure.l2_norm_clip,
-        step=_step(secure, length),
+        step=_step(config, secure, length),
         bits=MOST_BITS,
         most_updates=most_updates(config),
         device_noise_variance=sigma**2 / config.goal if secure.noise_from == "devices" else 0.0,
@@ -74,13 +76,24 @@ def _grid(config: TaskConfig, secure: Secure, length: int, *, noise: int = 0) ->
     return FixedPoint(
         length,
         l2_norm_clip=secure.l2_norm_clip,
-        step=_step(secure, length),
+        step=_step(config, secure, length),
         most_updates=most_updates(config),
         noise_bound=noise,
         rotates=secure.rotates,
     )
 
 
-def _step(secure: Secure, length: int) -> float:
+def _step(config: TaskConfig, secure: Secure, length: int) -> float:
     """Of the grid."""
-    return secure.step if secure.step is not None else default_step(secure.l2_norm_clip, length)
+    if secure.step is not None:
+        return secure.step
+    fine = default_step(secure.l2_norm_clip, length)
+    if not secure.noise_multiplier:
+        return fine
+    for_noise = choose_step(
+        l2_norm_clip=secure.l2_norm_clip,
+        length=length,
+        cohort=config.goal,
+        noise_multiplier=secure.noise_multiplier,
+    )
+    return min(fine, for_noise)

@@ -129,6 +129,9 @@ def test_a_worker_reads_uploads_and_answers_devices(worker: str) -> None:
 def test_a_worker_publishes_nothing_in_the_studys_name() -> None:
     own = {("write", f"fl/v1/clinic/up/+/{'worker-1'}/+/+"), ("write", "fl/v1/clinic/state/worker-1")}
     own |= {("read", f"fl/v1/clinic/{rest}") for rest in ("down/worker-1/+", "round/+", "model/+/+")}
+    as_helper = "fl/v1/clinic/helper/worker-1"  # of its own name, which no configuration pins
+    own |= {("read", f"{as_helper}/request/+/+")}
+    own |= {("write", f"{as_helper}/{rest}") for rest in ("key", "refusal", "answer/+/+")}
     work = {("read", "fl/v1/clinic/up/#"), ("write", "fl/v1/clinic/down/#")}
     assert set(rights(SCALED, "worker-1")) == own | work
     assert set(rights(ACL, "worker-1")) == own

@@ -266,11 +266,11 @@ def test_updates_whose_store_cannot_be_reached_are_waited_for(tmp_path: Path) ->
     runner = study.runner()
     outcome = runner._maker.outcome
 
-    def unmounted(number: int, *, version: int) -> Any:
+    def unmounted(number: int, **given: Any) -> Any:
         away = folder.rename(tmp_path / "away")
         folder.mkdir()
         try:
-            return outcome(number, version=version)
+            return outcome(number, **given)
         finally:
             folder.rmdir()
             away.rename(folder)
@@ -320,9 +320,9 @@ def check_no_receipted_update_is_left_out(folder: Path) -> None:
     runner = study.runner()
     outcome = runner._maker.outcome
 
-    def meanwhile(number: int, *, version: int) -> Any:
+    def meanwhile(number: int, **given: Any) -> Any:
         runner._maker.outcome = outcome  # type: ignore[method-assign]
-        found = outcome(number, version=version)
+        found = outcome(number, **given)
         stored = study.store.tasks.get(TASK)
         TaskRunner(stored, bundle=bundle_of(study.store, stored), judge=None, ports=runner._ports).refresh()
         for index in (3, 4):

@@ -16,6 +16,7 @@ from aggregator.task_file import (
     EvaluationPlan,
     Participation,
     Rule,
+    Secure,
     Server,
     StatisticsPlan,
     TaskConfig,
@@ -31,6 +32,7 @@ EXAMPLES = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.S | re.M)
 TABLES: dict[str, type] = {
     "Keys at the top": TaskConfig,
     "`[plan]` of a training": TrainingPlan,
+    "`[secure]`": Secure,
     "`[server]`": Server,
     "`[rule]`": Rule,
     "`[asynchronous]`": Asynchronous,
@@ -38,8 +40,9 @@ TABLES: dict[str, type] = {
     "`[updates]`": Updates,
     "`[validation]`": Validation,
 }
-SECTIONS = {"plan", "server", "rule", "asynchronous", "participation", "updates", "validation"}
+SECTIONS = {"plan", "server", "rule", "asynchronous", "participation", "updates", "validation", "secure"}
 IN_WORDS = {"norm_bound": None, "memory_bytes": 2**30, "start_from": None, "population": None, "delta": None}
+IN_WORDS |= {"step": None, "most_updates": None}
 
 
 def table(title: str) -> dict[str, str]:

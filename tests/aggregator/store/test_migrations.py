@@ -25,6 +25,9 @@ from aggregator.store.blobs import Blobs
 from aggregator.store.database import Database
 from aggregator.store.migrations import newest_revision
 from aggregator.store.migrations.versions import r0001_everything_in_rows
+from aggregator.task_file import read_task, write_task
+from fl_protocol.errors import ConfigError
+from tests.aggregator.desk import task_config
 
 D = 5
 UPDATE_VALUES = b"THESE-ARE-THE-VALUES-OF-AN-UPDATE"
@@ -278,6 +281,7 @@ def test_the_sums_of_a_round_that_was_open_before_they_had_a_secret_can_still_be
 
 def at_revision_2(connection: Connection) -> None:
     """Back to the schema before sums had a secret, with rounds in every state that has a key."""
+    at_revision_3(connection)
     connection.execute(text("ALTER TABLE rounds DROP COLUMN sums_secret"))
     connection.execute(text("UPDATE alembic_version SET version_num = '0002'"))
     outcomes = {1: "committed", 3: "closing", 4: "open"}
@@ -286,6 +290,28 @@ def at_revision_2(connection: Connection) -> None:
             text("UPDATE rounds SET outcome = :outcome, secret = :secret WHERE task = 'watch' AND number = :number"),
             {"outcome": outcome, "secret": ROUND_SECRET, "number": number},
         )
+
+
+def at_revision_3(connection: Connection) -> None:
+    """Back to the schema before rounds could be secure."""
+    connection.execute(text("ALTER TABLE rounds DROP COLUMN manifest"))
+    connection.execute(text("UPDATE alembic_version SET version_num = '0003'"))
+
+
+def test_a_task_that_named_no_engine_stays_open(old_url: str, blobs: Blobs) -> None:
+    Database(old_url, blobs=blobs).close()
+    before = write_task(task_config()).replace('engine = "open"\n', "")
+    with plain_engine(old_url) as engine, engine.begin() as connection:
+        at_revision_3(connection)
+        connection.execute(text("UPDATE tasks SET spec = :spec WHERE task = 'watch'"), {"spec": before})
+    with pytest.raises(ConfigError, match=r"needs a section \[secure\]"):
+        read_task(before, "as it was")
+    database = Database(old_url, blobs=blobs)
+    with database.reading() as connection:
+        specs = dict(connection.execute(select(schema.tasks.c.task, schema.tasks.c.spec)).all())
+    assert read_task(specs["watch"], "as it is") == task_config()
+    assert specs["done"] == ""  # from before there were files
+    database.close()
 
 
 def test_a_second_start_changes_nothing(old_url: str, blobs: Blobs) -> None:
