@@ -73,13 +73,8 @@ def run(config: Config) -> None:
         signal.signal(number, lambda signum, _frame: stop.append(signum))
     files = HelperFiles.load(config)
     service = assemble(files, journal=JsonLines())
-    service.start()
-    try:
-        with serving_https(files, service):
-            while not stop:
-                service.step()
-    finally:
-        service.stop()
+    with serving_https(files, service):
+        service.run(lambda: bool(stop))
 
 
 @app.command(epilog=examples("status --config helper.toml", "status --config helper.toml --json"))
@@ -126,7 +121,7 @@ def audit(
         say_json({"answers": found["answers"], "refusals": found["refusals"], "fault": fault})
     else:
         _show_audit(found)
-        typer.echo(f"BROKEN: {fault}" if fault else f"chain of {len(found['chains'])} rounds verified")
+        typer.echo(f"BROKEN: {fault}" if fault else f"chain verified; rounds answered so far: {len(found['chains'])}")
     if fault:
         raise typer.Exit(1)
 

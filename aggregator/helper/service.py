@@ -57,6 +57,9 @@ class HelperService:
         limits: of the configuration.
         key_terms: how long keys live.
         wait: waits so many seconds at most for events of any transport; in virtual time it does nothing.
+
+    Raises:
+        DatabaseError: the store cannot be read; as LedgerError, its ledger was changed.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class HelperService:
         key_terms: KeyTerms,
         wait: Callable[[float], None],
     ) -> None:
+        # Security: a row that was removed would be a round to answer anew.
+        store.answers.check(helper.identity.public_key())
         self._helper, self._limits, self.store = helper, limits, store
         self._journal, self._now_s, self._wait = journal, now_s, wait
         self.keys = KeyRing(helper, terms=key_terms, store=store, entropy=entropy, now_s=now_s)
@@ -92,16 +97,14 @@ class HelperService:
         self._looked_after_s: float | None = None
 
     def run(self, should_stop: Callable[[], bool]) -> None:
-        """Serve until `should_stop`. Raises LedgerError: the ledger was changed."""
+        """Serve until `should_stop`."""
         self.start()
         while not should_stop():
             self.step()
         self.stop()
 
     def start(self) -> None:
-        """Check the ledger, then connect. Raises LedgerError: the ledger was changed."""
-        # Security: a row that was removed would be a round to answer anew.
-        self.store.answers.check(self._helper.identity.public_key())
+        """Make a key where there is none, and connect."""
         self._note("started", helper=self._helper.name)
         self._upkeep()
         for connection in self._connections:

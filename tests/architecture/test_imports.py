@@ -74,6 +74,11 @@ def test_nothing_but_the_models_room_loads_tensorflow(module: str) -> None:
     assert not loaded & {"tensorflow", "keras", "tensorflow_privacy", "models"}
 
 
+def test_a_helper_on_mqtt_alone_needs_no_https_server() -> None:
+    assert not loaded_by("aggregator.helper.cli") & {"fastapi", "uvicorn", "starlette", "device_client"}
+    assert "fastapi" in loaded_by("aggregator.helper.https_api")
+
+
 def test_device_and_aggregator_do_not_know_each_other() -> None:
     assert "aggregator" not in loaded_by("device_client.cli")
     assert "device_client" not in loaded_by("aggregator.cli")

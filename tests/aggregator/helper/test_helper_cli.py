@@ -175,7 +175,7 @@ def test_audit_lists_every_answered_round_and_every_refusal(office: Office) -> N
     assert len(answer["included"]) == len(answer["manifest"]) == 64
     assert found["fault"] == ""
     text = office.says("audit", "CONFIG")
-    assert "chain of 1 rounds verified" in text
+    assert "chain verified; rounds answered so far: 1" in text
     assert answer["included"][:16] in text
     assert "second_list" in text
     other = json.loads(office.says("audit", "CONFIG", "--json", "--task", "other"))

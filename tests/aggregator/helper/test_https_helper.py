@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,16 +18,20 @@ from aggregator.adapters.https_helper import HelperRefusedRequestError, HelperUn
 from aggregator.certificates import issue, make_ca
 from aggregator.errors import AggregatorError
 from aggregator.helper import https_api
+from aggregator.helper.assembly import HelperFiles
 from aggregator.helper.config import HttpsSection
 from aggregator.helper.https_api import make_api, serve_https
 from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.limits import MAX_TRANSFER_BYTES
-from fl_protocol.secagg.messages import MaskSumMsg, UnmaskRefusalMsg
-from tests.aggregator.helper.helper_desk import DEVICES, TENANT, Desk, read_reply, request_for
-from tests.contracts.brokers import free_port
+from fl_protocol.secagg.messages import HelperKeyMsg, MaskSumMsg, UnmaskRefusalMsg
+from fl_protocol.signing import public_key_hex, verify
+from tests.aggregator.helper.helper_desk import DEVICES, STUDY, TENANT, Desk, manifest_of, read_reply, request_for
+from tests.contracts.brokers import WITHIN_S, free_port
 from tests.enrolments import broken_copy
+from tests.fl_protocol.secagg.rounds import device_key
 
 HOST = "127.0.0.1"
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +218,48 @@ def test_a_port_that_is_taken_is_told(site: Site, certificates: Path, tmp_path: 
     second = Site(tmp_path / "second", certificates, site.port)
     with pytest.raises(AggregatorError, match="cannot be listened on"), second.serving:
         pass
+
+
+def test_the_process_answers_over_https_alone(tmp_path: Path, certificates: Path) -> None:
+    port, config = free_port(), tmp_path / "helper.toml"
+    config.write_text(f"""
+[helper]
+name = "helper-a"
+operator = "operator-a"
+identity = "identity.key"
+store = "helper.db"
+minimum_cohort = 3
+
+[[study]]
+tenant = "{TENANT}"
+aggregator_key = "{public_key_hex(STUDY.aggregator)}"
+
+[https]
+host = "{HOST}"
+port = {port}
+certificate = "{certificates}/server.pem"
+key = "{certificates}/server.key"
+client_ca = "{certificates}/ca.pem"
+""")
+    files = HelperFiles.load(config)
+    identity = files.create().identity.public_key()
+    with files.store() as store:
+        store.devices.add_all(TENANT, [(one, device_key(one).public_key().public_bytes_raw()) for one in DEVICES])
+    pem = {name: certificates / name for name in ("ca.pem", "aggregator.pem", "aggregator.key")}
+    client = HttpsHelper(HOST, port, ca=pem["ca.pem"], certificate=pem["aggregator.pem"], key=pem["aggregator.key"])
+    command = [sys.executable, "-m", "aggregator.helper.cli", "run", "--config", str(config)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert any('"key_current"' in line for line in process.stdout)
+            signed = client.key(TENANT)
+            assert verify(signed, HelperKeyMsg, identity).recipient.kem == "mlkem768-x25519"
+            reply = client.unmask(request_for(manifest_of(signed), DEVICES[:4]))
+            assert verify(reply.data, MaskSumMsg, identity).count == 4
+            process.terminate()
+            assert process.wait(WITHIN_S) == 0
+        finally:
+            process.kill()
 
 
 def _other_ca(folder: Path) -> Path:
