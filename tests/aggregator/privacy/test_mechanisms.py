@@ -209,19 +209,45 @@ class TestSampledGaussian(SampledSuite):
             assert (PoissonSampled(kind, 1.0).rdp() == kind.rdp()).all()
 
 
+def table_weights(variance: float) -> list[int]:
+    """Of a share's sampler, in 2^-63; of all but one draw in 2^63."""
+    return np.diff(integer_noise._cumulative_weights("skellam", variance).astype(object), prepend=0).tolist()
+
+
+def skellam_half(variance: float, last: int) -> list[mpmath.mpf]:
+    """Exact probabilities of 0 to beyond `last`: by ratios of Bessel functions from far out, where errors shrink."""
+    ratio, ratios = mpmath.mpf(0), []
+    for k in range(last + 400, 0, -1):
+        ratio = 1 / (2 * k / mpmath.mpf(variance) + ratio)
+        ratios.append(ratio)
+    half = list(itertools.accumulate(ratios[::-1], operator.mul, initial=mpmath.mpf(1)))
+    total = 2 * mpmath.fsum(half) - 1
+    return [one / total for one in half]
+
+
 @pytest.mark.parametrize("variance", [4.0, 1000.0, 60_267.0])
 def test_a_shares_sampler_is_as_close_to_skellam_noise_as_the_documentation_says(variance: float) -> None:
-    cumulative = integer_noise._cumulative_weights("skellam", variance).astype(object)
-    weights, last = np.diff(cumulative, prepend=0), len(cumulative) // 2
+    weights = table_weights(variance)
+    last = len(weights) // 2
     with mpmath.workdps(25):
-        # By ratios of Bessel functions from far out, where errors shrink (Gautschi 1967).
-        ratio, ratios = mpmath.mpf(0), []
-        for k in range(last + 400, 0, -1):
-            ratio = 1 / (2 * k / mpmath.mpf(variance) + ratio)
-            ratios.append(ratio)
-        half = list(itertools.accumulate(ratios[::-1], operator.mul, initial=mpmath.mpf(1)))
-        total = 2 * mpmath.fsum(half) - 1
+        exact_half = skellam_half(variance, last)
         drawn = [mpmath.mpf(weights[last + z]) / 2**63 for z in range(last + 1)]
-        gaps = [abs(exact / total - weight) for exact, weight in zip(half, drawn, strict=False)]
-        distance = (2 * mpmath.fsum(gaps) - gaps[0] + 2 * mpmath.fsum(half[last + 1 :]) / total) / 2
+        gaps = [abs(one - weight) for one, weight in zip(exact_half, drawn, strict=False)]
+        distance = (2 * mpmath.fsum(gaps) - gaps[0] + 2 * mpmath.fsum(exact_half[last + 1 :])) / 2
     assert 0 < distance <= 1e-16
+
+
+def test_the_sum_of_sixteen_shares_is_as_close_to_skellam_noise_as_the_documentation_says() -> None:
+    shares, variance = 16, 20.0
+    weights = table_weights(variance)
+    # All weights in one large number, far enough apart: its power holds the weights of the sum, exactly.
+    apart_bytes = 8 * shares + 8
+    packed = int.from_bytes(b"".join(weight.to_bytes(apart_bytes, "little") for weight in weights), "little")
+    length = shares * (len(weights) - 1) + 1
+    raw = (packed**shares).to_bytes(length * apart_bytes, "little")
+    sums = [int.from_bytes(raw[start : start + apart_bytes], "little") for start in range(0, len(raw), apart_bytes)]
+    reach = math.floor(9.5 * math.sqrt(shares * variance))
+    with mpmath.workdps(30):
+        exact_half = skellam_half(shares * variance, reach)
+        off = [mpmath.mpf(sums[length // 2 + z]) / sum(sums) / exact_half[z] - 1 for z in range(reach + 1)]
+    assert max(map(abs, off)) <= 1.9e-10
