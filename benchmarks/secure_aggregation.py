@@ -21,7 +21,7 @@ the same process and in turns (`benchmarks.peers.flower_secagg`), in an environm
     flower15_over_covey_client_time  the same; 100 devices, d = 9,000, 15 shares
     bytes_over_flower                the sealed update over what Flower's client sends in all; 50 devices, d = 100,000
 
-Medians of repeats, in turns; the two ratios to Flower's client are of processor time.
+Medians of repeats, in turns. Everything is one thread's processor time, which is the wall clock's on a quiet machine.
 
     python -m benchmarks.secure_aggregation
     python -m benchmarks.secure_aggregation --json
@@ -35,6 +35,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ from benchmarks.secure_case import (
     device_steps,
     update_id,
 )
-from benchmarks.timing import Lengths, alternate, cpu_name, milliseconds, timed
+from benchmarks.timing import Lengths, Step, alternate, cpu_name, milliseconds, timed
 from fl_protocol.secagg.messages import MaskSumMsg, SecureBodyMsg, UnmaskEntryMsg
 from fl_protocol.secagg.parties import entry_for, masked_vector, sum_of_masks, unmask
 
@@ -183,14 +184,14 @@ def whole_round(case: Case, count: int, *, repeats: int) -> dict[str, Any]:
     adding_ms, sums_ms, verifying_ms = (count * statistics.median(column) for column in zip(*times, strict=True))
     sums, (helper_ms, masks_ms, openings_ms) = _helper_times(case, names, entries, repeats=repeats)
     ids = [update_id(name) for name in names]
-    unmask_ms = [milliseconds(lambda: unmask(case.terms, total, sums, update_ids=ids)) for _ in range(repeats)]
+    unmask_ms = [_spent_ms(lambda: unmask(case.terms, total, sums, update_ids=ids)) for _ in range(repeats)]
     aggregator_ms = adding_ms + statistics.median(unmask_ms)
     return {
         "n": count,
         "d": case.length,
         "bits": case.terms.fixed_point.bits,
         "exact": exact,
-        "bytes_up": _bytes(body),
+        "body_bytes": _bytes(body),
         "helper_ms": round(helper_ms, 2),
         "helper_over_primitives": round(helper_ms / masks_ms, 2),
         "helper_over_all_primitives": round(helper_ms / (masks_ms + openings_ms + verifying_ms), 2),
@@ -212,9 +213,9 @@ def _adding_times(case: Case, body: SecureBodyMsg, name: str, total: Any, other:
         total.__iadd__(masked.astype(total.dtype, copy=False))
 
     return (
-        milliseconds(count_it),
-        milliseconds(lambda: bare_sums(body, words, other)),
-        milliseconds(lambda: bare_verifications(case, entry, 1)),
+        _spent_ms(count_it),
+        _spent_ms(lambda: bare_sums(body, words, other)),
+        _spent_ms(lambda: bare_verifications(case, entry, 1)),
     )
 
 
@@ -248,9 +249,9 @@ def _helper_times(
         helper = HELPERS[index % len(HELPERS)]
         times.append(
             (
-                milliseconds(functools.partial(answer, helper)),
-                milliseconds(lambda: bare_masks(case, len(names))),
-                milliseconds(lambda: bare_openings(case, entries[0][HELPERS[0]], names[0], len(names))),
+                _spent_ms(functools.partial(answer, helper)),
+                _spent_ms(lambda: bare_masks(case, len(names))),
+                _spent_ms(lambda: bare_openings(case, entries[0][HELPERS[0]], names[0], len(names))),
             )
         )
     return list(found.values()), [statistics.median(column) for column in zip(*times, strict=True)]
@@ -260,10 +261,15 @@ def one_device(case: Case, *, repeats: int) -> dict[str, float]:
     """What one device takes, in turns with the bare keystreams."""
     steps = device_steps(case) | {"bare_ms": lambda: bare_masks(case, len(HELPERS))}
     calls = min(100, max(5, 2_000_000 // case.length))
-    found = alternate({name: timed(step) for name, step in steps.items()}, Lengths(repeats, calls))
+    found = alternate({name: timed(step, time.process_time) for name, step in steps.items()}, Lengths(repeats, calls))
     return {"bits": case.terms.fixed_point.bits} | {
         name: round(statistics.median(times), 3) for name, times in found.items()
     }
+
+
+def _spent_ms(step: Step) -> float:
+    """Milliseconds of this process's processor time."""
+    return milliseconds(step, time.process_time)
 
 
 def _bytes(body: SecureBodyMsg) -> int:

@@ -24,7 +24,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +41,7 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key, generate_k
 from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.secure_case import STEP, case_of, device_steps, update_of, whole_upload
-from benchmarks.timing import Lengths, Step, alternate, timed
+from benchmarks.timing import Lengths, alternate, timed
 
 CASES = (
     (50, 100_000, 50),
@@ -89,10 +88,11 @@ class Client:
         clients: in the round.
         length: numbers in an update, one float32 array.
         shares: of each secret; one less neighbours.
+        threshold: the part of the shares that a secret takes.
     """
 
-    def __init__(self, clients: int, length: int, shares: int) -> None:
-        self.clients, self.shares, self.threshold = clients, shares, round(THRESHOLD * shares)
+    def __init__(self, clients: int, length: int, shares: int, *, threshold: float) -> None:
+        self.clients, self.shares, self.threshold = clients, shares, round(threshold * shares)
         self.number, *others = (int.from_bytes(os.urandom(8), "big") >> 1 for _ in range(shares))
         self.neighbours = [Neighbour(number) for number in others]
         self.update = update_of(length)
@@ -157,13 +157,13 @@ class Client:
         return encrypt(key, share_keys_plaintext_concat(neighbour.number, self.number, seed_share, key_share))
 
 
-def compare(clients: int, length: int, shares: int, *, repeats: int) -> dict[str, Any]:
+def compare(clients: int, length: int, shares: int, *, threshold: float, repeats: int) -> dict[str, Any]:
     """One case: both, in turns."""
-    flower = Client(clients, length, shares)
+    flower = Client(clients, length, shares, threshold=threshold)
     cases = {"": case_of(clients, length), "fine_": case_of(clients, length, step=FLOWERS_STEP)}
     steps = {name + key: step for name, case in cases.items() for key, step in device_steps(case).items()}
     ours = {name: timed(step) for name, step in steps.items()}
-    ours |= {name.replace("_ms", "_cpu_ms"): _cpu_timed(step) for name, step in steps.items()}
+    ours |= {name.replace("_ms", "_cpu_ms"): timed(step, time.process_time) for name, step in steps.items()}
     found = alternate({"flower_ms": lambda _calls: [flower.one_round()]} | ours, Lengths(repeats, 20))
     medians = {name: statistics.median(times) for name, times in found.items()}
     medians["flower_cpu_ms"] = statistics.median(flower.cpu_ms[1:])
@@ -195,24 +195,11 @@ def compare(clients: int, length: int, shares: int, *, repeats: int) -> dict[str
     }
 
 
-def _cpu_timed(step: Step) -> Callable[[int], list[float]]:
-    """As `timed`, of this process's processor time."""
-
-    def run(calls: int) -> list[float]:
-        times = []
-        for _ in range(calls):
-            start = time.process_time()
-            step()
-            times.append(1000 * (time.process_time() - start))
-        return times
-
-    return run
-
-
 def main() -> None:
     """Measure, and print JSON."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--repeats", type=int, default=5, help="rounds of Flower's client that count (default 5)")
+    command.add_argument("--threshold", type=float, default=THRESHOLD, help="part of the shares that a secret takes")
     command.add_argument("--case", type=int, nargs=3, action="append", metavar=("CLIENTS", "NUMBERS", "SHARES"))
     arguments = command.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -220,7 +207,7 @@ def main() -> None:
     rows = []
     for clients, length, shares in arguments.case or CASES:
         print(f"flower_secagg: {clients} clients, {length} numbers, {shares} shares", file=sys.stderr, flush=True)
-        rows.append(compare(clients, length, shares, repeats=arguments.repeats))
+        rows.append(compare(clients, length, shares, threshold=arguments.threshold, repeats=arguments.repeats))
     print(json.dumps(rows, indent=1))
 
 

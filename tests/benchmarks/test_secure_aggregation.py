@@ -29,7 +29,7 @@ FLOWERS_PYTHON = REPOSITORY / CACHE / "flower_secagg" / "bin" / "python"
 def test_a_tiny_round_is_exact_and_every_figure_is_there() -> None:
     found = measure([4, 6], [300], repeats=1)
     assert [(one["n"], one["d"], one["bits"]) for one in found["rounds"]] == [(4, 300, 12), (6, 300, 12)]
-    assert all(one["exact"] and one["bytes_up"] < 300 * 2.1 + 6000 for one in found["rounds"])
+    assert all(one["exact"] and one["body_bytes"] < 300 * 2.1 + 6000 for one in found["rounds"])
     (device,) = found["device"]
     assert list(device) == ["n", "d", "bits", *device_steps(case_of(4, 300)), "bare_ms"]
     result = report(found, [], "not asked for")
