@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 from firmware_sim.mosquitto_broker import MosquittoBroker, find_mosquitto, free_port, write_mosquitto_files
 from firmware_sim.run_folder import HOST, RunFolder, write_configs
-from firmware_sim.settings import AGGREGATOR, TENANT, DemoSettings
-
-BrokerChoice = Literal["auto", "mosquitto", "iotcore"]
+from firmware_sim.settings import AGGREGATOR, TENANT, BrokerChoice, DemoSettings
 
 
 class RunningBroker(Protocol):

@@ -5,23 +5,22 @@ from __future__ import annotations
 import contextlib
 import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 from rich.console import Console
 
 from aggregator.command_line import make_app, run_app
-from firmware_sim.brokers import BrokerChoice, start_broker
-from firmware_sim.demo import DemoRun
 from firmware_sim.errors import FleetError, SettingsError
-from firmware_sim.metrics import RunMetrics
-from firmware_sim.report import report_html
-from firmware_sim.run_folder import RunFolder, create_run
-from firmware_sim.settings import DemoSettings
+from firmware_sim.settings import BrokerChoice, DemoSettings
 from firmware_sim.watch_data import default_cache, load_recordings
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.errors import CoveyError
+
+if TYPE_CHECKING:
+    from firmware_sim.metrics import RunMetrics
+    from firmware_sim.run_folder import RunFolder
 
 _HELP = """Run fleets of real device daemons.
 
@@ -64,18 +63,35 @@ def demo(
     """Wrists of the smartwatch recordings train one model over MQTT; see what it learns and what it costs."""
     console = Console()
     if resume is not None:
-        folder = RunFolder(resume)
-        settings = folder.load_settings()
+        folder, settings = _stopped_run(resume)
     else:
         settings = DemoSettings(held_out=_people(held_out), rounds=rounds, epsilon=None if no_dp else epsilon)
-        path = out or Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")  # noqa: DTZ005 - a name
-        _say(console, f"Run folder: {path}")
-        folder = create_run(path, settings, load_recordings(default_cache()))
+        folder = _new_run(out, settings, console)
     _run(folder, settings, console, broker)
+
+
+def _stopped_run(path: Path) -> tuple[RunFolder, DemoSettings]:
+    """A run that is to go on."""
+    from firmware_sim.run_folder import RunFolder  # noqa: PLC0415 - help and wrong options need no database
+
+    folder = RunFolder(path)
+    return folder, folder.load_settings()
+
+
+def _new_run(path: Path | None, settings: DemoSettings, console: Console) -> RunFolder:
+    """Everything a new run needs, in its folder."""
+    from firmware_sim.run_folder import create_run  # noqa: PLC0415 - as above
+
+    path = path or Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")  # noqa: DTZ005 - a name
+    _say(console, f"Run folder: {path}")
+    return create_run(path, settings, load_recordings(default_cache()))
 
 
 def _run(folder: RunFolder, settings: DemoSettings, console: Console, choice: BrokerChoice) -> None:
     """Start the broker and the run; tell what came out."""
+    from firmware_sim.brokers import start_broker  # noqa: PLC0415 - as above
+    from firmware_sim.demo import DemoRun  # noqa: PLC0415
+
     broker = start_broker(choice, folder, settings)
     run = DemoRun(folder, settings, console, broker)
     try:
@@ -102,6 +118,9 @@ def _run(folder: RunFolder, settings: DemoSettings, console: Console, choice: Br
 @app.command()
 def report(folder: Path) -> None:
     """Draw a run's report.html again from its metrics.json."""
+    from firmware_sim.metrics import RunMetrics  # noqa: PLC0415 - as above
+    from firmware_sim.report import report_html  # noqa: PLC0415
+
     source = folder / "metrics.json"
     try:
         metrics = msgspec.json.decode(source.read_bytes(), type=RunMetrics)

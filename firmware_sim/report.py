@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 import io
-
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from firmware_sim.metrics import RoundMetrics, RunMetrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREY = "#2563a8", "#c2560c", "#6b7280"
 _STYLE = """
@@ -30,6 +31,8 @@ def report_html(metrics: RunMetrics) -> str:
     Args:
         metrics: what the run measured; nothing on the page comes from anywhere else.
     """
+    import matplotlib as mpl  # noqa: PLC0415 - half a second that only a report needs
+
     # The same metrics give the same text; letters stay letters, and a $ in a name starts no formula.
     with mpl.rc_context(
         {"svg.hashsalt": "covey", "svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
@@ -122,6 +125,8 @@ def _figure(svg: str, caption: str) -> str:
 
 def _axes(ylabel: str, xlabel: str = "round") -> tuple[Figure, Axes]:
     """An empty plot in the report's style."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - as above
+
     figure = Figure(figsize=(6.2, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)

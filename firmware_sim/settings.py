@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
@@ -14,6 +15,8 @@ from fl_protocol.errors import LocalMisuseError
 
 TENANT, TASK, AGGREGATOR = "demo", "watch-exercises", "aggregator"
 STUDY = f"{TENANT}/{TASK}"
+
+BrokerChoice = Literal["auto", "mosquitto", "iotcore"]
 
 
 class DemoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -53,9 +53,14 @@ def test_help_lists_the_commands_with_examples_and_exit_codes() -> None:
         assert text in result.stdout, text
 
 
+@pytest.fixture(scope="module")
+def help_of_the_demo() -> str:
+    return fleet("demo", "--help").stdout
+
+
 @pytest.mark.parametrize("option", ["--held-out", "--rounds", "--epsilon", "--no-dp", "--broker", "--out", "--resume"])
-def test_every_option_of_the_demo_is_in_its_help(option: str) -> None:
-    assert re.search(rf"{option}\b", fleet("demo", "--help").stdout)
+def test_every_option_of_the_demo_is_in_its_help(option: str, help_of_the_demo: str) -> None:
+    assert re.search(rf"{option}\b", help_of_the_demo)
 
 
 def test_the_version_is_the_softwares() -> None:

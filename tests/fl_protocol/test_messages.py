@@ -571,14 +571,16 @@ def test_mutated_messages_decode_or_are_refused(message: Msg, data: st.DataObjec
     decodes_or_is_refused(bytes(mutant), type(message))
 
 
+SCALAR = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary()
+ANYTHING = st.recursive(SCALAR, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+
+
 @any_example
 @given(data=st.data())
 def test_structured_nonsense_decodes_or_is_refused(message: Msg, data: st.DataObject) -> None:
     fields = as_map(message)
-    scalar = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary()
-    anything = st.recursive(scalar, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
     for name in data.draw(st.lists(st.sampled_from(sorted(fields)), min_size=1, max_size=3)):
-        fields[name] = data.draw(anything)
+        fields[name] = data.draw(ANYTHING)
     decodes_or_is_refused(packed(fields), type(message))
 
 
