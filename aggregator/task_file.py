@@ -212,14 +212,15 @@ class Secure(_Section, frozen=True, kw_only=True):
     """``[secure]``: how updates are masked and added up; see docs/privacy.md.
 
     Args:
-        l2_norm_clip: of a whole update; a longer one is scaled down to it on the device.
+        l2_norm_clip: of a whole update; a longer one is scaled down to it on the device. Of an evaluation or
+            statistics: of a device's sums with their noise; 10,000 records count 10,000.
         helpers: names of those in the aggregator's configuration that the task's rounds use; default all.
         noise_multiplier: standard deviation of the noise in the sum of `goal` updates, over what one update can change
             in it; default 0, and then no device-level privacy is claimed.
         noise_from: ``devices`` each add a share; ``helpers`` each add all of it, since one of them is assumed to be
             honest; ``aggregator`` adds it to the sum, which protects against those who see models only. Default
             ``devices``.
-        step: of the grid, in the update's unit; default: so fine that rounding changes a sum by far less than a clip.
+        step: of the grid, in the clip's unit; default: so fine that rounding changes a sum by far less than a clip.
         most_updates: that a round takes; default twice the goal.
         rotates: whether updates are rotated before they are rounded; default false.
         prg: keystream of the masks; ``chacha20`` where devices have no AES instructions. Default ``aes128-gcm-zeros``.

@@ -132,6 +132,8 @@ def test_statistics_go_through_the_same_sum(tmp_path: Path) -> None:
         fleet.run()
         (record,) = [one for one in fleet.store.rounds.history(TASK) if one.outcome == "committed"]
         found[engine] = record.metrics["result"]
-    # The devices' own noise is the same in both; what is left is rounding, by at most one step a device of 2^-1.
-    assert found["secure"]["records"] == pytest.approx(found["open"]["records"], abs=3.0)
+    # The devices' own noise is the same in both; what is left is rounding, by at most a step of one record a device.
+    records = {engine: result["records"]["value"] for engine, result in found.items()}
+    assert records["open"] > 90.0
+    assert records["secure"] == pytest.approx(records["open"], abs=3.0)
     assert found["secure"].keys() == found["open"].keys()
