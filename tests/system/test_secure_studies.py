@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from aggregator.task_file import Secure, TaskConfig
-from tests.virtual_fleet import Faults, VirtualFleet, task_config
+from tests.virtual_fleet import AGGREGATOR, Faults, VirtualFleet, task_config
 
 HELPERS = ("helper-a", "helper-b")
 
@@ -40,3 +40,17 @@ def test_a_study_of_masked_updates_makes_the_model_that_an_open_one_makes(tmp_pa
     step = 2.0**-6
     assert np.linalg.norm(first - other) < step * np.sqrt(len(first))
     assert np.linalg.norm(other) > 20 * step
+
+
+def test_a_round_is_committed_as_soon_as_its_helpers_have_answered(tmp_path: Path) -> None:
+    fleet = secure_fleet(tmp_path)
+    told = fleet.journals[AGGREGATOR]
+    for _ in fleet.steps(100):
+        if told.named("round_unmasking"):
+            break
+        fleet.clock.time_s += 0.5
+    assert told.named("round_unmasking")
+    assert not told.named("round_committed")
+    for _ in fleet.steps(2):  # no time passes
+        pass
+    assert told.named("round_committed")
