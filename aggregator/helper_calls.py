@@ -93,6 +93,9 @@ class HelperCalls:
         note: tells the journal.
         now_s: Unix seconds.
         links: to helpers that are asked another way than over the broker, by name.
+
+    Attributes:
+        has_news: whether a key, an answer or a refusal has come since `look_after`.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class HelperCalls:
         self._note, self._now_s, self._links = note, now_s, dict(links or {})
         self._helpers = {name: _Helper(identity) for name, identity in helpers.items()}
         self._data_bytes = chunk_data_bytes(None)
+        self.has_news = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -207,7 +211,7 @@ class HelperCalls:
 
     def look_after(self) -> None:
         """Ask again where an answer is overdue, and hear what has come another way than over the broker."""
-        now_s = self._now_s()
+        now_s, self.has_news = self._now_s(), False
         for name, helper in self._helpers.items():
             self._poll(name)
             for call in helper.calls.values():
@@ -273,20 +277,20 @@ class HelperCalls:
                 f"of {key.operator}"
             )
         if helper.key is None or key.not_after_s > helper.key.not_after_s:  # an old one may be replayed
-            helper.key, helper.signed_key = key, signed
+            helper.key, helper.signed_key, self.has_news = key, signed, True
             self._note("helper_key", helper=key.helper, operator=key.operator, not_after_s=key.not_after_s)
 
     def _hear_answer(self, helper: _Helper, answer: MaskSumMsg) -> None:
         """A sum of masks. Raises ProtocolError: it is about nothing that was asked."""
         call = self._call_about(helper, answer)
         if call.answer is None:
-            call.answer, call.refusal = answer, ""
+            call.answer, call.refusal, self.has_news = answer, "", True
 
     def _hear_refusal(self, helper: _Helper, refusal: UnmaskRefusalMsg) -> None:
         """A helper will not answer. Raises ProtocolError: it is about nothing that was asked."""
         call = self._call_about(helper, refusal)
         if call.answer is None:
-            call.refusal = f"{refusal.reason.value}: {refusal.detail}"
+            call.refusal, self.has_news = f"{refusal.reason.value}: {refusal.detail}", True
 
     def _call_about(self, helper: _Helper, message: MaskSumMsg | UnmaskRefusalMsg) -> _Call:
         """What a message answers. Raises ProtocolError."""

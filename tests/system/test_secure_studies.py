@@ -15,7 +15,7 @@ from aggregator.rounds import Phase
 from aggregator.task_file import DevicePrivacy, Participation, Secure, Server, StatisticsPlan, TaskConfig
 from tests.aggregator.desk import built_with
 from tests.enrolments import broken_copy
-from tests.virtual_fleet import TASK, Faults, VirtualFleet, task_config
+from tests.virtual_fleet import AGGREGATOR, TASK, Faults, VirtualFleet, task_config
 
 HELPERS = ("helper-a", "helper-b")
 
@@ -137,3 +137,17 @@ def test_statistics_go_through_the_same_sum(tmp_path: Path) -> None:
     assert records["open"] > 90.0
     assert records["secure"] == pytest.approx(records["open"], abs=3.0)
     assert found["secure"].keys() == found["open"].keys()
+
+
+def test_a_round_is_committed_as_soon_as_its_helpers_have_answered(tmp_path: Path) -> None:
+    fleet = secure_fleet(tmp_path)
+    told = fleet.journals[AGGREGATOR]
+    for _ in fleet.steps(100):
+        if told.named("round_unmasking"):
+            break
+        fleet.clock.time_s += 0.5
+    assert told.named("round_unmasking")
+    assert not told.named("round_committed")
+    for _ in fleet.steps(2):  # no time passes
+        pass
+    assert told.named("round_committed")
