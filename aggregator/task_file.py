@@ -208,6 +208,21 @@ class Validation(_Section, frozen=True, kw_only=True):
     margin: Annotated[float, Meta(ge=0)] = 0.1
 
 
+class AdaptiveClipping(_Section, frozen=True, kw_only=True):
+    """``adaptive_clipping`` of ``[secure]``: the clip follows a quantile of the updates' norms; `l2_norm_clip` is the
+    first.
+
+    Args:
+        quantile: share of updates that the clip leaves as they are; default 0.5.
+        learning_rate: of the clip's logarithm; default 0.2.
+        bit_noise: standard deviation of the noise on the number of such updates; default a twentieth of the goal.
+    """
+
+    quantile: Annotated[float, Meta(gt=0, lt=1)] = 0.5
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] = 0.2
+    bit_noise: Annotated[float, Meta(gt=0)] | None = None
+
+
 class Secure(_Section, frozen=True, kw_only=True):
     """``[secure]``: how updates are masked and added up; see docs/privacy.md.
 
@@ -220,6 +235,7 @@ class Secure(_Section, frozen=True, kw_only=True):
         noise_from: ``devices`` each add a share; ``helpers`` each add all of it, since one of them is assumed to be
             honest; ``aggregator`` adds it to the sum, which protects against those who see models only. Default
             ``devices``.
+        adaptive_clipping: ``{ quantile = 0.5 }`` and the like: the clip follows the updates' norms; default off.
         step: of the grid, in the clip's unit; default: so fine that rounding changes a sum by far less than a clip.
         most_updates: that a round takes; default twice the goal.
         rotates: whether updates are rotated before they are rounded; default false.
@@ -231,6 +247,7 @@ class Secure(_Section, frozen=True, kw_only=True):
     helpers: Annotated[tuple[Name, ...], Meta(max_length=MOST_HELPERS)] = ()
     noise_multiplier: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     noise_from: Literal["devices", "helpers", "aggregator"] = "devices"
+    adaptive_clipping: AdaptiveClipping | None = None
     step: Annotated[float, Meta(gt=0)] | None = None
     most_updates: AtLeastOne | None = None
     rotates: bool = False

@@ -264,4 +264,4 @@ def _noise(question: Question, entropy: Entropy) -> NDArray[np.int64] | None:
     """This helper's share of the round's noise, int64 [d] in grid steps."""
     if not question.noise_sigma:
         return None
-    return discrete_gaussian(question.noise_sigma, question.terms.fixed_point.length, entropy)
+    return discrete_gaussian(question.noise_sigma, question.terms.fixed_point.vector_length, entropy)

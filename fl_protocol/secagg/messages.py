@@ -69,6 +69,7 @@ class SecureTermsMsg(Msg, frozen=True):
             none.
         helper_noise_sigma: of the discrete Gaussian noise that each helper adds to each number, in grid steps, at least
             1; 0 for none.
+        clip_bit: grid steps of the coordinate that tells whether an update was no longer than the clip; 0 for none.
         rotates: whether updates are rotated.
         prg: the keystream of masks.
         helpers: each one's signed `HelperKeyMsg`, an encoded `SignedMsg`.
@@ -80,6 +81,7 @@ class SecureTermsMsg(Msg, frozen=True):
     most_updates: Count
     device_noise_variance: Annotated[float, Meta(ge=0, le=MOST_VARIANCE)]
     helper_noise_sigma: Annotated[float, Meta(ge=0, le=MOST_SIGMA)]
+    clip_bit: Annotated[int, Meta(ge=0, le=2**30)]
     rotates: bool
     prg: PrgName
     helpers: Annotated[tuple[Annotated[bytes, Meta(max_length=4096)], ...], Meta(min_length=1, max_length=MOST_HELPERS)]

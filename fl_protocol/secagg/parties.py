@@ -67,7 +67,7 @@ class SecureRound:
     @cached_property
     def masks(self) -> Masks:
         """Of this round."""
-        return Masks(length=self.fixed_point.length, bits=self.fixed_point.bits, prg=self.prg)
+        return Masks(length=self.fixed_point.vector_length, bits=self.fixed_point.bits, prg=self.prg)
 
     def seed_info(self, helper: str, *, device: str, update_id: bytes) -> bytes:
         """What a seed is bound to, when it is sealed and when it becomes a mask."""
@@ -112,7 +112,7 @@ def contribute(
     Args:
         terms: of the round.
         update: float32 [d], finite; clipped here.
-        noise: the device's share, int64 [d] in grid steps.
+        noise: the device's share, int64 [vector_length] in grid steps.
         sender: the device.
         entropy: cryptographic source, for rounding and seeds.
 
@@ -120,8 +120,8 @@ def contribute(
         LocalMisuseError: lengths or values are out of range.
         ProtocolError: a helper's key is not usable.
     """
-    if noise.shape != update.shape:
-        raise LocalMisuseError(f"noise: expected shape {update.shape}, got {noise.shape}")
+    if noise.shape != (terms.fixed_point.vector_length,):
+        raise LocalMisuseError(f"noise: expected {terms.fixed_point.vector_length} numbers, got shape {noise.shape}")
     integers = terms.fixed_point.encode(update, rotation_seed=terms.rotation_seed, entropy=entropy)
     integers += noise
     return protect(terms, integers, sender=sender, entropy=entropy)
@@ -173,7 +173,7 @@ def masked_vector(
         raise ProtocolError("the sealed seeds do not match the signed digests")
     if found.masked_digest != hashlib.sha256(body.masked).digest():
         raise ProtocolError("the masked vector does not match the signed digest")
-    return unpack(body.masked, terms.fixed_point.length, terms.fixed_point.bits)
+    return unpack(body.masked, terms.fixed_point.vector_length, terms.fixed_point.bits)
 
 
 def entry_for(terms: SecureRound, body: SecureBodyMsg, helper: str) -> UnmaskEntryMsg:
@@ -213,8 +213,8 @@ def sum_of_masks(
         UnmaskRefusedError: with the reason; nothing was revealed.
         LocalMisuseError: the noise is of another length.
     """
-    if noise is not None and noise.shape != (terms.fixed_point.length,):
-        raise LocalMisuseError(f"noise: expected {terms.fixed_point.length} numbers, got shape {noise.shape}")
+    if noise is not None and noise.shape != (terms.fixed_point.vector_length,):
+        raise LocalMisuseError(f"noise: expected {terms.fixed_point.vector_length} numbers, got shape {noise.shape}")
     fewest, most = max(terms.minimum_cohort, minimum_cohort), terms.fixed_point.most_updates
     if len(entries) < fewest:
         raise UnmaskRefusedError(UnmaskRefusal.TOO_FEW, f"expected at least {fewest} updates, got {len(entries)}")
@@ -250,7 +250,7 @@ def unmask(
     update_ids: Sequence[bytes],
     noise: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
-    """The sum of the listed updates, float64 [d]; runs at the aggregator.
+    """The sum of the listed updates, float64 [vector_length] as `FixedPoint.decode` has it; runs at the aggregator.
 
     Args:
         terms: of the round.
@@ -282,7 +282,7 @@ def unmask(
 def _residues_in(terms: SecureRound, answer: MaskSumMsg) -> NDArray[np.unsignedinteger[Any]]:
     """A helper's sum of masks, [d]. Raises MaskSumError."""
     try:
-        return unpack(answer.total, terms.fixed_point.length, terms.fixed_point.bits)
+        return unpack(answer.total, terms.fixed_point.vector_length, terms.fixed_point.bits)
     except ProtocolError as error:
         raise MaskSumError(f"the sum of {answer.helper} is malformed: {error}") from error
 

@@ -164,8 +164,8 @@ def test_an_update_carries_its_share_of_the_noise() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        ("skellam(variance, len(change), entropy) if variance else", "np.zeros(len(change), np.int64) if True else"),
-        ("skellam(variance, len(change), entropy)", "skellam(variance / 2, len(change), entropy)"),
+        ("skellam(variance, length, entropy) if variance else", "np.zeros(length, np.int64) if True else"),
+        ("skellam(variance, length, entropy)", "skellam(variance / 2, length, entropy)"),
     ],
     ids=["none", "half of it"],
 )

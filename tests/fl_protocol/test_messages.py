@@ -339,6 +339,8 @@ def test_terms_belong_to_open_secure_rounds_and_go_with_nothing_that_needs_singl
         ("device_noise_variance", math.nan),
         ("helper_noise_sigma", 0.5),
         ("helper_noise_sigma", 2.0**41),
+        ("clip_bit", -1),
+        ("clip_bit", 2**30 + 1),
         ("prg", "aes"),
         ("helpers", []),
         ("helpers", [b"key"] * 9),
