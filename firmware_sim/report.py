@@ -138,7 +138,7 @@ def _trouble_rows(metrics: RunMetrics) -> list[tuple[str, str]]:
         (f"round {record.round} aborted", record.reason) for record in metrics.rounds if record.outcome == "aborted"
     ]
     rows += [("complaint", text) for text in metrics.complaints[:20]]
-    return rows or [("nothing", "no update was refused, no round aborted, no device complained")]
+    return rows or [("nothing", "no update was refused, no round aborted, nobody complained")]
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

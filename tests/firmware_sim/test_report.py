@@ -112,7 +112,7 @@ def test_the_result_is_told_in_the_runs_own_numbers() -> None:
         "3000, masked and sealed",
     ):
         assert value in text, value
-    assert "no update was refused, no round aborted, no device complained" in text
+    assert "no update was refused, no round aborted, nobody complained" in text
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_aborted_rounds_refusals_and_complaints_are_shown() -> None:
     assert "round 2 aborted 3 of at least 8" in text
     assert "updates refused: bad_signature 5 updates refused: round_closed 17" in text
     assert "complaint wrist-02-left: the disk is full" in text
-    assert "no device complained" not in text
+    assert "nobody complained" not in text
 
 
 HOSTILE = "<script>alert('1')</script><img src=x onerror=alert(2)>\"&lt;"
