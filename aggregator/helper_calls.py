@@ -35,6 +35,10 @@ Note = Callable[..., None]
 class HelperLink(Protocol):
     """A way to one helper that is not the broker."""
 
+    @property
+    def problem(self) -> str:
+        """Why the helper cannot be reached, in words; empty if it can."""
+
     def ask(self, request: bytes) -> None:
         """Send a signed request; returns at once."""
 
@@ -158,7 +162,7 @@ class HelperCalls:
             if helper is None:
                 return (), f"the aggregator's configuration does not name helper {name}"
             if helper.key is None:
-                return (), f"helper {name} has published no key; is covey-helper running?"
+                return (), f"helper {name} has published no key; is covey-helper running?{self._problem(name)}"
             if helper.key.not_after_s < until_s:
                 return (), f"the key of helper {name} ends before the round would; is covey-helper running?"
             signed.append(helper.signed_key)
@@ -197,7 +201,13 @@ class HelperCalls:
     def missing(self, task: str) -> str:
         """Which helpers have not answered about a task's round."""
         names = [name for name, call in self._calls(task) if call.answer is None]
-        return f"no answer of {' and '.join(names)} in time; are they running, and do they reach the broker?"
+        problems = "".join(self._problem(name) for name in names)
+        return f"no answer of {' and '.join(names)} in time; are they running, and can they be reached?{problems}"
+
+    def _problem(self, name: str) -> str:
+        """What is wrong with a helper's own link."""
+        problem = self._links[name].problem if name in self._links else ""
+        return f" ({problem})" if problem else ""
 
     def look_after(self) -> None:
         """Ask again where an answer is overdue, and hear what has come another way than over the broker."""

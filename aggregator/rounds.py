@@ -76,6 +76,7 @@ class RoundPolicy:
         most_failures: rounds in a row that cannot be combined, or make the model worse, until the task pauses.
         makes_models: whether a commit makes a model; evaluations and statistics do not.
         unmasking_s: seconds that helpers have to answer; None where updates are not masked. Only when synchronous.
+        halted: why no further round opens, in words; empty if one may.
     """
 
     rounds: int
@@ -87,6 +88,7 @@ class RoundPolicy:
     most_failures: int = 3
     makes_models: bool = True
     unmasking_s: float | None = None
+    halted: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.minimum_cohort <= self.goal:
@@ -199,6 +201,8 @@ def _go_on(state: RoundState, now_s: float, policy: RoundPolicy) -> _Step:
         return replace(_standing(state, Phase.FINISHED), version=state.version + policy.makes_models), [FinishTask()]
     if state.pausing:
         return _standing(state, Phase.PAUSED, PAUSED_BY_OPERATOR), [AnnounceTask()]
+    if policy.halted:
+        return _standing(state, Phase.PAUSED, policy.halted), [AnnounceTask()]
     number, deadline_s = state.number + 1, now_s + policy.duration_s
     opened = replace(
         state, phase=Phase.OPEN, number=number, arrived=0, opened_s=now_s, deadline_s=deadline_s, reason=""

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from aggregator.privacy.grid_step import choose_step
 from aggregator.task_file import Secure, TaskConfig
 from fl_protocol.errors import LocalMisuseError, ProtocolError
+from fl_protocol.record_sums import SUM_DIVISOR
 from fl_protocol.secagg.fixed_point import MOST_BITS, FixedPoint
 from fl_protocol.secagg.messages import SecureTermsMsg
 from fl_protocol.secagg.terms import fixed_point_of, noise_bound
@@ -54,7 +55,7 @@ def terms_of(config: TaskConfig, secure: Secure, length: int, *, helpers: Sequen
             f"the {secure.noise_from}' noise is {sigma:.3g} grid steps, at least 1 can be drawn; lower secure.step"
         )
     terms = SecureTermsMsg(
-        l2_norm_clip=secure.l2_norm_clip,
+        l2_norm_clip=_sent(config, secure.l2_norm_clip),
         step=_step(config, secure, length),
         bits=MOST_BITS,
         most_updates=most_updates(config),
@@ -75,7 +76,7 @@ def _grid(config: TaskConfig, secure: Secure, length: int, *, noise: int = 0) ->
     """The task's grid, with the least number of bits."""
     return FixedPoint(
         length,
-        l2_norm_clip=secure.l2_norm_clip,
+        l2_norm_clip=_sent(config, secure.l2_norm_clip),
         step=_step(config, secure, length),
         most_updates=most_updates(config),
         noise_bound=noise,
@@ -83,15 +84,21 @@ def _grid(config: TaskConfig, secure: Secure, length: int, *, noise: int = 0) ->
     )
 
 
+def _sent(config: TaskConfig, value: float) -> float:
+    """A number of the file in the unit that updates are sent in: the sums of measurements are divided on the device."""
+    return value if config.kind == "train" else value / SUM_DIVISOR
+
+
 def _step(config: TaskConfig, secure: Secure, length: int) -> float:
     """Of the grid."""
     if secure.step is not None:
-        return secure.step
-    fine = default_step(secure.l2_norm_clip, length)
+        return _sent(config, secure.step)
+    clip = _sent(config, secure.l2_norm_clip)
+    fine = default_step(clip, length)
     if not secure.noise_multiplier:
         return fine
     for_noise = choose_step(
-        l2_norm_clip=secure.l2_norm_clip,
+        l2_norm_clip=clip,
         length=length,
         cohort=config.goal,
         noise_multiplier=secure.noise_multiplier,

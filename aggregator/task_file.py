@@ -27,7 +27,7 @@ from fl_protocol.messages import (
 )
 from fl_protocol.plans import PlanMsg
 from fl_protocol.secagg.masks import PrgName
-from fl_protocol.secagg.messages import MOST_HELPERS
+from fl_protocol.secagg.messages import MOST_HELPERS, MOST_LISTED
 
 LONGEST_S = 1e9
 """Thirty years; a deadline without end could not be sent."""
@@ -166,6 +166,7 @@ class Participation(_Section, frozen=True, kw_only=True):
         over_selection: default 1.3.
         least_probability: default 0.001.
         minimum_separation_s: seconds a device stays out after taking part; default 0.
+        most_participations: rounds of the task that a device takes part in at most; it counts them itself. Default any.
         required_tags: what a device must be able to do (``tags`` in its configuration); default none.
     """
 
@@ -174,6 +175,7 @@ class Participation(_Section, frozen=True, kw_only=True):
     over_selection: Annotated[float, Meta(ge=1, le=100)] = 1.3
     least_probability: Probability = 0.001
     minimum_separation_s: Seconds = 0.0
+    most_participations: AtLeastOne | None = None
     required_tags: Annotated[tuple[Name, ...], Meta(max_length=16)] = ()
 
 
@@ -210,14 +212,15 @@ class Secure(_Section, frozen=True, kw_only=True):
     """``[secure]``: how updates are masked and added up; see docs/privacy.md.
 
     Args:
-        l2_norm_clip: of a whole update; a longer one is scaled down to it on the device.
+        l2_norm_clip: of a whole update; a longer one is scaled down to it on the device. Of an evaluation or
+            statistics: of a device's sums with their noise; 10,000 records count 10,000.
         helpers: names of those in the aggregator's configuration that the task's rounds use; default all.
         noise_multiplier: standard deviation of the noise in the sum of `goal` updates, over what one update can change
             in it; default 0, and then no device-level privacy is claimed.
         noise_from: ``devices`` each add a share; ``helpers`` each add all of it, since one of them is assumed to be
             honest; ``aggregator`` adds it to the sum, which protects against those who see models only. Default
             ``devices``.
-        step: of the grid, in the update's unit; default: so fine that rounding changes a sum by far less than a clip.
+        step: of the grid, in the clip's unit; default: so fine that rounding changes a sum by far less than a clip.
         most_updates: that a round takes; default twice the goal.
         rotates: whether updates are rotated before they are rounded; default false.
         prg: keystream of the masks; ``chacha20`` where devices have no AES instructions. Default ``aes128-gcm-zeros``.
@@ -233,6 +236,22 @@ class Secure(_Section, frozen=True, kw_only=True):
     rotates: bool = False
     prg: PrgName = "aes128-gcm-zeros"
     unmasking_s: Annotated[float, Meta(gt=0, le=LONGEST_S)] = 120.0
+
+
+class DevicePrivacy(_Section, frozen=True, kw_only=True):
+    """``[device_privacy]``: what the task may cost any one device at device level; it halts before it costs more.
+
+    Args:
+        epsilon, delta: of the budget, over all rounds.
+        adversary: ``aggregator``, who sees the sums; or ``model_release``: those who see released models only. Default
+            ``aggregator``.
+        colluding_share: of each round's updates that may be from devices that tell their noise; default 0.
+    """
+
+    epsilon: Annotated[float, Meta(gt=0)]
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+    adversary: Literal["aggregator", "model_release"] = "aggregator"
+    colluding_share: Annotated[float, Meta(ge=0, lt=1)] = 0.0
 
 
 class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -256,8 +275,9 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         population: devices that may take part, needed for the plan's `control_variates` (N in `aggregator.scaffold`).
             It is not counted from the registered names, since one device has a row of pseudonyms. It need not be exact:
             a value a few times too large or too small changes how fast training gets to the optimum, not which.
-        plan, server, rule, asynchronous, participation, updates, validation, secure: the tables of the file; `plan`
-            must be there, and `secure` with its engine. `asynchronous` and `validation` are off unless they are.
+        plan, server, rule, asynchronous, participation, updates, validation, secure, device_privacy: the tables of the
+            file; `plan` must be there, and `secure` with its engine. `asynchronous`, `validation` and `device_privacy`
+            are off unless they are.
     """
 
     name: Name
@@ -279,6 +299,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     updates: Updates = Updates()
     validation: Validation | None = None
     secure: Secure | None = None
+    device_privacy: DevicePrivacy | None = None
 
     def __post_init__(self) -> None:
         self._check_engine()
@@ -325,6 +346,11 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
                 "the engine secure, which is the default, needs a section [secure] with at least l2_norm_clip; "
                 'engine = "open" lets the aggregator see each update, and has none'
             )
+        if self.device_privacy is not None and (self.secure is None or not self.secure.noise_multiplier):
+            raise ValueError(
+                "device_privacy needs the engine secure with a noise_multiplier above 0: covey-aggregator privacy plan "
+                "finds it"
+            )
         if self.secure is None:
             return
         if self.asynchronous is not None or self.rule != Rule() or self.plan.control_variates:
@@ -338,8 +364,18 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
             raise ValueError(
                 "a sum of one update is that update: the engine secure needs a minimum_cohort of at least 2"
             )
-        if self.secure.most_updates is not None and self.secure.most_updates < self.goal:
-            raise ValueError(f"secure.most_updates {self.secure.most_updates} is below the goal {self.goal}")
+        self._check_most_updates(self.secure)
+
+    def _check_most_updates(self, secure: Secure) -> None:
+        """A round takes its goal at least, and no more than one request to a helper can list."""
+        most = secure.most_updates or 2 * self.goal
+        if most < self.goal:
+            raise ValueError(f"secure.most_updates {most} is below the goal {self.goal}")
+        if most > MOST_LISTED:
+            raise ValueError(
+                f"a helper is told of at most {MOST_LISTED} updates at once: expected secure.most_updates (by default "
+                f"twice the goal) up to that, got {most}"
+            )
 
     def _check_measures_only(self) -> None:
         """Evaluation and statistics change no model."""

@@ -159,6 +159,7 @@ class TaskPublisher:
             minimum_cohort=config.minimum_cohort,
             participation_probability=probability,
             minimum_separation_s=config.participation.minimum_separation_s,
+            most_participations=config.participation.most_participations,
             maximum_staleness=config.policy.maximum_staleness,
             required_tags=config.participation.required_tags,
             encodings=config.updates.encodings,

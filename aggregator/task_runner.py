@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import Connection
 
 from aggregator.announcer import Announcer
+from aggregator.device_budget import TaskBudget
 from aggregator.errors import BlobError, CombineError, ConflictError, LostModelError, RejectedModelError
 from aggregator.helper_calls import HelperCalls
 from aggregator.in_force import config_of
@@ -118,6 +119,7 @@ class TaskRunner:
             judge=judge,
             entropy=ports.entropy,
         )
+        self._budget = TaskBudget(ports.store, self.config, update_length=self._update_length)
         self._unmasking = Unmasking(self.name, ports.store, ports.calls)
         self._publisher = TaskPublisher(
             ports.store,
@@ -186,7 +188,7 @@ class TaskRunner:
         if self._waits_for and isinstance(event, Ticked):
             return  # a round that no device can see yet is not given up for want of updates
         now_s = self._ports.now_s()
-        state, actions = transition(self._state, event, now_s, policy=self._policy)
+        state, actions = self._next(event, now_s)
         if state == self._state and not actions and order is None:
             return
         if not actions and isinstance(event, Arrived):
@@ -213,6 +215,16 @@ class TaskRunner:
             if order is None:
                 raise
             self._note("publish_failed", reason=str(error))  # the order is carried out all the same
+
+    def _next(self, event: RoundEvent, now_s: float) -> tuple[RoundState, list[RoundAction]]:
+        """What the round table says; no round opens that the device-level budget has no room for."""
+        state, actions = transition(self._state, event, now_s, policy=self._policy)
+        for action in actions:
+            if isinstance(action, OpenRound):
+                why = self._budget.why_not_another(action.number, opens_s=action.opened_s)
+                if why:
+                    return transition(self._state, event, now_s, policy=replace(self._policy, halted=why))
+        return state, actions
 
     def _publish(self) -> None:
         """Publish the task as it stands; before the first round there is nothing to publish."""
@@ -283,6 +295,8 @@ class TaskRunner:
             case AskHelpers():
                 self._ports.store.rounds.mark(connection, self.name, action.number, "closing")
                 self._ports.store.rounds.extend(connection, self.name, action.number, action.until_s)
+                # Security: noted before anybody is asked: from then on the sum may be known.
+                self._ports.store.rounds.ask(connection, self.name, action.number, asked_s=now_s)
                 change.notes.append(
                     ("round_unmasking", {"round": action.number, "arrived": state.arrived, "until_s": action.until_s})
                 )

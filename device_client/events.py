@@ -46,6 +46,7 @@ class SessionState(msgspec.Struct, frozen=True):
             restarted between the two still takes part.
         counted_round: newest round for which the wearer's new records were counted; each count is charged.
         participated_s: when this device last took part, Unix seconds.
+        participations: how often it took part.
     """
 
     study: str = ""
@@ -54,6 +55,7 @@ class SessionState(msgspec.Struct, frozen=True):
     willing_round: int = 0
     counted_round: int = 0
     participated_s: float = 0.0
+    participations: int = 0
 
 
 @dataclass(frozen=True)

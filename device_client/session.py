@@ -386,7 +386,12 @@ class DeviceSession:
         """Toss this round's coin, once, and remember that it was tossed before anything follows from it."""
         manifest = here.manifest
         separation_s = max(manifest.minimum_separation_s, self._config.minimum_separation_s)
-        reason = here.why_not(now_s, participated_s=self._state.participated_s, separation_s=separation_s)
+        reason = here.why_not(
+            now_s,
+            participated_s=self._state.participated_s,
+            separation_s=separation_s,
+            participations=self._state.participations,
+        )
         if not reason and uniform(self._entropy) >= manifest.participation_probability:
             reason = "the coin said no"
         willing = 0 if reason else manifest.round
@@ -474,7 +479,7 @@ class DeviceSession:
         here.phase, self._working_on, self._work_ends_s = "training", manifest, work_ends_s(manifest)
         return [
             *actions,
-            self._remember(participated_s=now_s, willing_round=0),
+            self._remember(participated_s=now_s, willing_round=0, participations=self._state.participations + 1),
             Participate(manifest, params, control),
             *self._supply.keep(here, params),
         ]

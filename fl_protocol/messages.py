@@ -99,6 +99,7 @@ class RoundManifestMsg(Msg, frozen=True):
         minimum_cohort: fewest updates that are ever combined.
         participation_probability: with which each device tosses its own coin.
         minimum_separation_s: seconds a device stays out after taking part.
+        most_participations: rounds of the task that a device takes part in at most; None for any number.
         maximum_staleness: an update of this round counts as long as no round newer by more than this is open; 0 in
             synchronous rounds.
         required_tags: what a device must be able to do; one that lacks any stays out, and says nothing about it.
@@ -126,6 +127,7 @@ class RoundManifestMsg(Msg, frozen=True):
     minimum_cohort: Count
     participation_probability: Annotated[float, Meta(ge=0, le=1)]
     minimum_separation_s: Seconds
+    most_participations: Count | None = None
     maximum_staleness: Annotated[int, Meta(ge=0, le=1000)] = 0
     required_tags: Annotated[tuple[Name, ...], Meta(max_length=16)] = ()
     encodings: Annotated[tuple[EncodingName, ...], Meta(min_length=1, max_length=4)] = ("float32",)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, ScalarSelect, Table, func, insert, select, update
 
 from aggregator.errors import ConflictError
 from aggregator.store import schema
@@ -41,6 +41,21 @@ class LiveRound(NamedTuple):
     key: RoundKey
     sums_secret: bytes | None
     manifest: bytes | None = None
+
+
+class AskedRound(NamedTuple):
+    """A secure round whose helpers were asked for the sum of their masks: with that the sum may be known.
+
+    Args:
+        manifest: encoded.
+        asked_s: Unix seconds.
+        arrived: updates in the sum.
+    """
+
+    number: int
+    manifest: bytes
+    asked_s: float
+    arrived: int
 
 
 class RoundRecord(NamedTuple):
@@ -134,6 +149,21 @@ class Rounds:
         if changed.rowcount != 1:
             raise ConflictError(f"round {number} of {task} has a manifest already: another coordinator runs")
 
+    def ask(self, connection: Connection, task: str, number: int, *, asked_s: float) -> None:
+        """Note that a round's helpers are about to be asked; part of the transaction that closes it to updates."""
+        connection.execute(_round(task, number).where(schema.rounds.c.asked_s.is_(None)).values(asked_s=asked_s))
+
+    def asked(self, task: str) -> list[AskedRound]:
+        """Every round of a task whose helpers were asked, whatever came of it, in order."""
+        table = schema.rounds
+        query = (
+            select(table.c.number, table.c.manifest, table.c.asked_s, _arrived(table))
+            .where(table.c.task == task, table.c.asked_s.is_not(None))
+            .order_by(table.c.number)
+        )
+        with self._database.reading() as connection:
+            return [AskedRound(*row) for row in connection.execute(query)]
+
     def extend(self, connection: Connection, task: str, number: int, deadline_s: float) -> None:
         """Move an open round's deadline, as part of a transaction."""
         connection.execute(_round(task, number).values(deadline_s=deadline_s))
@@ -196,13 +226,10 @@ class Rounds:
 
     def history(self, task: str, *, last: int | None = None) -> list[RoundRecord]:
         """What became of a task's rounds, oldest first; only the `last` ones if given."""
-        table, updates = schema.rounds, schema.updates.c
-        arrived = (
-            select(func.count())
-            .where(updates.task == table.c.task, updates.counted_in == table.c.number)
-            .scalar_subquery()
+        table = schema.rounds
+        query = (
+            select(table, _arrived(table).label("arrived")).where(table.c.task == task).order_by(table.c.number.desc())
         )
-        query = select(table, arrived.label("arrived")).where(table.c.task == task).order_by(table.c.number.desc())
         with self._database.reading() as connection:
             rows = connection.execute(query.limit(last) if last is not None else query).all()
         return [
@@ -221,6 +248,14 @@ class Rounds:
             )
             for row in reversed(rows)
         ]
+
+
+def _arrived(table: Table) -> ScalarSelect[int]:
+    """How many updates count in each round."""
+    updates = schema.updates.c
+    return (
+        select(func.count()).where(updates.task == table.c.task, updates.counted_in == table.c.number).scalar_subquery()
+    )
 
 
 def _round(task: str, number: int) -> Any:

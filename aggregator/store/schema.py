@@ -104,6 +104,7 @@ rounds = Table(
     Column("secret", LargeBinary),  # erased when no update of the round can count any more
     Column("sums_secret", LargeBinary),  # erased when the round is closed
     Column("manifest", LargeBinary),  # of the engine secure: what contributions are bound to
+    Column("asked_s", Float),  # when helpers were first asked for the sum of its masks
     Column("version", Integer, nullable=False),
     Column("model_digest", LargeBinary(32), nullable=False),
     Column("update_length", Integer, nullable=False),  # numbers in an update

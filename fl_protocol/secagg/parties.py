@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -270,12 +271,20 @@ def unmask(
             raise MaskSumError(f"{one.helper} answered for another round")
         if (one.included_digest, one.count) != (expected, len(update_ids)):
             raise MaskSumError(f"{one.helper} added up the masks of another list")
-        total -= unpack(one.total, terms.fixed_point.length, terms.fixed_point.bits).astype(total.dtype, copy=False)
+        total -= _residues_in(terms, one).astype(total.dtype, copy=False)
     residues = terms.masks.reduced(total)
     try:
         return terms.fixed_point.decode(residues, count=len(update_ids), rotation_seed=terms.rotation_seed, noise=noise)
     except ProtocolError as error:
         raise MaskSumError(f"a helper's sum is wrong, or a device's vector is: {error}") from error
+
+
+def _residues_in(terms: SecureRound, answer: MaskSumMsg) -> NDArray[np.unsignedinteger[Any]]:
+    """A helper's sum of masks, [d]. Raises MaskSumError."""
+    try:
+        return unpack(answer.total, terms.fixed_point.length, terms.fixed_point.bits)
+    except ProtocolError as error:
+        raise MaskSumError(f"the sum of {answer.helper} is malformed: {error}") from error
 
 
 def _checked(

@@ -13,6 +13,7 @@ from msgspec import NODEFAULT
 from aggregator.server_optimisers import DEFAULTS
 from aggregator.task_file import (
     Asynchronous,
+    DevicePrivacy,
     EvaluationPlan,
     Participation,
     Rule,
@@ -33,6 +34,7 @@ TABLES: dict[str, type] = {
     "Keys at the top": TaskConfig,
     "`[plan]` of a training": TrainingPlan,
     "`[secure]`": Secure,
+    "`[device_privacy]`": DevicePrivacy,
     "`[server]`": Server,
     "`[rule]`": Rule,
     "`[asynchronous]`": Asynchronous,
@@ -40,9 +42,19 @@ TABLES: dict[str, type] = {
     "`[updates]`": Updates,
     "`[validation]`": Validation,
 }
-SECTIONS = {"plan", "server", "rule", "asynchronous", "participation", "updates", "validation", "secure"}
+SECTIONS = {
+    "plan",
+    "server",
+    "rule",
+    "asynchronous",
+    "participation",
+    "updates",
+    "validation",
+    "secure",
+    "device_privacy",
+}
 IN_WORDS = {"norm_bound": None, "memory_bytes": 2**30, "start_from": None, "population": None, "delta": None}
-IN_WORDS |= {"step": None, "most_updates": None}
+IN_WORDS |= {"step": None, "most_updates": None, "most_participations": None}
 
 
 def table(title: str) -> dict[str, str]:

@@ -134,6 +134,7 @@ PURE = [
     "device_client.secure_update",
     "device_client.session",
     "device_client.training",
+    "fl_protocol.client_certificates",
     "fl_protocol.encoding",
     "fl_protocol.helper_config",
     "fl_protocol.integer_noise",

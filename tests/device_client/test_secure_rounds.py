@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from device_client.config import PrivacyConfig, StudyConfig
 from device_client.consent import terms_of
 from device_client.errors import StoreError
-from device_client.events import PendingUpdate
+from device_client.events import PendingUpdate, SessionState
 from device_client.feasibility import InfeasibleError, check_feasible
 from device_client.floors import Floors, FloorsError
 from device_client.secure_update import protected_update
@@ -286,3 +286,22 @@ def test_the_wearer_agrees_to_named_helpers() -> None:
     )
     assert "helper-a of operator-a" in with_one["masked for (helpers)"]
     assert with_one != with_two
+
+
+@pytest.mark.parametrize(("participations", "fetches"), [(0, True), (1, True), (2, False), (3, False)])
+def test_a_device_takes_part_as_often_as_the_study_asks_any_device_to(participations: int, fetches: bool) -> None:
+    driver = Driver(state=SessionState(participations=participations))
+    actions = driver.open_round(most_participations=2)
+    assert bool(asked_for(actions)) == fetches
+    if not fetches:
+        assert "as often as the study asks any device to" in driver.session.view().doing
+
+
+def test_every_participation_is_counted_durably() -> None:
+    driver = Driver()
+    driver.open_round(most_participations=1)
+    driver.send_model()
+    assert driver.disk.state is not None
+    assert driver.disk.state.participations == 1
+    again = driver.restarted()
+    assert not asked_for(again.open_round(round=2, most_participations=1))

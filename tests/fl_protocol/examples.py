@@ -214,6 +214,7 @@ EXAMPLES: tuple[Msg, ...] = (
     manifest(status="paused", recipient=None),
     manifest(status="aborted", recipient=None),
     manifest(
+        most_participations=20,
         maximum_staleness=4,
         required_tags=("imu", "npu"),
         encodings=("top_k", "int8", "float32"),

@@ -120,7 +120,7 @@ def test_a_field_of_another_type_is_refused(message: Msg) -> None:
         wrong += [[None], [[]], [1.5], dict.fromkeys(map(str, value))] if isinstance(value, list) else [[], [value]]
         wrong += [True] if not isinstance(value, bool) else [0, 1]
         wrong += [2**64 - 1, -1, "x"] if not isinstance(value, str) else [1]
-        wrong += [None] if name not in {"recipient", "delta", "control_digest", "secure"} else []
+        wrong += [None] if name not in {"recipient", "most_participations", "delta", "control_digest", "secure"} else []
         for other in wrong:
             refused(packed({**fields, name: other}), type(message))
 
@@ -383,6 +383,7 @@ def test_secure_terms_out_of_range_are_refused(name: str, value: object) -> None
         ("participation_probability", 1.01),
         ("participation_probability", math.nan),
         ("minimum_separation_s", -math.inf),
+        ("most_participations", 0),
         ("maximum_staleness", -1),
         ("maximum_staleness", 1001),
         ("required_tags", ["imu", "imu"]),

@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from aggregator.task_file import Secure, TaskConfig
-from tests.virtual_fleet import AGGREGATOR, Faults, VirtualFleet, task_config
+from aggregator.device_budget import TaskBudget
+from aggregator.privacy.accounting import device_epsilon
+from aggregator.privacy.adversaries import Adversary
+from aggregator.rounds import Phase
+from aggregator.task_file import DevicePrivacy, Participation, Secure, Server, StatisticsPlan, TaskConfig
+from tests.aggregator.desk import built_with
+from tests.enrolments import broken_copy
+from tests.virtual_fleet import AGGREGATOR, TASK, Faults, VirtualFleet, task_config
 
 HELPERS = ("helper-a", "helper-b")
 
@@ -40,6 +47,96 @@ def test_a_study_of_masked_updates_makes_the_model_that_an_open_one_makes(tmp_pa
     step = 2.0**-6
     assert np.linalg.norm(first - other) < step * np.sqrt(len(first))
     assert np.linalg.norm(other) > 20 * step
+
+
+BUDGET = DevicePrivacy(epsilon=6.0, delta=1e-5)
+NOISY = {"noise_multiplier": 2.0}
+
+
+def spent(fleet: VirtualFleet, name: str = "aggregator") -> float:
+    """What the rounds so far have cost a device, by the account that halts the task."""
+    budget = TaskBudget(fleet.store, fleet.task, update_length=len(fleet.params(0)))
+    return budget.epsilon(name, delta=1e-5)
+
+
+def runs_beyond_its_budget(folder: Path) -> bool:
+    """Whether a task whose budget is for a few rounds goes on beyond it."""
+    fleet = secure_fleet(folder, rounds=40, secure=NOISY, device_privacy=BUDGET)
+    fleet.run(until=lambda: fleet.state.phase is Phase.PAUSED or fleet.state.committed > 8)
+    if fleet.state.phase is Phase.PAUSED:
+        assert "device-level budget is spent" in fleet.state.reason
+        assert 1 <= fleet.state.committed < 8
+    return spent(fleet) > BUDGET.epsilon
+
+
+def test_a_task_halts_at_its_device_level_budget(tmp_path: Path) -> None:
+    assert not runs_beyond_its_budget(tmp_path)
+
+
+def test_an_aggregator_that_does_not_listen_to_it_is_caught(tmp_path: Path) -> None:
+    copy = broken_copy("aggregator.task_runner", ("                if why:\n", "                if False:\n"))
+    with built_with(TaskRunner=copy.TaskRunner):
+        assert runs_beyond_its_budget(tmp_path)
+
+
+def test_an_aggregator_that_notes_no_sum_is_caught(tmp_path: Path) -> None:
+    copy = broken_copy("aggregator.store.rounds", (".values(asked_s=asked_s)", ".values(asked_s=None)"))
+    fleet = secure_fleet(tmp_path, rounds=2, secure=NOISY, device_privacy=BUDGET)
+    store = fleet.aggregator.store
+    store.rounds = copy.Rounds(store.database)
+    fleet.run()
+    assert spent(fleet) == 0.0  # and with that no budget is ever spent
+    assert fleet.state.committed == 2
+
+
+def test_a_resumed_task_is_halted_again_for_the_same_reason(tmp_path: Path) -> None:
+    fleet = secure_fleet(tmp_path, rounds=40, secure=NOISY, device_privacy=BUDGET)
+    fleet.run(until=lambda: fleet.state.phase is Phase.PAUSED)
+    before = fleet.state
+    fleet.store.tasks.ask(TASK, "resume", now_s=fleet.clock.now_s())
+    fleet.run(until=lambda: not fleet.store.tasks.pending_orders())
+    assert (fleet.state.phase, fleet.state.number) == (Phase.PAUSED, before.number)
+    assert "device-level budget is spent" in fleet.state.reason
+
+
+def test_who_sees_models_only_learns_no_more_than_the_aggregator(tmp_path: Path) -> None:
+    fleet = secure_fleet(tmp_path, rounds=2, secure={**NOISY, "noise_from": "aggregator"})
+    fleet.run()
+    assert spent(fleet) == float("inf")  # who added the noise does not count it
+    budget = TaskBudget(fleet.store, fleet.task, update_length=len(fleet.params(0)))
+    models = Adversary(name="model_release")
+    assert spent(fleet, "model_release") == device_epsilon(budget.events(), delta=1e-5, adversary=models)
+    assert 1.0 < spent(fleet, "model_release") < 10.0
+
+
+def test_a_device_counts_its_participations(tmp_path: Path) -> None:
+    fleet = secure_fleet(
+        tmp_path, devices=4, rounds=4, goal=4, round_duration_s=20.0, participation=Participation(most_participations=2)
+    )
+    fleet.run(until=lambda: fleet.state.number >= 4, most_s=300.0)
+    assert [len(device.ledger.reservations) for device in fleet.devices.values()] == [2, 2, 2, 2]
+    assert fleet.state.committed == 2
+
+
+def test_statistics_go_through_the_same_sum(tmp_path: Path) -> None:
+    feature = {"name": "x", "statistic": "moments", "channel": 0, "low": -2.0, "high": 2.0}
+    plan = StatisticsPlan(noise_multiplier=4.0, features=[feature])
+    found = {}
+    for engine in ("secure", "open"):
+        (tmp_path / engine).mkdir()
+        changes: dict[str, Any] = {"plan": plan, "rounds": 1, "server": Server()}
+        if engine == "secure":
+            fleet = secure_fleet(tmp_path / engine, secure={"l2_norm_clip": 4000.0}, **changes)
+        else:
+            fleet = VirtualFleet(tmp_path / engine, devices=3, task=task_config(**changes))
+        fleet.run()
+        (record,) = [one for one in fleet.store.rounds.history(TASK) if one.outcome == "committed"]
+        found[engine] = record.metrics["result"]
+    # The devices' own noise is the same in both; what is left is rounding, by at most a step of one record a device.
+    records = {engine: result["records"]["value"] for engine, result in found.items()}
+    assert records["open"] > 90.0
+    assert records["secure"] == pytest.approx(records["open"], abs=3.0)
+    assert found["secure"].keys() == found["open"].keys()
 
 
 def test_a_round_is_committed_as_soon_as_its_helpers_have_answered(tmp_path: Path) -> None:

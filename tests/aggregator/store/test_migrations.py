@@ -294,7 +294,8 @@ def at_revision_2(connection: Connection) -> None:
 
 def at_revision_3(connection: Connection) -> None:
     """Back to the schema before rounds could be secure."""
-    connection.execute(text("ALTER TABLE rounds DROP COLUMN manifest"))
+    for column in ("manifest", "asked_s"):
+        connection.execute(text(f"ALTER TABLE rounds DROP COLUMN {column}"))
     connection.execute(text("UPDATE alembic_version SET version_num = '0003'"))
 
 

@@ -7,15 +7,16 @@ was.
 from __future__ import annotations
 
 from alembic import op
-from sqlalchemy import Column, LargeBinary, column, select, table, update
+from sqlalchemy import Column, Float, LargeBinary, column, select, table, update
 
 revision = "0004"
 down_revision = "0003"
 
 
 def upgrade() -> None:
-    """Add the column, and name the engine in stored task files."""
+    """Add the columns, and name the engine in stored task files."""
     op.add_column("rounds", Column("manifest", LargeBinary))
+    op.add_column("rounds", Column("asked_s", Float))
     tasks = table("tasks", column("task"), column("spec"))
     connection = op.get_bind()
     for task, spec in connection.execute(select(tasks.c.task, tasks.c.spec)).all():

@@ -1,0 +1,141 @@
+"""What a task's rounds have cost a device, and whether its budget has room for the next one.
+
+What happened is read from the database: a round counts from when its helpers were asked for their masks, whatever came
+of it then, with as many updates as had arrived. Before a round opens it is taken to get the fewest that it would be
+committed with. Costs, filter and adversaries: `aggregator.privacy`.
+"""
+
+from __future__ import annotations
+
+from aggregator.errors import AggregatorError
+from aggregator.privacy.accounting import device_epsilon
+from aggregator.privacy.adversaries import Adversary
+from aggregator.privacy.composition import Limits
+from aggregator.privacy.events import HelperNoise, SecureSum, SkellamShares
+from aggregator.privacy.filter import DeviceBudget
+from aggregator.secure_terms import noise_sigma, terms_of
+from aggregator.store.aggregator_store import AggregatorStore
+from aggregator.store.rounds import AskedRound
+from aggregator.task_file import DevicePrivacy, TaskConfig
+from fl_protocol.errors import LocalMisuseError
+from fl_protocol.messages import RoundManifestMsg, decode
+from fl_protocol.secagg.messages import SecureTermsMsg
+from fl_protocol.secagg.terms import fixed_point_of, helper_keys
+
+DELTA = 1e-6
+"""Of the figures that are shown for a task without a budget."""
+
+
+class TaskBudget:
+    """The device-level account of one secure task.
+
+    Args:
+        store: the database.
+        config: of the task; without the engine secure there is no account.
+        update_length: numbers in an update.
+    """
+
+    def __init__(self, store: AggregatorStore, config: TaskConfig, *, update_length: int) -> None:
+        self._store, self._config, self._update_length = store, config, update_length
+        self._budget = None if config.device_privacy is None else budget_of(config, config.device_privacy)
+
+    @property
+    def limits(self) -> Limits:
+        """What an honest device keeps to."""
+        return limits_of(self._config)
+
+    def events(self) -> list[SecureSum]:
+        """Every sum that the aggregator asked for, in the order of the rounds. Raises DatabaseError."""
+        if self._config.secure is None:
+            return []
+        return [self._event(asked) for asked in self._store.rounds.asked(self._config.name)]
+
+    def why_not_another(self, number: int, *, opens_s: float) -> str:
+        """Why the budget has no room for a round; empty if it has, or if there is none.
+
+        Args:
+            number: of the round that would open.
+            opens_s: when, Unix seconds.
+
+        Raises:
+            DatabaseError: what happened so far cannot be read.
+        """
+        if self._budget is None:
+            return ""
+        try:
+            why = self._budget.admits(self.events(), self._next(number, opens_s))
+        except LocalMisuseError as error:
+            return f"the device-level budget cannot be accounted: {error}"
+        if not why:
+            return ""
+        return f"the task's device-level budget is spent: {why}. No further round opens; the model stays as it is"
+
+    def epsilon(self, name: str, *, delta: float = DELTA) -> float:
+        """What all rounds so far have cost a device against `aggregator` or `model_release`; infinite without noise."""
+        adversary = adversary_of(self._config.device_privacy, name)
+        return device_epsilon(self.events(), delta=delta, adversary=adversary, limits=self.limits)
+
+    def _event(self, asked: AskedRound) -> SecureSum:
+        """What happened in a round."""
+        manifest = decode(asked.manifest, RoundManifestMsg)
+        if manifest.secure is None:
+            raise AggregatorError(f"round {asked.number} of {self._config.name} has no secure terms in the database")
+        names = tuple(helper_keys(manifest.secure))
+        return self._sum(
+            manifest.secure,
+            names,
+            number=asked.number,
+            arrived=asked.arrived,
+            during=(manifest.opened_s, asked.asked_s),
+        )
+
+    def _next(self, number: int, opens_s: float) -> SecureSum:
+        """A round as it would be with the fewest updates. Raises LocalMisuseError."""
+        config, secure = self._config, self._config.secure
+        if secure is None:
+            raise LocalMisuseError("a device-level budget needs the engine secure")
+        terms = terms_of(config, secure, self._update_length, helpers=[b""])
+        ends_s = opens_s + config.round_duration_s
+        return self._sum(terms, ("helper",), number=number, arrived=config.minimum_cohort, during=(opens_s, ends_s))
+
+    def _sum(
+        self,
+        terms: SecureTermsMsg,
+        helpers: tuple[str, ...],
+        *,
+        number: int,
+        arrived: int,
+        during: tuple[float, float],
+    ) -> SecureSum:
+        """The event of a round with these terms."""
+        variance, secure = terms.device_noise_variance, self._config.secure
+        central = secure is not None and secure.noise_from == "aggregator"
+        return SecureSum(
+            round=number,
+            opened_s=during[0],
+            closed_s=max(during),
+            l2_sensitivity=fixed_point_of(terms, self._update_length).norm_bound,
+            dimension=self._update_length,
+            shares=SkellamShares(variance, arrived) if variance else None,
+            helpers=tuple(HelperNoise(name, terms.helper_noise_sigma) for name in helpers),
+            central_sigma=noise_sigma(self._config, secure, self._update_length) if central and secure else 0.0,
+        )
+
+
+def limits_of(config: TaskConfig) -> Limits:
+    """What an honest device keeps to in a task."""
+    wanted = config.participation
+    return Limits(wanted.most_participations, wanted.minimum_separation_s)
+
+
+def budget_of(config: TaskConfig, section: DevicePrivacy) -> DeviceBudget:
+    """A task's budget."""
+    return DeviceBudget(section.epsilon, section.delta, adversary_of(section, section.adversary), limits_of(config))
+
+
+def adversary_of(section: DevicePrivacy | None, name: str) -> Adversary:
+    """Who looks, with those that a task assumes to be on their side."""
+    if name not in ("aggregator", "model_release"):
+        raise LocalMisuseError(f"adversary: expected aggregator or model_release, got {name!r}")
+    share = 0.0 if section is None else section.colluding_share
+    return Adversary(name=name, colluding_share=share)  # type: ignore[arg-type]
