@@ -204,7 +204,8 @@ def test_audit_fails_where_a_round_is_gone_and_run_does_not_start(office: Office
 def test_status_tells_keys_rounds_refusals_and_devices(office: Office) -> None:
     answered_once(office)
     found = json.loads(office.says("status", "CONFIG", "--json"))
-    assert found["studies"] == [{"tenant": TENANT, "answered": 1, "devices": 8}]
+    study = {"tenant": TENANT, "answered": 1, "devices": 8, "allow_listed": True, "cas": []}
+    assert found["studies"] == [study]
     assert found["refusals"] == {"second_list": 1}
     (key,) = found["keys"]
     assert key["not_after_s"] - key["made_s"] == 3 * 86_400
