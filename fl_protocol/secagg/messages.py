@@ -8,7 +8,8 @@
     helper      -> everybody    `HelperKeyMsg`, signed: what seeds are sealed to for some time; manifests carry it
 
 A contribution names the exact manifest that its device acted on. So a helper sees whether all devices, and the
-aggregator that asks it, speak of one and the same round.
+aggregator that asks it, speak of one and the same round. A device that goes by a pseudonym adds a
+`DeviceCredentialMsg`: what its name follows from, and the certificate by which a helper knows that it is a device.
 """
 
 from __future__ import annotations
@@ -118,24 +119,43 @@ class SignedContributionMsg(Msg, frozen=True):
     signature: Signature
 
 
+class DeviceCredentialMsg(Msg, frozen=True):
+    """Who a pseudonym is: its name is a hash of both keys (`fl_protocol.enrolment`), which a CA has certified.
+
+    Args:
+        signing_key: Ed25519 public key that its contributions are signed with.
+        certificate: of the pseudonym, with its TLS key; X.509 in DER.
+    """
+
+    signing_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    certificate: Annotated[bytes, Meta(min_length=1, max_length=2048)]
+
+
 class SecureBodyMsg(Msg, frozen=True):
     """Inside an update's seal.
 
     Args:
         seeds: one for each helper, in the order of the manifest's.
         masked: residues, packed as `fl_protocol.secagg.packing` does.
+        credential: of a device that goes by a pseudonym.
     """
 
     contribution: SignedContributionMsg
     seeds: Annotated[tuple[SealedSeed, ...], Meta(min_length=1, max_length=MOST_HELPERS)]
     masked: Annotated[bytes, Meta(max_length=MAX_TRANSFER_BYTES)]
+    credential: DeviceCredentialMsg | None = None
 
 
 class UnmaskEntryMsg(Msg, frozen=True):
-    """One update that is to be added up, as one helper is told of it."""
+    """One update that is to be added up, as one helper is told of it.
+
+    Args:
+        credential: as its device sent it.
+    """
 
     contribution: SignedContributionMsg
     seed: SealedSeed
+    credential: DeviceCredentialMsg | None = None
 
 
 class UnmaskRequestMsg(Msg, frozen=True):

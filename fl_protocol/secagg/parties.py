@@ -34,6 +34,7 @@ from fl_protocol.secagg.fixed_point import FixedPoint
 from fl_protocol.secagg.masks import SEED_BYTES, Masks, PrgName, Words
 from fl_protocol.secagg.messages import (
     ContributionMsg,
+    DeviceCredentialMsg,
     MaskSumMsg,
     SecureBodyMsg,
     SignedContributionMsg,
@@ -92,11 +93,13 @@ class Sender:
         device: its name, as in the update's header.
         update_id: 16 bytes, as in the update's header.
         signing_key: the device's Ed25519 key.
+        credential: where its name is a pseudonym.
     """
 
     device: str
     update_id: bytes
     signing_key: Ed25519PrivateKey
+    credential: DeviceCredentialMsg | None = None
 
 
 def contribute(
@@ -151,7 +154,7 @@ def protect(terms: SecureRound, integers: NDArray[np.int64], *, sender: Sender, 
     )
     signature = sign_contribution(contribution, sender.signing_key)
     signed = SignedContributionMsg(contribution=contribution, signature=signature)
-    return SecureBodyMsg(contribution=signed, seeds=tuple(seeds), masked=packed)
+    return SecureBodyMsg(contribution=signed, seeds=tuple(seeds), masked=packed, credential=sender.credential)
 
 
 def masked_vector(
@@ -173,12 +176,20 @@ def masked_vector(
         raise ProtocolError("the sealed seeds do not match the signed digests")
     if found.masked_digest != hashlib.sha256(body.masked).digest():
         raise ProtocolError("the masked vector does not match the signed digest")
+    # The certificate is the helpers' to check: which CA they trust is not the aggregator's to say.
+    if body.credential is not None and body.credential.signing_key != device_key.public_bytes_raw():
+        raise ProtocolError(f"the credential is for another key than {device}'s registered one")
     return unpack(body.masked, terms.fixed_point.vector_length, terms.fixed_point.bits)
 
 
 def entry_for(terms: SecureRound, body: SecureBodyMsg, helper: str) -> UnmaskEntryMsg:
     """What a helper is told of an update; runs at the aggregator."""
-    return UnmaskEntryMsg(contribution=body.contribution, seed=body.seeds[list(terms.helpers).index(helper)])
+    return entry_at(body, list(terms.helpers).index(helper))
+
+
+def entry_at(body: SecureBodyMsg, index: int) -> UnmaskEntryMsg:
+    """As `entry_for`, of the helper with this number in the manifest."""
+    return UnmaskEntryMsg(contribution=body.contribution, seed=body.seeds[index], credential=body.credential)
 
 
 def included_digest(update_ids: Iterable[bytes]) -> bytes:

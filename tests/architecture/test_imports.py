@@ -90,6 +90,7 @@ PURE = [
     "aggregator.federated_results",
     "aggregator.helper.answer_chain",
     "aggregator.helper.answering",
+    "aggregator.helper.known_devices",
     "aggregator.ingest",
     "aggregator.outage",
     "aggregator.pacing",

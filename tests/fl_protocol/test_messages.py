@@ -120,7 +120,8 @@ def test_a_field_of_another_type_is_refused(message: Msg) -> None:
         wrong += [[None], [[]], [1.5], dict.fromkeys(map(str, value))] if isinstance(value, list) else [[], [value]]
         wrong += [True] if not isinstance(value, bool) else [0, 1]
         wrong += [2**64 - 1, -1, "x"] if not isinstance(value, str) else [1]
-        wrong += [None] if name not in {"recipient", "most_participations", "delta", "control_digest", "secure"} else []
+        optional = {"recipient", "most_participations", "delta", "control_digest", "secure", "credential"}
+        wrong += [None] if name not in optional else []
         for other in wrong:
             refused(packed({**fields, name: other}), type(message))
 
