@@ -15,14 +15,14 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy import Connection, insert, or_, select
 
 from aggregator.certificates import KeyPair, certify
 from aggregator.errors import AggregatorError
 from aggregator.store import schema
 from aggregator.store.aggregator_store import AggregatorStore
+from fl_protocol.client_certificates import is_only_name, key_info
 from fl_protocol.enrolment import (
     IssuedCertificate,
     Period,
@@ -118,7 +118,7 @@ class Admitter:
         # Security: two pseudonyms with a key in common are no pseudonyms.
         for what, keys in (
             ("signing key", {one.signing_key for one in found}),
-            ("TLS key", {_der(one.tls_key) for one in found}),
+            ("TLS key", {key_info(one.tls_key) for one in found}),
         ):
             if len(keys) < len(found):
                 raise ProtocolError(f"the request: expected a {what} of its own for each pseudonym, got one twice")
@@ -129,7 +129,7 @@ class Admitter:
         if not entry_signature_is_valid(entry, tenant=self.tenant, task=task):
             raise ProtocolError(f"pseudonym {entry.id}: the entry is not signed by its own signing key")
         signing_key, tls_key = bytes.fromhex(entry.signing_key), _requested_key(entry)
-        expected = pseudonym_id(tenant=self.tenant, task=task, signing_key=signing_key, tls_key=_der(tls_key))
+        expected = pseudonym_id(tenant=self.tenant, task=task, signing_key=signing_key, tls_key=key_info(tls_key))
         if entry.id != expected:
             raise ProtocolError(f"pseudonym {entry.id}: expected the name that follows from its keys, {expected}")
         return Candidate(entry.id, signing_key, tls_key)
@@ -157,7 +157,7 @@ def _requested_key(entry: PseudonymEntry) -> ec.EllipticCurvePublicKey:
     where = f"pseudonym {entry.id}: its certificate request"
     try:
         csr = x509.load_pem_x509_csr(entry.csr.encode())
-        key, attributes, subject = csr.public_key(), list(csr.attributes), list(csr.subject)
+        key, attributes, is_named = csr.public_key(), list(csr.attributes), is_only_name(csr.subject, entry.id)
         is_proven = csr.is_signature_valid
     # TypeError: `cryptography` has no type for what stands in a name, such as a BIT STRING.
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
@@ -166,7 +166,7 @@ def _requested_key(entry: PseudonymEntry) -> ec.EllipticCurvePublicKey:
         raise ProtocolError(f"{where}: expected a P-256 key, got another kind")
     if not is_proven:
         raise ProtocolError(f"{where} is not signed by the key in it")
-    if len(subject) != 1 or subject[0].oid != NameOID.COMMON_NAME or subject[0].value != entry.id:
+    if not is_named:
         raise ProtocolError(f"{where}: expected the pseudonym as its only name, got {csr.subject.rfc4514_string()!r}")
     # A wish for extensions is an attribute too (PKCS #9, extensionRequest).
     if attributes:
@@ -188,8 +188,3 @@ def _refuse_known(connection: Connection, candidates: tuple[Candidate, ...]) -> 
             f"this request was admitted before ({first} is registered): use the answer that was written then, or let "
             "the device make another request with covey-device pseudonyms request --anew"
         )
-
-
-def _der(key: ec.EllipticCurvePublicKey) -> bytes:
-    """SubjectPublicKeyInfo, whatever encoding the key came in."""
-    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

@@ -15,6 +15,8 @@ from sqlalchemy import make_url
 from aggregator.adapters.commit_process import Commit, CommitProcess
 from aggregator.adapters.freed_memory import keep_freed_memory
 from aggregator.adapters.graph_judge import GraphJudge
+from aggregator.adapters.https_helper import HttpsHelper
+from aggregator.adapters.https_link import HttpsLink
 from aggregator.adapters.open_blobs import open_blobs
 from aggregator.announcer import Announcer
 from aggregator.answers import Answers
@@ -23,7 +25,7 @@ from aggregator.committer import Committer, PendingUpdate, Verdict
 from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator
 from aggregator.errors import DatabaseError
-from aggregator.helper_calls import HelperCalls
+from aggregator.helper_calls import HelperCalls, HelperLink
 from aggregator.in_force import config_of, tasks_in_force
 from aggregator.intake import Intake, IntakeLimits
 from aggregator.service import AggregatorService
@@ -38,7 +40,7 @@ from fl_protocol.adapters.connect import make_transport
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle, open_bundle
-from fl_protocol.errors import ConfigError
+from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.helper_config import pinned
 from fl_protocol.secagg.terms import HelperIdentity
 from fl_protocol.signing import public_key_from_hex
@@ -80,6 +82,22 @@ class AggregatorFiles:
         if len(raw) != _KEY_BYTES:
             raise ConfigError(f"the signing key {path}: expected {_KEY_BYTES} bytes, got {len(raw)}")
         return Ed25519PrivateKey.from_private_bytes(raw)
+
+    def helper_links(self) -> dict[str, HelperLink]:
+        """Links to the helpers that are asked over HTTPS, working. Raises ConfigError."""
+        links: dict[str, HelperLink] = {}
+        for one in self.config.helpers:
+            if one.url is None:
+                continue
+            names = one.ca or "", one.certificate or "", one.certificate_key or ""
+            ca, certificate, key = (relative_to_config(self.path, name) for name in names)
+            host, _, port = one.url.removeprefix("https://").partition(":")
+            try:
+                helper = HttpsHelper(host, int(port), ca=ca, certificate=certificate, key=key)
+            except LocalMisuseError as error:
+                raise ConfigError(f"configuration {self.path}: helper {one.name}: {error}") from error
+            links[one.name] = HttpsLink(helper, self.config.aggregator.tenant).start()
+        return links
 
     def open_store(self, *, create: bool = True) -> AggregatorStore:
         """The database and its blobs.
@@ -157,6 +175,7 @@ def assemble(files: AggregatorFiles, *, journal: Journal, worker: str | None = N
         monotonic_s=time.monotonic,
         limits=IntakeLimits(section.reassembly_bytes, section.device_bytes_a_minute, section.device_transfers_a_minute),
         helpers=pinned(files.config.helpers),
+        links=files.helper_links() if worker is None else None,
         commits=CommitProcess(partial(_commits, files.path, worker or section.client_id)),
     )
 
@@ -175,6 +194,7 @@ def make_service(
     monotonic_s: Callable[[], float],
     limits: IntakeLimits,
     helpers: Mapping[str, HelperIdentity] | None = None,
+    links: Mapping[str, HelperLink] | None = None,
     commits: Commits | None = None,
 ) -> AggregatorService:
     """The parts of one process, connected; a simulation passes its own transport, time and randomness.
@@ -192,6 +212,7 @@ def make_service(
         monotonic_s: seconds that no clock setting moves.
         limits: what half-received updates and single devices may take.
         helpers: of secure rounds, by name.
+        links: to those that are not asked over the broker.
         commits: whole updates; None to do so in this process.
     """
     committer = Committer(tenant=tenant, worker=name, store=store, entropy=entropy, now_s=now_s)
@@ -227,6 +248,7 @@ def make_service(
             transport=transport,
             note=partial(_noted, journal, now_s),
             now_s=now_s,
+            links=links,
         )
         ports = RunnerPorts(tenant, store, announcer, journal, entropy, now_s, name, calls)
         coordinator = Coordinator(name=name, ports=ports, load=lambda task: _load(task, ports), monotonic_s=monotonic_s)

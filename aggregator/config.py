@@ -42,6 +42,28 @@ class AggregatorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     metrics_port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
 
 
+class HelperSection(HelperPin, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One helper of secure rounds, pinned; see `fl_protocol.helper_config.HelperPin` for name, operator and key.
+
+    Args:
+        url: ``https://host:port``, to ask it over HTTPS; by default it is asked over the broker.
+        ca: PEM file of the CA that certified it; with `url` only, as the next two.
+        certificate: PEM file of the aggregator's own certificate.
+        certificate_key: PEM file of its key.
+    """
+
+    url: Annotated[str, Meta(pattern=r"^https://[^/:@]+:[0-9]{1,5}\Z")] | None = None
+    ca: str | None = None
+    certificate: str | None = None
+    certificate_key: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        files = (self.ca, self.certificate, self.certificate_key)
+        if any(one is None for one in files) if self.url is not None else any(files):
+            raise ValueError(f"helper {self.name}: url, ca, certificate and certificate_key go together")
+
+
 class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A whole ``aggregator.toml``.
 
@@ -52,7 +74,7 @@ class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     aggregator: AggregatorSection
     broker: BrokerConfig
-    helpers: tuple[HelperPin, ...] = ()
+    helpers: tuple[HelperSection, ...] = ()
 
     def __post_init__(self) -> None:
         pinned(self.helpers)

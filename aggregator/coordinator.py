@@ -125,7 +125,7 @@ class Coordinator:
             self._renewed_s = now_s
         if not self._leads:
             return
-        looks = arrived or not happened_within(LOOK_EVERY_S, self._looked_s, now_s)
+        looks = arrived or self._ports.calls.has_news or not happened_within(LOOK_EVERY_S, self._looked_s, now_s)
         failed: list[DatabaseError] = []
         if looks and self._connected:
             self._ports.calls.look_after()

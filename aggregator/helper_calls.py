@@ -35,6 +35,10 @@ Note = Callable[..., None]
 class HelperLink(Protocol):
     """A way to one helper that is not the broker."""
 
+    @property
+    def problem(self) -> str:
+        """Why the helper cannot be reached, in words; empty if it can."""
+
     def ask(self, request: bytes) -> None:
         """Send a signed request; returns at once."""
 
@@ -89,6 +93,9 @@ class HelperCalls:
         note: tells the journal.
         now_s: Unix seconds.
         links: to helpers that are asked another way than over the broker, by name.
+
+    Attributes:
+        has_news: whether a key, an answer or a refusal has come since `look_after`.
     """
 
     def __init__(
@@ -107,6 +114,7 @@ class HelperCalls:
         self._helpers = {name: _Helper(identity) for name, identity in helpers.items()}
         self._data_bytes = chunk_data_bytes(None)
         self._sought_s = float("-inf")
+        self.has_news = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -156,7 +164,7 @@ class HelperCalls:
             if helper is None:
                 return (), f"the aggregator's configuration does not name helper {name}"
             if helper.key is None:
-                return (), f"helper {name} has published no key; is covey-helper running?"
+                return (), f"helper {name} has published no key; is covey-helper running?{self._problem(name)}"
             if helper.key.not_after_s < until_s:
                 return (), f"the key of helper {name} ends before the round would; is covey-helper running?"
             signed.append(helper.signed_key)
@@ -195,11 +203,17 @@ class HelperCalls:
     def missing(self, task: str) -> str:
         """Which helpers have not answered about a task's round."""
         names = [name for name, call in self._calls(task) if call.answer is None]
-        return f"no answer of {' and '.join(names)} in time; are they running, and do they reach the broker?"
+        problems = "".join(self._problem(name) for name in names)
+        return f"no answer of {' and '.join(names)} in time; are they running, and can they be reached?{problems}"
+
+    def _problem(self, name: str) -> str:
+        """What is wrong with a helper's own link."""
+        problem = self._links[name].problem if name in self._links else ""
+        return f" ({problem})" if problem else ""
 
     def look_after(self) -> None:
         """Ask again where an answer is overdue, and hear what has come another way than over the broker."""
-        now_s = self._now_s()
+        now_s, self.has_news = self._now_s(), False
         self._seek_keys(now_s)
         for name, helper in self._helpers.items():
             self._poll(name)
@@ -273,20 +287,20 @@ class HelperCalls:
                 f"of {key.operator}"
             )
         if helper.key is None or key.not_after_s > helper.key.not_after_s:  # an old one may be replayed
-            helper.key, helper.signed_key = key, signed
+            helper.key, helper.signed_key, self.has_news = key, signed, True
             self._note("helper_key", helper=key.helper, operator=key.operator, not_after_s=key.not_after_s)
 
     def _hear_answer(self, helper: _Helper, answer: MaskSumMsg) -> None:
         """A sum of masks. Raises ProtocolError: it is about nothing that was asked."""
         call = self._call_about(helper, answer)
         if call.answer is None:
-            call.answer, call.refusal = answer, ""
+            call.answer, call.refusal, self.has_news = answer, "", True
 
     def _hear_refusal(self, helper: _Helper, refusal: UnmaskRefusalMsg) -> None:
         """A helper will not answer. Raises ProtocolError: it is about nothing that was asked."""
         call = self._call_about(helper, refusal)
         if call.answer is None:
-            call.refusal = f"{refusal.reason.value}: {refusal.detail}"
+            call.refusal, self.has_news = f"{refusal.reason.value}: {refusal.detail}", True
 
     def _call_about(self, helper: _Helper, message: MaskSumMsg | UnmaskRefusalMsg) -> _Call:
         """What a message answers. Raises ProtocolError."""

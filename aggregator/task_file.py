@@ -208,18 +208,35 @@ class Validation(_Section, frozen=True, kw_only=True):
     margin: Annotated[float, Meta(ge=0)] = 0.1
 
 
+class AdaptiveClipping(_Section, frozen=True, kw_only=True):
+    """``adaptive_clipping`` of ``[secure]``: the clip follows a quantile of the updates' norms; `l2_norm_clip` is the
+    first.
+
+    Args:
+        quantile: share of updates that the clip leaves as they are; default 0.5.
+        learning_rate: of the clip's logarithm; default 0.2.
+        bit_noise: standard deviation of the noise on the number of such updates; default a twentieth of the goal.
+    """
+
+    quantile: Annotated[float, Meta(gt=0, lt=1)] = 0.5
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] = 0.2
+    bit_noise: Annotated[float, Meta(gt=0)] | None = None
+
+
 class Secure(_Section, frozen=True, kw_only=True):
     """``[secure]``: how updates are masked and added up; see docs/privacy.md.
 
     Args:
-        l2_norm_clip: of a whole update; a longer one is scaled down to it on the device.
+        l2_norm_clip: of a whole update; a longer one is scaled down to it on the device. Of an evaluation or
+            statistics: of a device's sums with their noise; 10,000 records count 10,000.
         helpers: names of those in the aggregator's configuration that the task's rounds use; default all.
         noise_multiplier: standard deviation of the noise in the sum of `goal` updates, over what one update can change
             in it; default 0, and then no device-level privacy is claimed.
         noise_from: ``devices`` each add a share; ``helpers`` each add all of it, since one of them is assumed to be
             honest; ``aggregator`` adds it to the sum, which protects against those who see models only. Default
             ``devices``.
-        step: of the grid, in the update's unit; default: so fine that rounding changes a sum by far less than a clip.
+        adaptive_clipping: ``{ quantile = 0.5 }`` and the like: the clip follows the updates' norms; default off.
+        step: of the grid, in the clip's unit; default: so fine that rounding changes a sum by far less than a clip.
         most_updates: that a round takes; default twice the goal.
         rotates: whether updates are rotated before they are rounded; default false.
         prg: keystream of the masks; ``chacha20`` where devices have no AES instructions. Default ``aes128-gcm-zeros``.
@@ -230,6 +247,7 @@ class Secure(_Section, frozen=True, kw_only=True):
     helpers: Annotated[tuple[Name, ...], Meta(max_length=MOST_HELPERS)] = ()
     noise_multiplier: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     noise_from: Literal["devices", "helpers", "aggregator"] = "devices"
+    adaptive_clipping: AdaptiveClipping | None = None
     step: Annotated[float, Meta(gt=0)] | None = None
     most_updates: AtLeastOne | None = None
     rotates: bool = False

@@ -8,13 +8,14 @@ from typing import Literal
 from msgspec.structs import replace
 
 from aggregator.announcer import Announcer, Whole
+from aggregator.combination import NEXT_CLIP
 from aggregator.helper_calls import HelperCalls
 from aggregator.rounds import Phase, RoundState
 from aggregator.secure_terms import terms_of
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.models import ModelRecord, little_endian
 from aggregator.store.rounds import LiveRound
-from aggregator.task_file import TaskConfig
+from aggregator.task_file import Secure, TaskConfig
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.messages import DeltaMsg, RoundManifestMsg, SecureTermsMsg, decode, encode
 
@@ -126,9 +127,15 @@ class TaskPublisher:
         if not keys:
             return None, why
         try:
-            return terms_of(self._config, secure, self._update_length, helpers=keys), ""
+            return terms_of(self._config, secure, self._update_length, helpers=keys, clip=self._clip(secure)), ""
         except LocalMisuseError as error:  # which creating the task refuses; here it must not end the process
             return None, str(error)
+
+    def _clip(self, secure: Secure) -> float | None:
+        """What the last committed round says that the clip is from now on; None for what the task's file says."""
+        if secure.adaptive_clipping is None:
+            return None
+        return self._store.rounds.last_metric(self._config.name, NEXT_CLIP)
 
     def _open_round(self, state: RoundState) -> LiveRound | None:
         """The open round's row."""

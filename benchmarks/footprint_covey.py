@@ -33,7 +33,7 @@ _PORT = re.compile(r"(?m)^port = (\d+)$")
 
 def settings_for(model: str, rounds: int) -> DemoSettings:
     """Both wrists of the first person train."""
-    return DemoSettings(held_out=PEOPLE[1:], model=model, rounds=rounds, l2_norm_clip=0.5)
+    return DemoSettings(held_out=PEOPLE[1:], model=model, rounds=rounds, l2_norm_clip=0.5, engine="open")
 
 
 def covey_run(folder: Path, install: Install, schedule: Schedule, *, model: str = "watch_features") -> Run:

@@ -24,18 +24,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
 
 from device_client.errors import StoreError
-from device_client.issued_certificates import check_periods, checked_period, load_certificate
+from device_client.issued_certificates import check_periods, checked_period
 from device_client.ports import Store
+from fl_protocol.client_certificates import key_info, load_certificate
 from fl_protocol.enrolment import (
     MAX_PSEUDONYMS,
     Period,
@@ -49,6 +44,8 @@ from fl_protocol.enrolment import (
 )
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.integer_noise import Entropy
+from fl_protocol.secagg.credentials import credential_of
+from fl_protocol.secagg.messages import DeviceCredentialMsg
 from fl_protocol.signing import public_key_hex
 
 DEFAULT_COUNT = 12
@@ -86,9 +83,14 @@ class Pseudonym:
         """When the broker ceases to accept its certificate, Unix seconds."""
         return self.period.not_after_s
 
+    @property
+    def credential(self) -> DeviceCredentialMsg:
+        """By which the helpers of a secure round know it."""
+        return credential_of(self.signing_key.public_key(), self.certificate)
+
     def is_valid(self, now_s: float) -> bool:
         """Whether the broker accepts it now: pending updates can be delivered."""
-        return self.not_before_s <= now_s <= self.not_after_s
+        return self.period.is_valid_at(now_s)
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ class Pseudonyms:
                 says.
         """
         for one in self._installed:  # of two for one period the one installed first
-            if one.period.begins_s <= now_s < one.period.ends_s:
+            if one.period.is_used_at(now_s):
                 return one
         return self._nothing(now_s)
 
@@ -294,8 +296,8 @@ class Pseudonyms:
         """A new name and its keys."""
         signing_key, tls_key = entropy(32), _new_tls_key(entropy)
         public = Ed25519PrivateKey.from_private_bytes(signing_key).public_key().public_bytes_raw()
-        spki = tls_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        name = pseudonym_id(tenant=self._tenant, task=self._task, signing_key=public, tls_key=spki)
+        info = key_info(tls_key.public_key())
+        name = pseudonym_id(tenant=self._tenant, task=self._task, signing_key=public, tls_key=info)
         pem = tls_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return _Prepared(name, signing_key, pem, _certificate_request(name, tls_key))
 
@@ -389,8 +391,7 @@ def _certificate_request(name: str, key: ec.EllipticCurvePrivateKey) -> str:
 
 def _issued(asked: _Prepared, pem: bytes, ca: x509.Certificate) -> _Installed:
     """A pseudonym with the certificate that was issued for it, checked."""
-    public = load_pem_private_key(asked.tls_key, None).public_key()
-    key = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    key = key_info(load_pem_private_key(asked.tls_key, None).public_key())
     period = checked_period(pem, pseudonym=asked.id, public_key=key, ca=ca)
     return _Installed(
         id=asked.id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from aggregator.command_line import make_app, run_app
 from firmware_sim.errors import FleetError, SettingsError
-from firmware_sim.settings import BrokerChoice, DemoSettings
+from firmware_sim.settings import BrokerChoice, DemoSettings, Engine, named_helpers
 from firmware_sim.watch_data import default_cache, load_recordings
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.errors import CoveyError
@@ -31,6 +32,8 @@ Examples:
   covey-fleet demo --held-out 1,2 --rounds 20       measure on other people, stop earlier
 
   covey-fleet demo --no-dp                          without noise, to see what privacy costs
+
+  covey-fleet demo --engine open                    without helpers: the aggregator sees each update
 
   covey-fleet demo --resume runs/2026-01-31-1200    go on with a run that was stopped
 
@@ -56,6 +59,10 @@ def demo(
     rounds: Annotated[int, typer.Option(help="Rounds to run.")] = 60,
     epsilon: Annotated[float, typer.Option(help="Record-level privacy budget of each wrist, at delta 1e-5.")] = 3.0,
     no_dp: Annotated[bool, typer.Option("--no-dp", help="Train without noise; no privacy is claimed.")] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="secure: updates are masked, helpers unmask sums; open: the aggregator sees each.")
+    ] = "secure",
+    helpers: Annotated[int, typer.Option(help="Helpers, each of another operator, with the engine secure.")] = 2,
     broker: Annotated[BrokerChoice, typer.Option(help="auto takes mosquitto where it is installed.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="New folder for the run; default: runs/ and the time.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of a stopped run; its settings stand.")] = None,
@@ -65,7 +72,13 @@ def demo(
     if resume is not None:
         folder, settings = _stopped_run(resume)
     else:
-        settings = DemoSettings(held_out=_people(held_out), rounds=rounds, epsilon=None if no_dp else epsilon)
+        settings = DemoSettings(
+            held_out=_people(held_out),
+            rounds=rounds,
+            epsilon=None if no_dp else epsilon,
+            engine=engine,
+            helpers=helpers,
+        )
         folder = _new_run(out, settings, console)
     _run(folder, settings, console, broker)
 
@@ -96,11 +109,8 @@ def _run(folder: RunFolder, settings: DemoSettings, console: Console, choice: Br
     run = DemoRun(folder, settings, console, broker)
     try:
         _say(console, f"Broker:     {broker.description}")
-        _say(
-            console,
-            f"Fleet:      1 aggregator, {len(settings.training_wrists)} wrists train, "
-            f"{len(settings.held_out_wrists)} held-out wrists measure; each its own process",
-        )
+        _say(console, f"Fleet:      {_fleet(settings)}; each its own process")
+        _say(console, f"Engine:     {_engine(settings)}")
         finished = run.run()
     except FleetError:
         with contextlib.suppress(CoveyError):
@@ -113,6 +123,27 @@ def _run(folder: RunFolder, settings: DemoSettings, console: Console, choice: Br
     if not finished:
         _say(console, f"Stopped; go on with: covey-fleet demo --resume {folder.path}")
         raise typer.Exit(_STOPPED)
+
+
+def _fleet(settings: DemoSettings) -> str:
+    """What processes run."""
+    number = len(settings.operators)
+    return ", ".join(
+        [
+            "1 aggregator",
+            *([f"{number} helper{'s' if number > 1 else ''}"] if number else []),
+            f"{len(settings.training_wrists)} wrists train",
+            f"{len(settings.held_out_wrists)} held-out wrists measure",
+        ]
+    )
+
+
+def _engine(settings: DemoSettings) -> str:
+    """Who sees what of the updates."""
+    if settings.engine == "open":
+        return "open: the aggregator sees each update"
+    unmasked = f"sums of at least {settings.minimum_cohort} are unmasked by {named_helpers(settings.operators)}"
+    return f"secure: updates are masked; {unmasked}"
 
 
 @app.command()
@@ -143,6 +174,9 @@ def _summary(console: Console, folder: RunFolder, metrics: RunMetrics) -> None:
             spent = max(metrics.epsilon_spent.values(), default=0.0)
             privacy = f"largest ε spent {spent:.3f} of {metrics.settings.epsilon:g} at δ {metrics.settings.delta:g}"
         _say(console, f"Privacy:       {privacy}")
+    times_s = metrics.unmasking_times_s
+    if times_s:
+        _say(console, f"Unmasking:     {statistics.median(times_s):.2f} s at the median, {times_s[-1]:.2f} s at most")
     for name in ("report.html", "metrics.json", "model.covey", "model.tflite", "logs"):
         if (folder.path / name).exists():
             _say(console, f"  {folder.path / name}")

@@ -1,4 +1,4 @@
-"""The main job: start broker, aggregator and wrists, watch them to the end, stop them, and write what was measured."""
+"""The main job: start broker, helpers, aggregator and wrists, watch them to the end, stop them, write the results."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ class DemoRun:
         wrists = self.settings.training_wrists + self.settings.held_out_wrists
         self.fleet = Fleet(
             [
+                *(
+                    self._daemon(name, "aggregator.helper.cli", self.folder.helper_toml(name))
+                    for name in self.settings.operators
+                ),
                 self._daemon(AGGREGATOR, "aggregator.cli", self.folder.aggregator_toml),
                 *(
                     self._daemon(wrist.device_id, "device_client.cli", self.folder.device_toml(wrist))

@@ -8,7 +8,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from firmware_sim.observation import ModelScore, Observation, RoundRecord
 
-_BAR_CELLS = 10
+_BAR_CELLS = 6
+"""So short that a round fits 80 columns."""
 
 
 class LiveRounds:
@@ -37,7 +38,7 @@ class LiveRounds:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def refresh(self) -> None:
         """Show what the observation holds."""
@@ -47,12 +48,13 @@ class LiveRounds:
         if rounds:
             record = rounds[-1]
             score = self._observation.latest_score()
+            text = self._text(record, score, max(self._observation.epsilon.values(), default=0.0))
             self._progress.update(
                 self._task,
                 completed=record.arrived,
                 total=record.goal,
                 number=record.number,
-                text=self._text(record, score, max(self._observation.epsilon.values(), default=0.0)),
+                text=f"waits: {escape(self._observation.waits_for)}" if self._observation.waits_for else text,
             )
 
     def _print_when_complete(self, record: RoundRecord, *, newest: int) -> None:
@@ -76,10 +78,13 @@ class LiveRounds:
         self.say(f"round {record.number:>3} [green]{bar:<{_BAR_CELLS}}[/] {record.arrived:>2}/{record.goal} {text}")
 
     def _text(self, record: RoundRecord, score: ModelScore | None, epsilon: float) -> str:
-        """Bytes, loss, accuracy and privacy of a round, in words."""
+        """Bytes, unmasking, accuracy and privacy of a round, in words."""
         budget = self._observation.settings.epsilon
-        measured = "loss     –, accuracy      –"
-        if score is not None:
-            measured = f"loss {score.loss:5.3f}, accuracy {100 * score.accuracy:4.1f} %"
-        spent = "no privacy claimed" if budget is None else f"ε {epsilon:4.2f}/{budget:g}"
-        return f"{record.bytes_up / 1000:4.1f} kB up, {measured}, {spent}"
+        parts = [f"{record.bytes_up / 1000:4.1f} kB up"]
+        if record.unmasking_s is not None:
+            parts.append(f"unmasked in {record.unmasking_s:.1f} s")
+        elif record.unmasking_since_s is not None and record.outcome == "open":
+            parts.append("helpers are asked")
+        parts.append("accuracy      –" if score is None else f"accuracy {100 * score.accuracy:4.1f} %")
+        parts.append("no privacy claimed" if budget is None else f"ε {epsilon:4.2f}/{budget:g}")
+        return ", ".join(parts)

@@ -9,7 +9,10 @@ from firmware_sim.settings import DemoSettings
 
 
 class RoundMetrics(msgspec.Struct, frozen=True):
-    """One round; accuracy and loss are of the model published after it, on the held-out people."""
+    """One round; accuracy and loss are of the model published after it, on the held-out people.
+
+    `unmasking_s` of the `seconds` passed from its close to its commit; None with the engine open.
+    """
 
     round: int
     outcome: str
@@ -20,6 +23,7 @@ class RoundMetrics(msgspec.Struct, frozen=True):
     bytes_up: int
     bytes_down: int
     seconds: float
+    unmasking_s: float | None
     mean_update_norm: float
     epsilon_max: float | None
     accuracy: float | None
@@ -41,6 +45,7 @@ class RunMetrics(msgspec.Struct, frozen=True):
     """A whole run.
 
     Args:
+        helpers: who runs each helper that unmasks sums, by the helper's name; none with the engine open.
         noise_multiplier: that every wrist's ledger charged for.
         epsilon_spent: by training wrist, at `settings.delta`; empty without noise.
         refusals: updates the aggregator refused, by reason.
@@ -51,6 +56,7 @@ class RunMetrics(msgspec.Struct, frozen=True):
     covey: str
     broker: str
     settings: DemoSettings
+    helpers: dict[str, str]
     noise_multiplier: float
     rounds: list[RoundMetrics]
     final: FinalMetrics | None
@@ -59,6 +65,18 @@ class RunMetrics(msgspec.Struct, frozen=True):
     complaints: list[str]
     peak_rss_mb: dict[str, float]
     seconds: float
+
+    @property
+    def unmasking_times_s(self) -> list[float]:
+        """Of all rounds whose unmasking was told, shortest first."""
+        return sorted(record.unmasking_s for record in self.rounds if record.unmasking_s is not None)
+
+    @property
+    def bytes_up_per_update(self) -> float | None:
+        """Mean over all committed rounds; None where nothing was committed."""
+        committed = [record for record in self.rounds if record.outcome == "committed"]
+        arrived = sum(record.arrived for record in committed)
+        return sum(record.bytes_up for record in committed) / arrived if arrived else None
 
 
 def gather(observation: Observation, *, covey: str, broker: str, peak_rss_mb: dict[str, float]) -> RunMetrics:
@@ -84,6 +102,7 @@ def gather(observation: Observation, *, covey: str, broker: str, peak_rss_mb: di
                 bytes_up=record.bytes_up,
                 bytes_down=record.bytes_down,
                 seconds=record.seconds,
+                unmasking_s=record.unmasking_s,
                 mean_update_norm=record.mean_update_norm,
                 epsilon_max=record.epsilon_max,
                 accuracy=score.accuracy if score is not None else None,
@@ -94,6 +113,7 @@ def gather(observation: Observation, *, covey: str, broker: str, peak_rss_mb: di
         covey=covey,
         broker=broker,
         settings=observation.settings,
+        helpers=observation.settings.operators | dict(sorted(observation.helpers.items())),
         noise_multiplier=observation.settings.noise_multiplier,
         rounds=rounds,
         final=_final(observation),

@@ -25,6 +25,9 @@ class RoundRecord:
 
     Args:
         version: model version it led to; None while open or when aborted.
+        unmasking_since_s: when it was closed and its helpers were first asked, Unix seconds; None if they were not.
+        unmasking_s: from then to its commit, so asking, the helpers' sums, combining and storing; None if that was not
+            told.
         epsilon_max: largest epsilon that any wrist had spent after it; None without noise.
     """
 
@@ -37,6 +40,8 @@ class RoundRecord:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+    unmasking_since_s: float | None = None
+    unmasking_s: float | None = None
     mean_update_norm: float = 0.0
     epsilon_max: float | None = None
 
@@ -85,6 +90,8 @@ class Observation:
         self.epsilon: dict[str, float] = {}  # by wrist
         self.delivered: dict[str, int] = {}  # by wrist
         self.refusals: dict[str, int] = {}
+        self.helpers: dict[str, str] = {}  # operator by helper, as their signed keys say
+        self.waits_for = ""  # why the open round is not published yet
         self.complaints: list[str] = []
         self.exhausted: set[str] = set()  # wrists whose ledger admits no further round
         self.finished_digest: str | None = None
@@ -156,11 +163,37 @@ class Observation:
                     record.outcome, record.reason = "aborted", "the aggregator ended before it could say why"
 
     def _round_opened(self, _source: str, event: dict[str, Any]) -> None:
+        self.waits_for = ""
         record = self._round(event)
         record.goal = event["goal"]
         self.versions.setdefault(event["model_digest"], event["version"])
 
+    def _waiting_for_helpers(self, _source: str, event: dict[str, Any]) -> None:
+        self.waits_for = event["reason"]
+
+    def _helper_key(self, _source: str, event: dict[str, Any]) -> None:
+        self.helpers[event["helper"]] = event["operator"]
+
+    def _helper_message_refused(self, source: str, event: dict[str, Any]) -> None:
+        self.complaints.append(f"{source}: {event['kind']} of {event['helper']} refused: {event['reason']}")
+
+    def _unmask_refused(self, source: str, event: dict[str, Any]) -> None:
+        about = f"round {event['round']}" if event["round"] else "a request"
+        self.complaints.append(f"{source}: does not unmask {about}: {event['reason']}: {event['detail']}")
+
+    def _request_ignored(self, source: str, event: dict[str, Any]) -> None:
+        self.complaints.append(f"{source}: a request is ignored: {event['reason']}")
+
+    def _round_extended(self, _source: str, _event: dict[str, Any]) -> None:
+        self.waits_for = ""  # the round is published
+
+    def _round_unmasking(self, _source: str, event: dict[str, Any]) -> None:
+        record = self._round(event)
+        if record.unmasking_since_s is None:  # told again when helpers are asked again
+            record.unmasking_since_s = event["at_s"]
+
     def _update_accepted(self, _source: str, event: dict[str, Any]) -> None:
+        self.waits_for = ""
         record = self._round(event)
         if record.outcome != "open":
             return  # told after its round had closed, which has said how many there were
@@ -172,6 +205,8 @@ class Observation:
         record.outcome, record.version = "committed", event["version"]
         record.arrived, record.bytes_up = event["arrived"], event["bytes_up"]
         record.seconds, record.mean_update_norm = event["seconds"], event["mean_update_norm"]
+        if record.unmasking_since_s is not None:
+            record.unmasking_s = round(event["at_s"] - record.unmasking_since_s, 3)
         self.versions[event["model_digest"]] = event["version"]
 
     def _round_aborted(self, _source: str, event: dict[str, Any]) -> None:

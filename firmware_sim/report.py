@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import io
+import statistics
 from typing import TYPE_CHECKING
 
 from firmware_sim.metrics import RoundMetrics, RunMetrics
+from firmware_sim.settings import named_helpers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,6 +60,7 @@ def _plots(metrics: RunMetrics) -> list[str]:
         _figure(_epsilon_svg(metrics, committed), "Privacy spent by the wrist that spent most, against its budget."),
         _figure(_loss_svg(committed), "Mean loss on the same people, by round."),
         _figure(_bytes_svg(committed), "Bytes over the broker: sealed updates up, models down."),
+        _figure(_seconds_svg(committed), "How long rounds took, and how much of it was unmasking, by round."),
     ]
     if metrics.final is not None:
         plots.append(_figure(_person_svg(metrics), "The finished model, by person (both wrists)."))
@@ -84,7 +87,18 @@ def _lead(metrics: RunMetrics) -> str:
             f"{metrics.settings.delta:g}, at record level (one window), against everyone including the aggregator. "
             "The choice of hyper-parameters is not covered by ε."
         )
-    return f'<p class="lead">{html.escape(result)} {html.escape(privacy)}</p>'
+    return f'<p class="lead">{html.escape(result)} {html.escape(privacy)} {html.escape(_engine_text(metrics))}</p>'
+
+
+def _engine_text(metrics: RunMetrics) -> str:
+    """Who saw what of the updates, in a sentence or two."""
+    if metrics.settings.engine == "open":
+        return "The engine was open: the aggregator saw each update."
+    return (
+        "The engine was secure: updates were masked, and the aggregator saw sums of at least "
+        f"{metrics.settings.minimum_cohort} of them, unmasked by {named_helpers(metrics.helpers)}. That holds as long "
+        "as one helper is honest; here all ran on one machine. No device-level privacy is claimed."
+    )
 
 
 def _settings_rows(metrics: RunMetrics) -> list[tuple[str, str]]:
@@ -93,6 +107,8 @@ def _settings_rows(metrics: RunMetrics) -> list[tuple[str, str]]:
     return [
         ("software", f"covey {metrics.covey}"),
         ("broker", metrics.broker),
+        ("engine", settings.engine),
+        *_secure_rows(metrics),
         ("training wrists", str(len(settings.training_wrists))),
         ("rounds", str(settings.rounds)),
         ("clip, noise multiplier", f"{settings.l2_norm_clip:g}, {metrics.noise_multiplier:g}"),
@@ -102,6 +118,19 @@ def _settings_rows(metrics: RunMetrics) -> list[tuple[str, str]]:
     ]
 
 
+def _secure_rows(metrics: RunMetrics) -> list[tuple[str, str]]:
+    """How the sums came about."""
+    rows, times_s = [], metrics.unmasking_times_s
+    if metrics.settings.engine == "secure":
+        rows.append(("helpers", named_helpers(metrics.helpers)))
+    if times_s:
+        rows.append(("unmasking, median and longest", f"{statistics.median(times_s):.3f} s, {times_s[-1]:.3f} s"))
+    if metrics.bytes_up_per_update is not None:
+        what = "masked and sealed" if metrics.settings.engine == "secure" else "sealed"
+        rows.append(("bytes up per update", f"{metrics.bytes_up_per_update:.0f}, {what}"))
+    return rows
+
+
 def _trouble_rows(metrics: RunMetrics) -> list[tuple[str, str]]:
     """Refusals, aborted rounds and complaints, or that there were none."""
     rows = [(f"updates refused: {reason}", str(count)) for reason, count in sorted(metrics.refusals.items())]
@@ -109,7 +138,7 @@ def _trouble_rows(metrics: RunMetrics) -> list[tuple[str, str]]:
         (f"round {record.round} aborted", record.reason) for record in metrics.rounds if record.outcome == "aborted"
     ]
     rows += [("complaint", text) for text in metrics.complaints[:20]]
-    return rows or [("nothing", "no update was refused, no round aborted, no device complained")]
+    return rows or [("nothing", "no update was refused, no round aborted, nobody complained")]
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
@@ -187,6 +216,18 @@ def _bytes_svg(rounds: list[RoundMetrics]) -> str:
     numbers = [record.round for record in rounds]
     axes.step(numbers, [r.bytes_up / 1000 for r in rounds], where="mid", color=_BLUE, label="up")
     axes.step(numbers, [r.bytes_down / 1000 for r in rounds], where="mid", color=_ORANGE, label="down")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _seconds_svg(rounds: list[RoundMetrics]) -> str:
+    """Seconds by round, and of them the unmasking."""
+    figure, axes = _axes("seconds")
+    axes.plot([r.round for r in rounds], [r.seconds for r in rounds], color=_BLUE, label="round")
+    unmasking = [(r.round, r.unmasking_s) for r in rounds if r.unmasking_s is not None]
+    if unmasking:
+        axes.plot([x for x, _ in unmasking], [y for _, y in unmasking], color=_ORANGE, label="unmasking")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return _svg(figure)

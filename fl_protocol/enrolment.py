@@ -13,6 +13,7 @@ no I/O.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -117,6 +118,17 @@ class Period:
         """Last second of the certificate."""
         return self.ends_s + OVERLAP_S
 
+    def is_used_at(self, at_s: float) -> bool:
+        """Whether new work is done under its pseudonym; of one device's pseudonyms that holds for one at a time."""
+        return self.begins_s <= at_s < self.ends_s
+
+    def is_valid_at(self, at_s: float) -> bool:
+        """Whether its certificate holds; around a change that is so of two pseudonyms of a device."""
+        return self.not_before_s <= at_s <= self.not_after_s
+
+    def __str__(self) -> str:
+        return f"{_minute(self.begins_s)} to {_minute(self.ends_s)}"
+
 
 def periods_from(now_s: float, *, period_days: int, count: int) -> list[Period]:
     """The next `count` periods of a study, the one that holds `now_s` first; the same for every device.
@@ -211,6 +223,11 @@ def decode_file(data: bytes, kind: type[F]) -> F:
         return msgspec.json.decode(data, type=kind, strict=True)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a pseudonym {what}: {error}") from error
+
+
+def _minute(at_s: float) -> str:
+    """Unix seconds in UTC, such as 2026-11-22 00:00."""
+    return datetime.datetime.fromtimestamp(at_s, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
 
 
 def _entry_bytes(tenant: str, task: str, pseudonym: str, signing_key: str, csr: str) -> bytes:

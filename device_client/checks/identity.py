@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import NameOID
 
 from device_client.checks.findings import Result, ok, problem, warning
 from device_client.errors import DeviceError
 from device_client.pseudonyms import NoPseudonym, Pseudonyms, date_text
+from fl_protocol.client_certificates import key_info
 
 WARN_BEFORE_S = 14 * 86_400.0
 _Parsed = TypeVar("_Parsed")
@@ -63,8 +64,7 @@ def check_certificate(papers: Papers, *, name: str, now_s: float, is_replaced: b
     own = _parsed("certificate", x509.load_pem_x509_certificate, papers.certificate)
     private = _parsed("key", lambda data: load_pem_private_key(data, None), papers.key)
     roots = _parsed("ca", x509.load_pem_x509_certificates, papers.ca)
-    spki = [one.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) for one in (own, private)]
-    if spki[0] != spki[1]:
+    if key_info(own.public_key()) != key_info(private.public_key()):
         return problem("the certificate is for another key", "put the certificate beside the key it was made for")
     names = [attribute.value for attribute in own.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if names != [name]:

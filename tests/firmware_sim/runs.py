@@ -74,6 +74,21 @@ def loaded(*, number: int, phase: str, committed: int) -> Event:
     }
 
 
+def unmasking(number: int, *, arrived: int = 16, at_s: float = 101.5) -> Event:
+    return {
+        "event": "round_unmasking",
+        "task": TASK,
+        "at_s": at_s,
+        "round": number,
+        "arrived": arrived,
+        "until_s": at_s + 60,
+    }
+
+
+def helper_key(name: str, operator: str) -> Event:
+    return {"event": "helper_key", "at_s": 100.0, "helper": name, "operator": operator, "not_after_s": 1e6}
+
+
 def evaluated(digest: str, *, correct: int, count: int = 100, loss_sum: float = 50.0, **more: Any) -> Event:
     return {
         "event": "evaluated",
@@ -102,12 +117,15 @@ def whole_run(settings: DemoSettings = SETTINGS) -> list[tuple[str, Event]]:
     """Two committed rounds and the finished model, measured by all four held-out wrists."""
     noisy = settings.epsilon is not None
     events: list[tuple[str, Event]] = []
+    events += [(AGGREGATOR, helper_key(name, operator)) for name, operator in settings.operators.items()]
     for number, before, after in ((1, "d0", "d1"), (2, "d1", "d2")):
         events.append((AGGREGATOR, opened(number, digest=before, version=number - 1)))
         for index, device in enumerate(TRAINING):
             events.append((device, trained(number, number + index / 100 if noisy else None)))
             events.append((device, {"event": "model_received", "at_s": 101.0, "round": number, "bytes": 1512}))
             events.append((AGGREGATOR, accepted(number, device)))
+        if settings.engine == "secure":
+            events.append((AGGREGATOR, unmasking(number, at_s=101.5 + number / 10)))
         events.append((AGGREGATOR, committed(number, digest=after, version=number)))
     events += [(name, evaluated("d1", correct=50 + index, round=2)) for index, name in enumerate(HELD_OUT)]
     events.append((AGGREGATOR, finished(digest="d3", version=3)))

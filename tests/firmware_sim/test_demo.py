@@ -1,4 +1,4 @@
-"""The real demo as a process: broker, aggregator and twenty wrists, from recordings to a model that runs.
+"""The real demo as a process: broker, helpers, aggregator and twenty wrists, from recordings to a model that runs.
 
 Also while processes are killed, and stopped and resumed. What it says is compared with what it left behind: logs,
 database, ledgers and model files.
@@ -24,6 +24,7 @@ import pytest
 from ai_edge_litert.interpreter import Interpreter
 
 from aggregator.assembly import AggregatorFiles
+from aggregator.helper.assembly import HelperFiles
 from aggregator.store.aggregator_store import AggregatorStore
 from device_client.assembly import RealDevice
 from firmware_sim.metrics import RunMetrics
@@ -253,6 +254,26 @@ def check_model_runs_and_is_the_one_that_was_measured(demo: Demo) -> None:
     assert abs(float((expected.argmax(axis=1) == y).mean()) - metrics.final.accuracy) <= 2 / len(y)
 
 
+def check_helpers_unmasked_each_committed_round_once(demo: Demo) -> None:
+    """By their own ledgers: the same list of updates at both, and as many as the aggregator combined."""
+    metrics, run, lists = metrics_of(demo), RunFolder(demo.folder), []
+    assert metrics.helpers == {"helper-a": "patients", "helper-b": "hospital-b"}
+    for name in metrics.helpers:
+        files = HelperFiles.load(run.helper_toml(name))
+        with files.store() as store:
+            store.answers.check(files.helper().identity.public_key())
+            answered = [record for record, _ in store.answers.all()]
+            assert store.refusals.counts() == {}
+        arrived = [(record.round, record.arrived) for record in metrics.rounds if record.outcome == "committed"]
+        assert [(record.round, record.count) for record in answered] == arrived
+        lists.append([record.included_digest for record in answered])
+    assert lists[0] == lists[1]
+    told = [event["round"] for event in demo.log(AGGREGATOR) if event["event"] == "round_unmasking"]
+    timed = {record.round for record in metrics.rounds if record.unmasking_s is not None}
+    assert timed
+    assert timed <= set(told)
+
+
 def check_nothing_is_left(demo: Demo) -> None:
     assert demo.process.poll() is not None
     assert processes_of(demo.folder) == {}
@@ -263,6 +284,7 @@ def check_finished(demo: Demo) -> None:
     check_artefacts(demo)
     check_rounds_against_logs_and_database(demo)
     check_epsilon_is_the_ledgers(demo)
+    check_helpers_unmasked_each_committed_round_once(demo)
 
 
 def committed_rounds(events: list[Event]) -> int:
@@ -280,13 +302,18 @@ def test_the_demo_over_mosquitto_ends_with_a_model_that_runs(start: Start) -> No
     assert demo.text.count("accuracy") == ROUNDS
     assert metrics_of(demo).refusals == {}
     assert "mutual TLS 1.3" in demo.text
+    assert "sums of at least 8 are unmasked by helper-a (patients) and helper-b (hospital-b)" in demo.text
+    assert demo.text.count("unmasked in") == ROUNDS
+    metrics = metrics_of(demo)
+    assert len(metrics.unmasking_times_s) == ROUNDS
+    assert {AGGREGATOR, *metrics.helpers} < set(metrics.peak_rss_mb)
 
 
 def test_the_demo_over_iotcore_without_noise_ends_with_a_model_that_runs(start: Start) -> None:
     demo = start("--broker", "iotcore", "--no-dp", "--held-out", "1,2,3")
     demo.wait_for(AGGREGATOR, lambda events: committed_rounds(events) >= 1)
     below = children_of(demo.process.pid)
-    assert len(below) >= 21
+    assert len(below) >= 23  # twenty wrists, two helpers, the aggregator
     assert demo.wait() == 0, demo.text
     check_nothing_is_left(demo)
     assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]  # the broker's process among them
@@ -298,21 +325,23 @@ def test_the_demo_over_iotcore_without_noise_ends_with_a_model_that_runs(start: 
     assert {record.arrived for record in metrics.rounds} == {14}
     assert "no TLS, no ACL" in demo.text
     assert "no privacy claimed" in demo.text
+    check_helpers_unmasked_each_committed_round_once(demo)
     # Without noise every update helps: far above the 14 % of a guess, after four rounds already.
     assert final_accuracy(demo) > 0.4
 
 
 @needs_mosquitto
-def test_a_killed_aggregator_and_a_killed_wrist_lose_nothing_and_count_nothing_twice(start: Start) -> None:
+def test_a_killed_aggregator_wrist_and_helper_lose_nothing_and_count_nothing_twice(start: Start) -> None:
     demo = start("--broker", "mosquitto", rounds=MANY)
     demo.wait_for(AGGREGATOR, lambda events: len(events) > 0)
-    pids = [pid_of(demo, name) for name in (AGGREGATOR, "wrist-01-left")]
+    pids = [pid_of(demo, name) for name in (AGGREGATOR, "wrist-01-left", "helper-a")]
     demo.wait_for(AGGREGATOR, lambda events: committed_rounds(events) >= 1)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     assert demo.wait() == 0, demo.text
     assert "aggregator ended (code -9); starting it again" in demo.text
     assert "wrist-01-left ended (code -9); starting it again" in demo.text
+    assert "helper-a ended (code -9); starting it again" in demo.text
     check_finished(demo)
     check_model_runs_and_is_the_one_that_was_measured(demo)
 
@@ -338,9 +367,10 @@ def test_a_demo_that_is_interrupted_leaves_nothing_running_and_is_resumed(start:
 
 
 @needs_mosquitto
-def test_a_demo_that_is_killed_leaves_nothing_running(start: Start) -> None:
-    demo = start("--broker", "mosquitto", rounds=MANY)
+def test_a_demo_with_the_engine_open_that_is_killed_leaves_nothing_running(start: Start) -> None:
+    demo = start("--broker", "mosquitto", "--engine", "open", rounds=MANY)
     demo.wait_for(AGGREGATOR, lambda events: committed_rounds(events) >= 1)
+    assert not any(event["event"] in {"helper_key", "round_unmasking"} for event in demo.log(AGGREGATOR))
     assert len(processes_of(demo.folder)) == 22  # the broker, the aggregator and twenty wrists
     demo.process.kill()
     demo.process.wait()

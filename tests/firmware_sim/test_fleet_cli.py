@@ -58,7 +58,10 @@ def help_of_the_demo() -> str:
     return fleet("demo", "--help").stdout
 
 
-@pytest.mark.parametrize("option", ["--held-out", "--rounds", "--epsilon", "--no-dp", "--broker", "--out", "--resume"])
+@pytest.mark.parametrize(
+    "option",
+    ["--held-out", "--rounds", "--epsilon", "--no-dp", "--engine", "--helpers", "--broker", "--out", "--resume"],
+)
 def test_every_option_of_the_demo_is_in_its_help(option: str, help_of_the_demo: str) -> None:
     assert re.search(rf"{option}\b", help_of_the_demo)
 
@@ -76,6 +79,7 @@ def test_the_version_is_the_softwares() -> None:
         (["--rounds", "0"], "rounds: expected at least 1, got 0"),
         (["--epsilon", "0"], "epsilon: expected a finite number above 0, got 0.0"),
         (["--epsilon", "nan"], "epsilon: expected a finite number above 0, got nan"),
+        (["--helpers", "9"], "helpers: expected 1 to 8, got 9"),
         (["--epsilon", "1e-9"], "epsilon 1e-09 is too small for 60 rounds"),
     ],
 )

@@ -20,6 +20,7 @@ from tests.firmware_sim.runs import (
     evaluated,
     feed,
     opened,
+    unmasking,
     whole_run,
 )
 
@@ -38,8 +39,20 @@ def shown(*events: tuple[str, Event], settings: DemoSettings = SETTINGS, termina
 
 def test_each_round_is_one_line_with_its_numbers() -> None:
     assert shown(*whole_run()).splitlines() == [
-        "round   1 ━━━━━━━━━━ 16/16 48.0 kB up, loss 0.500, accuracy 51.5 %, ε 1.15/3",
-        "round   2 ━━━━━━━━━━ 16/16 48.0 kB up, loss 0.300, accuracy 74.5 %, ε 2.15/3",
+        "round   1 ━━━━━━ 16/16 48.0 kB up, unmasked in 0.4 s, accuracy 51.5 %, ε 1.15/3",
+        "round   2 ━━━━━━ 16/16 48.0 kB up, unmasked in 0.3 s, accuracy 74.5 %, ε 2.15/3",
+    ]
+
+
+def test_a_line_of_a_round_fits_80_columns() -> None:
+    assert {len(line) for line in shown(*whole_run()).splitlines()} == {79}
+
+
+def test_with_the_engine_open_nothing_is_unmasked() -> None:
+    settings = DemoSettings(held_out=(9, 10), rounds=2, engine="open")
+    assert shown(*whole_run(settings), settings=settings).splitlines() == [
+        "round   1 ━━━━━━ 16/16 48.0 kB up, accuracy 51.5 %, ε 1.15/3",
+        "round   2 ━━━━━━ 16/16 48.0 kB up, accuracy 74.5 %, ε 2.15/3",
     ]
 
 
@@ -57,7 +70,7 @@ def test_a_round_waits_for_its_measurement_but_not_for_ever() -> None:
         (AGGREGATOR, committed(2, digest="d2", version=2)),
         (AGGREGATOR, opened(3, digest="d2", version=2)),
     )
-    assert overdue.splitlines() == ["round   1 ━━━━━━━━━━ 16/16 48.0 kB up, loss     –, accuracy      –, ε 0.00/3"]
+    assert overdue.splitlines() == ["round   1 ━━━━━━ 16/16 48.0 kB up, accuracy      –, ε 0.00/3"]
 
 
 def test_an_aborted_round_says_why_and_brackets_in_the_reason_are_kept() -> None:
@@ -74,7 +87,7 @@ def test_a_round_with_fewer_updates_has_a_shorter_bar() -> None:
         (AGGREGATOR, committed(1, digest="d1", version=1, arrived=8)),
         *((name, evaluated("d1", correct=50)) for name in HELD_OUT),
     ]
-    assert "━━━━━       8/16" in shown(*events)
+    assert "━━━     8/16" in shown(*events)
 
 
 def test_without_noise_no_privacy_is_claimed() -> None:
@@ -91,6 +104,25 @@ def test_a_terminal_shows_the_open_round_moving() -> None:
     with LiveRounds(Console(file=out, width=120, force_terminal=True), observation) as live:
         live.refresh()
     assert " 5/16 15.0 kB up" in out.getvalue()
+
+
+def test_a_terminal_shows_what_an_open_round_waits_for() -> None:
+    waiting = {
+        "event": "waiting_for_helpers",
+        "at_s": 1.0,
+        "round": 1,
+        "reason": "helper [helper-a] has published no key",
+    }
+    events = [(AGGREGATOR, opened(1, digest="d0", version=0)), (AGGREGATOR, waiting)]
+    assert "waits: helper [helper-a] has published no key" in shown(*events, terminal=True)
+    asked = [(AGGREGATOR, opened(1, digest="d0", version=0)), (AGGREGATOR, unmasking(1))]
+    assert "helpers are asked" in shown(*asked, terminal=True)
+
+
+def test_a_long_line_is_not_broken() -> None:
+    reason = " ".join(["why"] * 60)
+    events = [(AGGREGATOR, opened(1, digest="d0", version=0)), (AGGREGATOR, aborted(1, reason))]
+    assert shown(*events) == f"round   1 aborted: {reason}\n"
 
 
 def test_lines_of_their_own_are_shown() -> None:

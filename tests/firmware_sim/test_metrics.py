@@ -30,6 +30,10 @@ def test_metrics_are_those_of_the_run() -> None:
     assert metrics.final.by_person == {"9": 143 / 200, "10": 155 / 200}
     assert list(metrics.final.by_wrist.values()) == [0.70, 0.73, 0.76, 0.79]
     assert metrics.epsilon_spent == {name: 2 + index / 100 for index, name in enumerate(TRAINING)}
+    assert (first.unmasking_s, last.unmasking_s) == (0.4, 0.3)
+    assert metrics.unmasking_times_s == [0.3, 0.4]
+    assert metrics.helpers == {"helper-a": "patients", "helper-b": "hospital-b"}
+    assert metrics.bytes_up_per_update == 3000.0
     assert metrics.noise_multiplier == SETTINGS.noise_multiplier
     assert metrics.peak_rss_mb == {"a": 70.25, "b": 71.5}
     assert metrics.seconds == 10.0  # from the first event to the last
@@ -41,6 +45,18 @@ def test_metrics_survive_being_written_and_read(settings: DemoSettings, keep: in
     metrics = metrics_of(*whole_run(settings)[:keep], settings=settings)
     text = msgspec.json.format(msgspec.json.encode(metrics), indent=1)
     assert msgspec.json.decode(text, type=RunMetrics) == metrics
+
+
+def test_with_the_engine_open_there_are_no_helpers_and_nothing_is_unmasked() -> None:
+    settings = DemoSettings(held_out=(9, 10), rounds=2, engine="open")
+    metrics = metrics_of(*whole_run(settings), settings=settings)
+    assert (metrics.helpers, metrics.unmasking_times_s, metrics.bytes_up_per_update) == ({}, [], 3000.0)
+
+
+def test_before_the_first_round_there_is_no_mean_and_helpers_are_those_of_the_settings() -> None:
+    metrics = metrics_of((AGGREGATOR, opened(1, digest="d0", version=0)))
+    assert metrics.bytes_up_per_update is None
+    assert metrics.helpers == SETTINGS.operators
 
 
 def test_a_run_that_was_stopped_has_no_final_numbers() -> None:

@@ -24,9 +24,11 @@ from tests.firmware_sim.runs import (
     evaluated,
     feed,
     finished,
+    helper_key,
     loaded,
     opened,
     trained,
+    unmasking,
     whole_run,
 )
 
@@ -149,6 +151,92 @@ def test_a_task_that_paused_itself_is_told_with_its_reason(observation: Observat
     }
     feed(observation, (AGGREGATOR, paused))
     assert observation.paused_because == "3 rounds in a row came to nothing"
+
+
+# Helpers of secure rounds.
+
+
+def test_unmasking_lasts_from_the_first_asking_to_the_commit(observation: Observation) -> None:
+    feed(observation, (AGGREGATOR, opened(1, digest="d0", version=0)), (AGGREGATOR, unmasking(1, at_s=100.25)))
+    record = observation.rounds[1]
+    assert (record.outcome, record.unmasking_s) == ("open", None)
+    # Killed, started again, and helpers asked again.
+    feed(observation, (AGGREGATOR, loaded(number=1, phase="unmasking", committed=0)))
+    feed(observation, (AGGREGATOR, unmasking(1, at_s=101.0)), (AGGREGATOR, committed(1, digest="d1", version=1)))
+    assert (record.outcome, record.unmasking_s) == ("committed", 1.75)
+
+
+def test_updates_that_are_told_while_helpers_are_asked_count(observation: Observation) -> None:
+    feed(observation, (AGGREGATOR, opened(1, digest="d0", version=0)), (AGGREGATOR, accepted(1, TRAINING[0])))
+    feed(observation, (AGGREGATOR, unmasking(1, arrived=2)), (AGGREGATOR, accepted(1, TRAINING[1])))
+    assert (observation.rounds[1].arrived, observation.rounds[1].bytes_up) == (2, 6000)
+
+
+def test_helpers_are_known_with_their_operators_by_their_keys(observation: Observation) -> None:
+    keys = [helper_key("helper-b", "hospital-b"), helper_key("helper-a", "patients")]
+    feed(observation, *((AGGREGATOR, key) for key in keys))
+    assert observation.helpers == {"helper-a": "patients", "helper-b": "hospital-b"}
+
+
+@pytest.mark.parametrize(
+    "published",
+    [
+        {"event": "round_extended", "at_s": 2.0, "round": 1, "deadline_s": 20.0},
+        accepted(1, TRAINING[0]),
+        opened(2, digest="d1", version=1),
+    ],
+    ids=["extended", "update", "next round"],
+)
+def test_a_round_waits_for_its_helpers_until_it_is_published(observation: Observation, published: Event) -> None:
+    reason = "helper helper-a has published no key; is covey-helper running?"
+    waiting: Event = {"event": "waiting_for_helpers", "at_s": 1.0, "round": 1, "reason": reason}
+    feed(observation, (AGGREGATOR, opened(1, digest="d0", version=0)), (AGGREGATOR, waiting))
+    assert observation.waits_for == reason
+    feed(observation, (AGGREGATOR, published))
+    assert observation.waits_for == ""
+    assert observation.complaints == []  # every start begins so
+
+
+def test_a_round_that_is_given_up_because_of_a_helper_keeps_its_reason(observation: Observation) -> None:
+    reason = "the 16 updates of round 1 could not be combined: no answer of helper-b in time"
+    feed(observation, (AGGREGATOR, opened(1, digest="d0", version=0)), (AGGREGATOR, unmasking(1)))
+    feed(observation, (AGGREGATOR, aborted(1, reason)))
+    record = observation.rounds[1]
+    assert (record.outcome, record.reason, record.unmasking_s) == ("aborted", reason, None)
+
+
+@pytest.mark.parametrize(
+    ("source", "event", "complaint"),
+    [
+        (
+            "helper-a",
+            {"event": "unmask_refused", "round": 3, "reason": "too_few", "detail": "7 of at least 8 updates"},
+            "helper-a: does not unmask round 3: too_few: 7 of at least 8 updates",
+        ),
+        (
+            "helper-a",
+            {"event": "unmask_refused", "round": 0, "reason": "bad_manifest", "detail": "it is not signed"},
+            "helper-a: does not unmask a request: bad_manifest: it is not signed",
+        ),
+        (
+            "helper-b",
+            {"event": "request_ignored", "reason": "another helper was meant"},
+            "helper-b: a request is ignored: another helper was meant",
+        ),
+        (
+            AGGREGATOR,
+            {"event": "helper_message_refused", "helper": "helper-b", "kind": "answer", "reason": "not signed"},
+            "aggregator: answer of helper-b refused: not signed",
+        ),
+        ("helper-b", {"event": "degraded", "reason": "the disk is full"}, "helper-b: the disk is full"),
+    ],
+    ids=["refused", "refused, no round", "ignored", "not believed", "store"],
+)
+def test_what_goes_wrong_with_helpers_is_told(
+    observation: Observation, source: str, event: Event, complaint: str
+) -> None:
+    feed(observation, (source, {"at_s": 1.0, **event}))
+    assert observation.complaints == [complaint]
 
 
 def test_unknown_events_change_nothing_but_the_time(observation: Observation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from html.parser import HTMLParser
@@ -38,6 +39,7 @@ def round_metrics(number: int, **changes: object) -> RoundMetrics:
             bytes_up=48_000,
             bytes_down=24_192,
             seconds=0.5,
+            unmasking_s=0.125,
             mean_update_norm=0.25,
             epsilon_max=0.1 * number,
             accuracy=0.4 + 0.01 * number,
@@ -51,6 +53,7 @@ METRICS = RunMetrics(
     covey="7.6.54",
     broker="a broker of its own kind",
     settings=SETTINGS,
+    helpers={"helper-a": "patients", "helper-b": "clinic-x"},
     noise_multiplier=12.3457,
     rounds=[round_metrics(1), round_metrics(2)],
     final=FinalMetrics(
@@ -67,6 +70,11 @@ METRICS = RunMetrics(
     peak_rss_mb={"aggregator": 63.5, "wrist-01-left": 71.25},
     seconds=46.8,
 )
+
+
+@functools.cache
+def page_of_the_run() -> str:
+    return report_html(METRICS)
 
 
 class _Text(HTMLParser):
@@ -107,9 +115,10 @@ def test_the_result_is_told_in_the_runs_own_numbers() -> None:
         "83.6",
         "aggregator",
         "wrist-01-left",
+        "3000, masked and sealed",
     ):
         assert value in text, value
-    assert "no update was refused, no round aborted, no device complained" in text
+    assert "no update was refused, no round aborted, nobody complained" in text
 
 
 @pytest.mark.parametrize(
@@ -121,17 +130,19 @@ def test_the_result_is_told_in_the_runs_own_numbers() -> None:
         replace(METRICS, rounds=[round_metrics(1), round_metrics(2, bytes_up=70_000)]),
         replace(METRICS, rounds=[round_metrics(1), round_metrics(2, bytes_down=70_000)]),
         replace(METRICS, peak_rss_mb={"aggregator": 63.5, "wrist-01-left": 171.25}),
+        replace(METRICS, rounds=[round_metrics(1), round_metrics(2, seconds=0.75)]),
+        replace(METRICS, rounds=[round_metrics(1), round_metrics(2, unmasking_s=0.25)]),
     ],
-    ids=["accuracy", "loss", "epsilon", "bytes up", "bytes down", "memory"],
+    ids=["accuracy", "loss", "epsilon", "bytes up", "bytes down", "memory", "seconds", "unmasking"],
 )
 def test_the_plots_are_drawn_from_the_metrics(changed: RunMetrics) -> None:
     """Labels of axes may stay; the drawn lines must not."""
-    drawn = [re.findall(r'<path d="([^"]+)"', report_html(metrics)) for metrics in (METRICS, changed)]
+    drawn = [re.findall(r'<path d="([^"]+)"', page) for page in (page_of_the_run(), report_html(changed))]
     assert drawn[0] != drawn[1]
 
 
 def test_the_same_metrics_give_the_same_bytes() -> None:
-    assert report_html(METRICS) == report_html(replace(METRICS))
+    assert page_of_the_run() == report_html(replace(METRICS))
 
 
 def test_a_stopped_run_says_so_and_names_no_result() -> None:
@@ -155,6 +166,23 @@ def test_a_run_without_noise_claims_no_privacy() -> None:
     assert "ε =" not in text
 
 
+def test_who_unmasked_sums_of_how_many_is_told_and_no_more_is_claimed() -> None:
+    text = text_of(replace(METRICS, rounds=[round_metrics(1), round_metrics(2, unmasking_s=0.375)]))
+    assert "saw sums of at least 8 of them, unmasked by helper-a (patients) and helper-b (clinic-x)" in text
+    assert "as long as one helper is honest; here all ran on one machine. No device-level privacy is claimed" in text
+    assert "helpers helper-a (patients) and helper-b (clinic-x)" in text
+    assert "unmasking, median and longest 0.250 s, 0.375 s" in text
+
+
+def test_a_run_with_the_engine_open_says_that_the_aggregator_saw_each_update() -> None:
+    rounds = [round_metrics(1, unmasking_s=None)]
+    text = text_of(replace(METRICS, settings=replace(SETTINGS, engine="open"), helpers={}, rounds=rounds))
+    assert "The engine was open: the aggregator saw each update." in text
+    assert "3000, sealed" in text
+    for word in ("helper", "masked", "median"):
+        assert word not in text, word
+
+
 def test_aborted_rounds_refusals_and_complaints_are_shown() -> None:
     text = text_of(
         replace(
@@ -167,7 +195,7 @@ def test_aborted_rounds_refusals_and_complaints_are_shown() -> None:
     assert "round 2 aborted 3 of at least 8" in text
     assert "updates refused: bad_signature 5 updates refused: round_closed 17" in text
     assert "complaint wrist-02-left: the disk is full" in text
-    assert "no device complained" not in text
+    assert "nobody complained" not in text
 
 
 HOSTILE = "<script>alert('1')</script><img src=x onerror=alert(2)>\"&lt;"
@@ -182,6 +210,7 @@ def hostile_metrics() -> RunMetrics:
         settings=replace(SETTINGS, model=HOSTILE),
         rounds=[round_metrics(1), round_metrics(2, outcome="aborted", reason=HOSTILE)],
         final=replace(METRICS.final, by_person={HOSTILE: 0.5}) if METRICS.final is not None else None,
+        helpers={HOSTILE: HOSTILE},
         refusals={HOSTILE: 1},
         complaints=[HOSTILE],
         peak_rss_mb={HOSTILE: 1.0},
@@ -192,7 +221,7 @@ def check_nothing_becomes_markup(page: str) -> None:
     parsed = _Text(page)
     assert not {"script", "img", "iframe", "object", "a", "link"} & set(parsed.tags)
     assert not [name for name, _ in parsed.attributes if name.startswith("on")]
-    assert "".join(parsed.text).count(HOSTILE) >= 7
+    assert "".join(parsed.text).count(HOSTILE) >= 11
 
 
 def test_hostile_text_stays_text() -> None:
@@ -208,5 +237,5 @@ def test_mathematical_signs_in_a_name_are_drawn_as_they_are() -> None:
 
 
 def test_the_page_loads_nothing() -> None:
-    page = report_html(METRICS)
+    page = page_of_the_run()
     assert not re.findall(r'(?:src|href)="(?!#)[^"]*"|url\((?!#)|@import', page)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from aggregator.assembly import AggregatorFiles, bundle_of
+from aggregator.errors import DatabaseError
+from aggregator.helper.assembly import HelperFiles
 from aggregator.task_file import TrainingPlan, read_task
 from device_client.assembly import DeviceFiles, RealDevice
 from firmware_sim.bundles import bundle_and_publisher
@@ -48,6 +50,8 @@ def test_every_configuration_loads_and_they_agree(run: RunFolder) -> None:
     assert stored.spec == run.task_toml.read_text()
     assert aggregator.config.aggregator.client_id == AGGREGATOR
     assert (task.rounds, task.goal, task.minimum_cohort) == (4, 16, 8)
+    assert (task.engine, task.secure) == ("secure", SETTINGS.secure(378))
+    pins = aggregator.config.helpers
     key = public_key_hex(aggregator.signing_key().public_key())
     for wrist in all_wrists():
         device = DeviceFiles.load(run.device_toml(wrist))
@@ -58,15 +62,51 @@ def test_every_configuration_loads_and_they_agree(run: RunFolder) -> None:
         assert (study.tenant, study.task) == (TENANT, task.name)
         assert study.broker == aggregator.config.broker
         assert (device.config.privacy.epsilon, device.config.privacy.delta) == (SETTINGS.epsilon, SETTINGS.delta)
+        # A wrist sends its updates masked by both or not at all.
+        assert study.helpers == pins
+        assert (device.config.privacy.minimum_helpers, device.config.privacy.minimum_operators) == (2, 2)
         assert isinstance(task.plan, TrainingPlan)
         assert device.config.privacy.minimum_noise_multiplier == task.plan.noise_multiplier
         assert device.open_bundle(study).graph_digest == graph_digest == stored.graph_digest
 
 
-def test_only_wrists_that_train_are_registered(run: RunFolder) -> None:
+def test_the_helpers_are_of_two_operators_and_pinned_by_their_own_keys(run: RunFolder) -> None:
+    aggregator = AggregatorFiles.load(run.aggregator_toml)
+    key = public_key_hex(aggregator.signing_key().public_key())
+    assert [(pin.name, pin.operator) for pin in aggregator.config.helpers] == [
+        ("helper-a", "patients"),
+        ("helper-b", "hospital-b"),
+    ]
+    for pin in aggregator.config.helpers:
+        files = HelperFiles.load(run.helper_toml(pin.name))
+        helper, (study,) = files.helper(), files.config.studies
+        assert (helper.name, helper.operator) == (pin.name, pin.operator)
+        assert public_key_hex(helper.identity.public_key()) == pin.key
+        assert (study.tenant, study.aggregator_key) == (TENANT, key)
+        assert study.broker == aggregator.config.broker
+        assert files.config.helper.minimum_cohort == SETTINGS.minimum_cohort
+
+
+def test_with_the_engine_open_there_are_no_helpers(tmp_path: Path, recordings: list[Recording]) -> None:
+    settings = msgspec.structs.replace(SETTINGS, engine="open")
+    run = create_run(tmp_path / "run", settings, recordings)
+    assert not (run.path / "helpers").exists()
+    assert read_task(run.task_toml.read_text(), "task.toml").engine == "open"
+    assert AggregatorFiles.load(run.aggregator_toml).config.helpers == ()
+    device = DeviceFiles.load(run.device_toml(Wrist(1, "left"))).config
+    assert device.studies[0].helpers == ()
+    assert (device.privacy.minimum_helpers, device.privacy.minimum_operators) == (0, 0)
+
+
+def test_only_wrists_that_train_are_registered_with_the_aggregator_and_with_each_helper(run: RunFolder) -> None:
+    expected = [wrist.device_id for wrist in SETTINGS.training_wrists]
     with closing(AggregatorFiles.load(run.aggregator_toml).open_store(create=False)) as store:
-        registered = [name for name, _ in store.devices.all()]
-    assert registered == [wrist.device_id for wrist in SETTINGS.training_wrists]
+        registered = dict(store.devices.all())
+    assert list(registered) == expected
+    for name in SETTINGS.operators:
+        with HelperFiles.load(run.helper_toml(name)).store() as believed:
+            keys = {device: key for tenant, device, key in believed.devices.all() if tenant == TENANT}
+        assert keys == registered
 
 
 def test_each_wrist_holds_its_own_windows(run: RunFolder, recordings: list[Recording]) -> None:
@@ -83,11 +123,27 @@ def test_configuration_can_be_written_again_for_another_port_and_without_tls(
     tmp_path: Path, recordings: list[Recording]
 ) -> None:
     run = create_run(tmp_path / "run", SETTINGS, recordings)
-    key = AggregatorFiles.load(run.aggregator_toml).signing_key().private_bytes_raw()
+    before = AggregatorFiles.load(run.aggregator_toml)
+    key, pins = before.signing_key().private_bytes_raw(), before.config.helpers
     write_configs(run, SETTINGS, port=12_345, tls=False)
     aggregator = AggregatorFiles.load(run.aggregator_toml)
     assert (aggregator.config.broker.port, aggregator.config.broker.ca) == (12_345, None)
     assert aggregator.signing_key().private_bytes_raw() == key  # devices have pinned it
+    helper = HelperFiles.load(run.helper_toml("helper-a"))
+    assert public_key_hex(helper.helper().identity.public_key()) == pins[0].key
+    assert aggregator.config.helpers == pins
+    assert helper.config.studies[0].broker == aggregator.config.broker
+
+
+def test_a_helper_whose_store_is_lost_does_not_start_again_with_an_empty_one(
+    tmp_path: Path, recordings: list[Recording]
+) -> None:
+    run = create_run(tmp_path / "run", SETTINGS, recordings)
+    files = HelperFiles.load(run.helper_toml("helper-b"))
+    (run.helper_toml("helper-b").parent / "helper.db").unlink()
+    write_configs(run, SETTINGS, port=12_345, tls=True)
+    with pytest.raises(DatabaseError, match="there is no store"), files.store():
+        pass
 
 
 # Secrets.
@@ -95,11 +151,15 @@ def test_configuration_can_be_written_again_for_another_port_and_without_tls(
 
 def check_secrets_are_private(folder: Path) -> None:
     """Keys and whatever holds a secret: no permission for anybody but the owner, in a folder of the same kind."""
-    secret = [path for path in files(folder) if path.suffix == ".key" or path.parent.name in {"identity", "recordings"}]
-    assert len(secret) == 1 + 2 + 20 * 4
+    secret = [
+        path
+        for path in files(folder)
+        if path.suffix == ".key" or path.parent.name in {"identity", "recordings"} or path.name == "helper.db"
+    ]
+    assert len(secret) == 1 + 2 + 20 * 4 + 2 * 3
     for path in secret:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
-    for name in ("aggregator", "broker", "devices", "logs"):
+    for name in ("aggregator", "broker", "devices", "helpers", "helpers/helper-a", "logs"):
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o700, name
 
 
@@ -114,7 +174,7 @@ def test_keys_are_for_their_owner_only(run: RunFolder) -> None:
 
 def test_no_key_is_in_two_places(run: RunFolder) -> None:
     keys = [path.read_bytes() for path in files(run.path) if path.suffix == ".key"]
-    assert len(set(keys)) == len(keys) == 1 + 1 + 1 + 20 * 2
+    assert len(set(keys)) == len(keys) == 1 + 1 + 1 + 20 * 2 + 2 * 2
     assert not list(run.path.rglob("ca.key")), "nothing can be issued in the CA's name afterwards"
 
 
@@ -201,6 +261,14 @@ def test_a_folder_without_settings_is_no_run(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_read_are_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_bytes(text.encode("latin1"))
     with pytest.raises(FleetError, match=r"run\.json cannot be read"):
+        RunFolder(tmp_path).load_settings()
+
+
+def test_settings_of_an_older_covey_are_not_filled_up_with_todays_defaults(tmp_path: Path) -> None:
+    old = msgspec.to_builtins(SETTINGS)
+    del old["engine"], old["helpers"]  # such a run's updates are not masked
+    (tmp_path / "run.json").write_bytes(msgspec.json.encode(old))
+    with pytest.raises(FleetError, match="written by an older covey: expected engine, helpers; start a new run"):
         RunFolder(tmp_path).load_settings()
 
 

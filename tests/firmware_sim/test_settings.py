@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from device_client.errors import BudgetSpentError
 from device_client.ledger import Budget, PrivacyLedger
 from firmware_sim.errors import SettingsError
-from firmware_sim.settings import DemoSettings
+from firmware_sim.settings import DemoSettings, Engine, named_helpers
 from firmware_sim.watch_data import PEOPLE
 from tests.device_client.ledger_ports import MemoryCounter
 from tests.device_client.ports import MemoryStore
@@ -30,6 +31,8 @@ from tests.device_client.ports import MemoryStore
         ({"epsilon": -1.0}, "epsilon"),
         ({"epsilon": math.inf}, "epsilon: .* got inf"),
         ({"epsilon": math.nan}, "epsilon: .* got nan"),
+        ({"helpers": 0}, "helpers: expected 1 to 8, got 0"),
+        ({"helpers": 9}, "helpers: expected 1 to 8, got 9"),
     ],
 )
 def test_settings_that_make_no_run_are_refused_in_one_sentence(changes: dict[str, Any], complaint: str) -> None:
@@ -91,5 +94,52 @@ def test_the_second_half_of_the_versions_is_averaged_unless_told(rounds: int, gi
 
 
 def test_settings_survive_being_stored() -> None:
-    settings = DemoSettings(held_out=(1, 2), epsilon=None, rounds=7, average_last=3)
+    settings = DemoSettings(held_out=(1, 2), epsilon=None, rounds=7, average_last=3, engine="open", helpers=3)
     assert msgspec.json.decode(msgspec.json.encode(settings), type=DemoSettings) == settings
+
+
+# The engine.
+
+
+@pytest.mark.parametrize("helpers", range(1, 9))
+def test_each_helper_has_a_name_and_an_operator_of_its_own(helpers: int) -> None:
+    operators = DemoSettings(helpers=helpers).operators
+    assert len(operators) == len(set(operators.values())) == helpers
+    assert list(operators.items())[:2] == [("helper-a", "patients"), ("helper-b", "hospital-b")][:helpers]
+
+
+def test_with_the_engine_open_there_are_no_helpers_and_nothing_is_masked() -> None:
+    settings = DemoSettings(engine="open")
+    assert (settings.operators, settings.secure(378)) == ({}, None)
+
+
+@pytest.mark.parametrize(("engine", "cohort"), [("secure", 2), ("open", 1)])
+def test_a_masked_sum_is_never_of_one_update(engine: Engine, cohort: int) -> None:
+    settings = DemoSettings(held_out=PEOPLE[1:], engine=engine)
+    assert (len(settings.training_wrists), settings.minimum_cohort) == (2, cohort)
+
+
+def test_helpers_are_named_in_words() -> None:
+    assert named_helpers({"a": "x"}) == "a (x)"
+    assert named_helpers({"a": "x", "b": "y"}) == "a (x) and b (y)"
+    assert named_helpers({"a": "x", "b": "y", "c": "z"}) == "a (x), b (y) and c (z)"
+
+
+@pytest.mark.parametrize("settings", [DemoSettings(), DemoSettings(rounds=1), DemoSettings(epsilon=None)])
+def test_masking_clips_no_update_of_the_demo(settings: DemoSettings) -> None:
+    """The worst update: all gradients as long as the clip and in one direction, with noise along with them.
+
+    Each of the 600 norms of noise is above its bound with a chance of 4e-6, so that another seed would fail once in 400
+    times at most.
+    """
+    length, generator = 378, np.random.default_rng(7)
+    secure = settings.secure(length)
+    assert secure is not None
+    scale = settings.learning_rate / settings.expected_batch_size * settings.l2_norm_clip
+    noise = scale * settings.noise_multiplier * generator.normal(size=(200, length))
+    gradients = np.zeros(length)
+    gradients[0] = scale * 119  # windows of the wrist that has most
+    longest = np.linalg.norm(noise + gradients, axis=1).max()
+    assert longest < secure.l2_norm_clip
+    assert secure.l2_norm_clip < 8 * np.linalg.norm(noise[0] + gradients)  # a clip far too long would cost bits
+    assert secure.noise_multiplier == 0  # the claim is each wrist's own, at record level

@@ -15,19 +15,34 @@ from typing import Any
 import pytest
 
 from aggregator.adapters.https_helper import HelperRefusedRequestError, HelperUnreachableError, HttpsHelper
+from aggregator.adapters.https_link import HttpsLink
 from aggregator.certificates import issue, make_ca
 from aggregator.errors import AggregatorError
 from aggregator.helper import https_api
 from aggregator.helper.assembly import HelperFiles
 from aggregator.helper.config import HttpsSection
 from aggregator.helper.https_api import make_api, serve_https
+from aggregator.helper_calls import HelperCalls, RoundAsked
 from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.limits import MAX_TRANSFER_BYTES
-from fl_protocol.secagg.messages import HelperKeyMsg, MaskSumMsg, UnmaskRefusalMsg
+from fl_protocol.secagg.messages import HelperKeyMsg, MaskSumMsg, UnmaskRefusalMsg, UnmaskRequestMsg
+from fl_protocol.secagg.terms import HelperIdentity, manifest_digest, secure_round
 from fl_protocol.signing import public_key_hex, verify
-from tests.aggregator.helper.helper_desk import DEVICES, STUDY, TENANT, Desk, manifest_of, read_reply, request_for
+from tests.aggregator.helper.helper_desk import (
+    DEVICES,
+    HELPER,
+    IDENTITY,
+    STUDY,
+    TENANT,
+    Desk,
+    entries_of,
+    manifest_of,
+    read_reply,
+    request_for,
+)
 from tests.contracts.brokers import WITHIN_S, free_port
 from tests.enrolments import broken_copy
+from tests.fl_protocol.examples import AGGREGATOR_KEY
 from tests.fl_protocol.secagg.rounds import device_key
 
 HOST = "127.0.0.1"
@@ -102,6 +117,46 @@ def test_the_same_round_has_the_same_answer_over_https_and_over_mqtt(site: Site)
     told = read_reply(refused.data)
     assert isinstance(told, UnmaskRefusalMsg)
     assert told.reason.value == "second_list"
+
+
+def test_a_coordinator_asks_over_https(site: Site) -> None:
+    link, identity = HttpsLink(site.client(), TENANT), IDENTITY.public_key()
+    calls = HelperCalls(
+        tenant=TENANT,
+        helpers={HELPER: HelperIdentity(HELPER, "operator-a", identity)},
+        signing_key=AGGREGATOR_KEY,
+        transport=site.desk.ears,
+        note=lambda event, **fields: None,
+        now_s=lambda: site.desk.now_s,
+        links={HELPER: link},
+    )
+    link.fetch_key()
+    calls.look_after()
+    assert calls.keys((), until_s=site.desk.now_s) == ((site.desk.key(),), "")
+    manifest = site.desk.manifest()
+    entries = entries_of(secure_round(manifest), DEVICES[:4])
+    about = RoundAsked(manifest.task, manifest.round, manifest_digest(manifest))
+    request = UnmaskRequestMsg(manifest=calls.signed(manifest), helper=HELPER, entries=tuple(entries))
+    for _ in range(2):  # the first is not on its way yet when it is asked again
+        calls.ask(about, {HELPER: request})
+    asked = link._asked.get_nowait()
+    assert asked is not None
+    assert link._asked.empty()
+    link.post(asked)
+    calls.look_after()
+    answers = calls.answers(manifest.task)
+    assert answers is not None
+    assert answers[0].count == 4
+
+
+def test_a_link_says_why_its_helper_cannot_be_reached(certificates: Path) -> None:
+    files = {"ca": "ca.pem", "certificate": "aggregator.pem", "key": "aggregator.key"}
+    helper = HttpsHelper(HOST, free_port(), **{name: certificates / file for name, file in files.items()})
+    link = HttpsLink(helper, TENANT)
+    link.fetch_key()
+    link.post(b"a request")
+    assert "does not answer" in link.problem
+    assert link.poll() == []
 
 
 def test_asked_for_two_lists_at_once_it_answers_one(site: Site) -> None:
