@@ -42,11 +42,15 @@ from aggregator.round_events import (
     StillMasked,
     Ticked,
     Unmasked,
+    Unseen,
 )
 from fl_protocol.errors import LocalMisuseError
 
 RESUME_GRACE_S = 30.0
 """Time an interrupted round has at least, counted from when devices can reach the aggregator again."""
+
+UNSEEN_PART = 0.9
+"""Of its duration a round has at least, counted from when devices can see it for the first time."""
 
 PAUSED_BY_OPERATOR = "paused by the operator"
 
@@ -292,6 +296,13 @@ def _resume_open(state: RoundState, event: RoundEvent, now_s: float, policy: Rou
     return _move_deadline(state, deadline_s)
 
 
+def _begin_anew(state: RoundState, _event: RoundEvent, now_s: float, policy: RoundPolicy) -> _Step:
+    """A round that no device has seen has all its time before it, but for a moment."""
+    if now_s + UNSEEN_PART * policy.duration_s <= state.deadline_s:
+        return state, []
+    return _move_deadline(replace(state, opened_s=now_s), now_s + policy.duration_s)
+
+
 def _reset_clock(state: RoundState, event: ClockJumped, now_s: float, policy: RoundPolicy) -> _Step:
     """Neither close a round because the clock was set forward, nor keep it open for long because it was set back."""
     # Moved along with the clock, so that what is reckoned from it (how long the round took) stays true.
@@ -386,6 +397,7 @@ _TABLE: dict[tuple[Phase, type], Callable[[RoundState, Any, float, RoundPolicy],
     (Phase.IDLE, AbortAsked): _abort_task,
     (Phase.IDLE, RollbackAsked): _roll_back,
     (Phase.OPEN, Reachable): _resume_open,
+    (Phase.OPEN, Unseen): _begin_anew,
     (Phase.OPEN, Arrived): _count,
     (Phase.OPEN, Ticked): _check_open,
     (Phase.OPEN, CombineFailed): _give_up,

@@ -97,6 +97,13 @@ class TaskPublisher:
         )
         return ""
 
+    def can_be_seen_at_last(self, state: RoundState, *, deadline_s: float) -> bool:
+        """Whether a secure round that was never published can be now, with this deadline. Raises DatabaseError."""
+        if self._config.secure is None:
+            return False
+        open_round = self._open_round(state)
+        return open_round is not None and open_round.manifest is None and self._terms(deadline_s)[0] is not None
+
     def _with_terms(self, manifest: RoundManifestMsg, open_round: LiveRound) -> tuple[RoundManifestMsg | None, str]:
         """A secure round's manifest, the same as when it was first published but for the times; or why not yet."""
         if open_round.manifest is not None:
