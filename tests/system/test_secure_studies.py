@@ -12,15 +12,8 @@ from aggregator.device_budget import TaskBudget
 from aggregator.privacy.accounting import device_epsilon
 from aggregator.privacy.adversaries import Adversary
 from aggregator.rounds import Phase
-from aggregator.task_file import (
-    AdaptiveClipping,
-    DevicePrivacy,
-    Participation,
-    Secure,
-    Server,
-    StatisticsPlan,
-    TaskConfig,
-)
+from aggregator.secure_sections import AdaptiveClipping, DevicePrivacy, Secure
+from aggregator.task_file import Participation, Server, StatisticsPlan, TaskConfig
 from tests.aggregator.desk import built_with
 from tests.enrolments import broken_copy
 from tests.virtual_fleet import AGGREGATOR, TASK, Faults, VirtualFleet, task_config
