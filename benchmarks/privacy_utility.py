@@ -48,7 +48,7 @@ from benchmarks.utility_tuning import FOLDS, Candidates, candidates, chosen, tun
 from firmware_sim.watch_data import all_wrists, default_cache, load_recordings, windows_of
 
 EPSILONS = (1.0, 3.0, 8.0)
-REPETITIONS: dict[LevelName, int] = {"record": 10, "device_ten": 20, "device_thousand": 4}
+REPETITIONS: dict[LevelName, int] = {"record": 15, "device_ten": 60, "device_thousand": 2}
 LARGEST_ERROR = 1e-5
 Run = Callable[[list[Job]], dict[Job, Outcome]]
 
@@ -164,7 +164,7 @@ def _arguments() -> argparse.Namespace:
     command = parser("privacy_utility", __doc__)
     command.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
     command.add_argument("--epsilons", nargs="+", type=float, default=EPSILONS)
-    command.add_argument("--repetitions", type=int, help="trainings in each fold (by default 10, 20 and 4)")
+    command.add_argument("--repetitions", type=int, help="trainings in each fold (by default 15, 60 and 2)")
     command.add_argument("--processes", type=int, default=2, help="trainings at a time")
     command.add_argument("--kept", type=Path, metavar="FILE", help="where finished trainings are kept, and looked up")
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw it (needs matplotlib)")

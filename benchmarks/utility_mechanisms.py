@@ -126,6 +126,12 @@ class Secure:
         return self.fixed_point.decode(total.astype(np.uint64), count=len(updates), rotation_seed=b"") / len(updates)
 
 
+def noise_over(secure: Secure, central: Central, *, devices: int) -> float:
+    """Standard deviation of all that `secure` adds to a coordinate of the sum, rounding included, over `central`'s."""
+    variance = devices * (secure.device_variance + 0.25)
+    return math.sqrt(variance) * secure.fixed_point.step / (central.grid.sigma * central.grid.step)
+
+
 def device_level(arm: Arm, budget: Budget, *, l2_norm_clip: float, devices: int, parameters: int) -> Mechanism:
     """Neighbours: one device's whole update in every round, or zeros.
 

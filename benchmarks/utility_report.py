@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.utility_mechanisms import Arm
-from benchmarks.utility_training import DELTA, Job, LevelName, Outcome
+from benchmarks.utility_mechanisms import Arm, Central, Secure, noise_over
+from benchmarks.utility_training import DELTA, THOUSAND, Job, LevelName, Outcome, mechanism_of
 from benchmarks.utility_tuning import FOLDS, Fold
 from firmware_sim.watch_data import LABELS
 
 ARMS: tuple[Arm, ...] = ("local", "secure", "central")
 ASKED_POINTS = 2.0
+WRISTS_THAT_TRAIN = 16
 DESCRIBED: dict[LevelName, str] = {
     "record": "record level, 16 wrists of 8 people",
     "device_ten": "device level, 16 wrists of 8 people: too few to hide one among them",
@@ -89,8 +90,20 @@ def _row(found: Found, level: LevelName, epsilon: float) -> dict[str, Any]:
     points = {arm: [found.points(level, epsilon, arm, fold) for fold in FOLDS] for arm in ARMS}
     return {
         **{arm: _arm(found, level, epsilon, arm, points[arm]) for arm in ARMS},
+        "noise_of_secure_over_central": round(max(_noise_over(found, level, epsilon, fold) for fold in FOLDS), 3),
         "central_minus_secure": paired_difference(points["central"], points["secure"]),
     }
+
+
+def _noise_over(found: Found, level: LevelName, epsilon: float, fold: Fold) -> float:
+    """How much more noise the settings of a fold take when devices share it out."""
+    devices = THOUSAND if level == "device_thousand" else WRISTS_THAT_TRAIN
+    secure, central = (
+        mechanism_of(found.private[level, epsilon, arm, fold, 0][0], devices=devices) for arm in ("secure", "central")
+    )
+    if not (isinstance(secure, Secure) and isinstance(central, Central)):
+        raise TypeError(f"expected the two mechanisms, got {secure} and {central}")
+    return noise_over(secure, central, devices=devices)
 
 
 def _arm(found: Found, level: LevelName, epsilon: float, arm: Arm, points: list[list[float]]) -> dict[str, Any]:
