@@ -21,13 +21,14 @@ from aggregator.ingest import Placed, RoundInForce, TaskInForce, Whole, open_sea
 from aggregator.partial_sums import open_sum, sum_place
 from aggregator.robust_rules import combine_with_weights
 from aggregator.scaffold import PlainSteps, ServerControl, next_control
+from aggregator.secure_sections import Secure
 from aggregator.secure_terms import next_clip, noise_sigma
 from aggregator.server_optimisers import initial_state, state_from_bytes, state_to_bytes, step
 from aggregator.staleness import StalenessWeight, combine_stale
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.models import Float32, ModelRecord, NewModel
 from aggregator.store.updates import KeptUpdate
-from aggregator.task_file import Secure, TaskConfig, TrainingPlan
+from aggregator.task_file import TaskConfig, TrainingPlan
 from fl_protocol.errors import LocalMisuseError, RefusedError
 from fl_protocol.integer_noise import Entropy, discrete_gaussian
 from fl_protocol.messages import TrainingPlanMsg, UpdateHeaderMsg

@@ -13,10 +13,11 @@ from aggregator.privacy.adversaries import Adversary
 from aggregator.privacy.composition import Limits
 from aggregator.privacy.events import HelperNoise, SecureSum, SkellamShares
 from aggregator.privacy.filter import DeviceBudget
+from aggregator.secure_sections import DevicePrivacy
 from aggregator.secure_terms import noise_sigma, terms_of
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.rounds import AskedRound
-from aggregator.task_file import DevicePrivacy, TaskConfig
+from aggregator.task_file import TaskConfig
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.messages import RoundManifestMsg, decode
 from fl_protocol.secagg.messages import SecureTermsMsg

@@ -10,7 +10,8 @@ from msgspec.structs import replace
 
 from aggregator.adaptive_clipping import AdaptiveClip, bit_magnitude, share_within_clip
 from aggregator.privacy.grid_step import choose_step
-from aggregator.task_file import AdaptiveClipping, Secure, TaskConfig
+from aggregator.secure_sections import AdaptiveClipping, Secure
+from aggregator.task_file import TaskConfig
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.record_sums import SUM_DIVISOR
 from fl_protocol.secagg.fixed_point import MOST_BITS, FixedPoint

@@ -11,11 +11,12 @@ from aggregator.announcer import Announcer, Whole
 from aggregator.combination import NEXT_CLIP
 from aggregator.helper_calls import HelperCalls
 from aggregator.rounds import Phase, RoundState
+from aggregator.secure_sections import Secure
 from aggregator.secure_terms import terms_of
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.models import ModelRecord, little_endian
 from aggregator.store.rounds import LiveRound
-from aggregator.task_file import Secure, TaskConfig
+from aggregator.task_file import TaskConfig
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.messages import DeltaMsg, RoundManifestMsg, SecureTermsMsg, decode, encode
 

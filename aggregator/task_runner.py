@@ -53,7 +53,6 @@ from aggregator.unmasking import Unmasking
 from aggregator.validation import Judge
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
-from fl_protocol.messages import TrainingPlanMsg
 from fl_protocol.sealing import RoundKey, round_key_bytes
 
 _RETRIES = (Reachable, Arrived, Ticked, StillMasked)
@@ -112,9 +111,8 @@ class TaskRunner:
         self.name = stored.name
         self.config: TaskConfig = config_of(stored.spec, stored.name)
         self._policy, self._ports = self.config.policy, ports
-        plan = self.config.plan_message()
         num_parameters = len(bundle.shared_params)
-        self._update_length = num_parameters if isinstance(plan, TrainingPlanMsg) else plan.length
+        self._update_length = self.config.update_length(num_parameters)
         self._maker = RoundOutcomes(
             ports.store,
             ports.tenant,

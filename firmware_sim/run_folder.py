@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from aggregator.assembly import AggregatorFiles, bundle_of
 from aggregator.certificates import KeyPair, issue, make_ca
-from aggregator.config import AggregatorConfig, AggregatorSection
+from aggregator.config import AggregatorConfig, AggregatorSection, HelperSection
 from aggregator.task_creation import create_task
 from aggregator.task_file import TaskConfig, write_task
 from device_client.assembly import DeviceFiles, RealDevice
@@ -144,7 +144,8 @@ def write_configs(run: RunFolder, settings: DemoSettings, *, port: int, tls: boo
     )
     key = public_key_hex(AggregatorFiles(run.aggregator_toml, aggregator).signing_key(create=True).public_key())
     pins = _write_helpers(run, settings, aggregator_key=key, broker=broker)
-    write_atomic(run.aggregator_toml, msgspec.toml.encode(replace(aggregator, helpers=pins)))
+    helpers = tuple(HelperSection(**asdict(pin)) for pin in pins)
+    write_atomic(run.aggregator_toml, msgspec.toml.encode(replace(aggregator, helpers=helpers)))
     for wrist in settings.training_wrists + settings.held_out_wrists:
         role: Role = "evaluate" if wrist.person in settings.held_out else "train"
         device = DeviceConfig(

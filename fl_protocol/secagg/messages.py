@@ -37,8 +37,8 @@ from fl_protocol.secagg.fixed_point import LEAST_BITS, MOST_BITS
 from fl_protocol.secagg.masks import PrgName
 
 MOST_HELPERS = 8
-MOST_LISTED = 8000
-"""Updates in one request: one takes 1.5 kB with a hybrid key, and up to 2 kB with a certificate."""
+MOST_LISTED = 7500
+"""Updates in one request, which is one transfer: one takes up to 2.2 kB, with a hybrid key and a certificate."""
 MOST_VARIANCE, MOST_SIGMA = 2.0**26, 2.0**40
 SealedSeed = Annotated[bytes, Meta(min_length=16, max_length=2048)]
 

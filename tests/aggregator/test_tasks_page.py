@@ -10,14 +10,13 @@ import msgspec
 import pytest
 from msgspec import NODEFAULT
 
+from aggregator.secure_sections import DevicePrivacy, Secure
 from aggregator.server_optimisers import DEFAULTS
 from aggregator.task_file import (
     Asynchronous,
-    DevicePrivacy,
     EvaluationPlan,
     Participation,
     Rule,
-    Secure,
     Server,
     StatisticsPlan,
     TaskConfig,

@@ -22,6 +22,7 @@ from firmware_sim.run_folder import RunFolder, create_run, write_configs
 from firmware_sim.settings import AGGREGATOR, TASK, TENANT, DemoSettings
 from firmware_sim.watch_data import Recording, Wrist, all_wrists, windows_of
 from fl_protocol.bundle import open_bundle
+from fl_protocol.helper_config import pinned
 from fl_protocol.signing import public_key_from_hex, public_key_hex
 
 SETTINGS = DemoSettings(held_out=(2, 5), rounds=4)
@@ -51,7 +52,7 @@ def test_every_configuration_loads_and_they_agree(run: RunFolder) -> None:
     assert aggregator.config.aggregator.client_id == AGGREGATOR
     assert (task.rounds, task.goal, task.minimum_cohort) == (4, 16, 8)
     assert (task.engine, task.secure) == ("secure", SETTINGS.secure(378))
-    pins = aggregator.config.helpers
+    pins = pinned(aggregator.config.helpers)
     key = public_key_hex(aggregator.signing_key().public_key())
     for wrist in all_wrists():
         device = DeviceFiles.load(run.device_toml(wrist))
@@ -63,7 +64,9 @@ def test_every_configuration_loads_and_they_agree(run: RunFolder) -> None:
         assert study.broker == aggregator.config.broker
         assert (device.config.privacy.epsilon, device.config.privacy.delta) == (SETTINGS.epsilon, SETTINGS.delta)
         # A wrist sends its updates masked by both or not at all.
-        assert study.helpers == pins
+        assert [(pin.name, pin.operator, pin.key) for pin in study.helpers] == [
+            (one.name, one.operator, public_key_hex(one.key)) for one in pins.values()
+        ]
         assert (device.config.privacy.minimum_helpers, device.config.privacy.minimum_operators) == (2, 2)
         assert isinstance(task.plan, TrainingPlan)
         assert device.config.privacy.minimum_noise_multiplier == task.plan.noise_multiplier

@@ -65,8 +65,9 @@ def pseudonym_fleet(folder: Path, kind: type[PseudonymFleet] = PseudonymFleet, *
 def test_helpers_without_a_register_know_devices_by_their_certificates_and_go_on_when_all_change_their_names(
     tmp_path: Path,
 ) -> None:
-    fleet = pseudonym_fleet(tmp_path, rounds=4)
-    fleet.run(until=lambda: fleet.state.committed == 2)
+    fleet = pseudonym_fleet(tmp_path, rounds=12)
+    fleet.run(until=lambda: fleet.state.committed >= 2)
+    assert fleet.state.committed < 12
     before = {fleet.name_of(name) for name in fleet.devices}
     length_s = PERIOD_DAYS * DAY_S
     fleet.clock.time_s = (fleet.clock.time_s // length_s + 1) * length_s
@@ -74,14 +75,14 @@ def test_helpers_without_a_register_know_devices_by_their_certificates_and_go_on
     fleet.clock.time_s += LONGEST_ABSENCE_S
     fleet.run()
     after = {fleet.name_of(name) for name in fleet.devices}
-    assert fleet.state.committed == 4
+    assert fleet.state.committed == 12
     assert len(before | after) == 6
     with fleet.store.database.reading() as connection:
         assert set(connection.execute(select(schema.updates.c.device)).scalars()) == before | after
     for helper in fleet.helpers.values():
         assert helper.store.devices.all() == []
         assert helper.store.refusals.counts() == {}
-        assert helper.store.answers.counts() == {TENANT: 4}
+        assert helper.store.answers.counts() == {TENANT: 12}
 
 
 class ForeignFleet(PseudonymFleet):

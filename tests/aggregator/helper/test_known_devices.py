@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from aggregator.helper import known_devices
@@ -56,7 +54,7 @@ from tests.aggregator.helper.pseudonymous import (
     signing_key,
     tls_key,
 )
-from tests.enrolments import broken_copy
+from tests.enrolments import broken_copy, reissued
 from tests.fl_protocol.examples import AGGREGATOR_KEY, round_key
 from tests.fl_protocol.secagg.rounds import body_of, device_key, seeded, update_id, updates_of
 
@@ -358,18 +356,7 @@ def rewritten(change: Callable[[x509.CertificateBuilder], x509.CertificateBuilde
     honest = admitted(seed)
     assert honest.credential is not None
     old = x509.load_der_x509_certificate(honest.credential.certificate)
-    builder = x509.CertificateBuilder(
-        issuer_name=old.issuer,
-        subject_name=old.subject,
-        public_key=old.public_key(),
-        serial_number=old.serial_number,
-        not_valid_before=old.not_valid_before_utc,
-        not_valid_after=old.not_valid_after_utc,
-        extensions=list(old.extensions),
-    )
-    key = load_pem_private_key(CA.key, None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    der = change(builder).sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
+    der = reissued(old, change, ca=CA).public_bytes(Encoding.DER)
     credential = DeviceCredentialMsg(signing_key=honest.credential.signing_key, certificate=der)
     return Named(honest.name, honest.signing_key, credential)
 
