@@ -257,11 +257,6 @@ def helpers_know_every_name(patch: pytest.MonkeyPatch) -> None:
         ),
     )
     patch.setattr(answering, "sum_of_masks", copy.sum_of_masks)
-    trusting = broken_copy(
-        "aggregator.helper.known_devices",
-        ("            raise ProtocolError(self._unknown(device, credential))\n", "            return None\n"),
-    )
-    patch.setattr(KnownDevices, "_key", trusting.KnownDevices._key)
 
 
 def nothing_is_bound_to_its_manifest(patch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,19 @@ from sqlalchemy import event
 
 from aggregator import committer, task_runner
 from aggregator.errors import BlobError
+from aggregator.helper import service as helper_service
 from aggregator.rounds import Phase
 from aggregator.task_file import Server
 from firmware_sim.virtual_flash import PowerCutError
 from fl_protocol.topics import helper_topic, shard_of
 from tests.enrolments import broken_copy
-from tests.system.secure_checks import Sent, check_one_list_per_round, check_sums, listen_to_integers
+from tests.system.secure_checks import (
+    Sent,
+    answers_on_the_wire,
+    check_one_list_per_round,
+    check_sums,
+    listen_to_integers,
+)
 from tests.system.study import aggregator_power_cut, check_study, committed, final_digest, rows_of
 from tests.system.test_secure_studies import HELPERS, secure_task
 from tests.virtual_fleet import AGGREGATOR, TASK, TENANT, Faults, VirtualFleet
@@ -203,6 +210,34 @@ def test_a_helper_killed_when_its_answer_is_kept_and_before_it_is_sent_gives_the
     assert finish(fleet, sent) == undisturbed
     assert fleet.journals[AWAY].named("unmask_repeated")
     assert len(fleet.journals[AWAY].named("unmask_answered")) == 3
+
+
+def check_asked_again_says_the_same(folder: Path) -> None:
+    """A helper that adds noise is asked three times: noise that was drawn anew could be averaged away."""
+    fleet = start(folder, secure={"unmasking_s": UNMASKING_S, "noise_multiplier": 1.0, "noise_from": "helpers"})
+    fleet.broker.loses = lambda topic: f"/{AWAY}/answer/" in topic
+    run_until_unmasking(fleet)
+    pass_time(fleet, 12.0)
+    fleet.broker.loses = lambda topic: False
+    fleet.run()
+    assert len([one for one, answer in answers_on_the_wire(fleet) if (one, answer.round) == (AWAY, 1)]) >= 3
+    check_study(fleet)
+    check_one_list_per_round(fleet)
+
+
+def test_a_helper_that_is_asked_again_says_the_same_noise_and_all(tmp_path: Path) -> None:
+    check_asked_again_says_the_same(tmp_path)
+
+
+def test_a_helper_that_draws_its_noise_anew_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = broken_copy(
+        "aggregator.helper.answerer",
+        ("given = given_before(question, self._past(question))", "given = None"),
+        ("chain = self._store.answers.add(record, answer, self._helper.identity)", "chain = b''"),
+    )
+    monkeypatch.setattr(helper_service, "Answerer", copy.Answerer)
+    with pytest.raises(AssertionError):
+        check_asked_again_says_the_same(tmp_path)
 
 
 def test_a_round_waits_for_the_key_of_a_helper_that_is_away_and_then_opens(
