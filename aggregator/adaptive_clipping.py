@@ -4,8 +4,8 @@ G. Andrew, O. Thakkar, B. McMahan, S. Ramaswamy, "Differentially Private Learnin
 arXiv 1905.03871: each device tells with one bit whether its update was no longer than the clip, and the clip grows or
 shrinks geometrically until the share of such updates is the wanted quantile.
 
-Under the secure engine the bit is one more coordinate, joined to the integer vector after rounding and rotation: +m
-grid steps for a shorter update, -m for a longer one. Zeros in place of a device's update and bit move the sum by at
+Under the secure engine the bit is one more coordinate of the integer vector (`FixedPoint.clip_bit`): +m grid steps for
+a shorter update, -m for a longer one. Zeros in place of a device's update and bit move the sum by at
 most √(Δ² + m²), Δ being the longest update after rounding: one vector, one sensitivity, the same noise of standard
 deviation σ in every coordinate, one event. With z = σ / √(Δ² + m²) for all of it, z_Δ = σ / Δ for the update, and noise
 of σ_b = σ / 2m on the number of bits set (each is (1 ± 1) / 2), this is the paper's theorem 1: z⁻² = z_Δ⁻² +
@@ -80,7 +80,7 @@ def bit_magnitude(*, norm_bound: float, noise_multiplier: float, bit_noise: floa
     """m: grid steps of the bit's coordinate, so that the bits' noise is `bit_noise` or, for a whole number, just above.
 
     Args:
-        norm_bound: Δ, largest L2 norm of an update in grid steps (`FixedPoint.norm_bound`).
+        norm_bound: Δ, largest L2 norm of an update in grid steps (`FixedPoint.update_norm_bound`).
         noise_multiplier: z, of update and bit together.
         bit_noise: σ_b.
 
@@ -97,30 +97,13 @@ def bit_magnitude(*, norm_bound: float, noise_multiplier: float, bit_noise: floa
     return magnitude
 
 
-def joint_norm_bound(norm_bound: float, magnitude: int) -> float:
-    """√(Δ² + m²): largest L2 norm of update and bit together, in grid steps, which is what accounting takes."""
-    return math.hypot(norm_bound, magnitude)
-
-
-def bit_coordinate(norm: float, *, clip: float, magnitude: int) -> int:
-    """What a device puts into the last coordinate; runs at the device, on the norm before clipping.
+def share_within_clip(within: float, *, count: int) -> float:
+    """The noisy share of updates that were no longer than the clip.
 
     Args:
-        norm: of its update.
-        clip: C, of the round.
-        magnitude: m.
-    """
-    return magnitude if norm <= clip else -magnitude
-
-
-def share_within_clip(summed: int, *, count: int, magnitude: int) -> float:
-    """The noisy share of updates no longer than the clip, from the last coordinate of the sum.
-
-    Args:
-        summed: in grid steps, with its noise.
+        within: how many were, less how many were longer: the last number of a sum with a clip bit.
         count: of updates in the sum, at least 1.
-        magnitude: m.
     """
     if count < 1:
         raise LocalMisuseError(f"count: expected at least 1 update, got {count}")
-    return 0.5 + summed / (2 * magnitude * count)
+    return 0.5 + within / (2 * count)

@@ -1,26 +1,29 @@
-"""``covey-aggregator privacy``: how much noise a device-level budget asks for, and what it leaves of the signal."""
+"""``covey-aggregator privacy``: how much noise a device-level budget asks for, and what a task has cost so far."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from aggregator.adapters.privacy_plot import draw_plan
-from aggregator.cli_options import AsJson
+from aggregator.assembly import bundle_of
+from aggregator.cli_options import AsJson, Config, opened
 from aggregator.command_line import examples, make_group, say_json, say_table
+from aggregator.device_budget import DELTA, TaskBudget
+from aggregator.in_force import config_of
 from aggregator.privacy.adversaries import Adversary, AdversaryName
 from aggregator.privacy.planning import NoisePlan, PlanRequest, plan_noise
 from fl_protocol.errors import ConfigError, LocalMisuseError
 
 privacy_app = make_group("Device-level privacy: everything that one wearer contributes (docs/device-level-privacy.md).")
 _PICTURES = (".svg", ".png")
-
-
-@privacy_app.callback()
-def privacy() -> None:
-    """A group of its own, although it has one command."""
+_WHO: dict[str, str] = {
+    "aggregator": "the aggregator, which sees the sums",
+    "model_release": "those who see released models only",
+}
 
 
 @privacy_app.command(
@@ -85,6 +88,45 @@ def privacy_plan(
         say_json({"request": request, "plan": found})
     else:
         _show(request, found)
+
+
+@privacy_app.command(
+    "spent",
+    epilog=examples(
+        "privacy spent exercises --config aggregator.toml", "privacy spent exercises --config aggregator.toml --json"
+    ),
+)
+def privacy_spent(
+    task: str,
+    config: Config,
+    as_json: AsJson = False,
+    delta: Annotated[
+        float | None, typer.Option(min=0, max=1, help="At which epsilon is told. Default: the budget's, or 1e-6.")
+    ] = None,
+) -> None:
+    """What a secure task's rounds have cost any one device so far, against whom; from what the database has of them."""
+    with opened(config) as (_, store):
+        stored = store.tasks.get(task)
+        about = config_of(stored.spec, task)
+        length = about.update_length(len(bundle_of(store, stored).shared_params))
+        budget = TaskBudget(store, about, update_length=length)
+        section = about.device_privacy
+        at = delta if delta is not None else (section.delta if section is not None else DELTA)
+        spent = {name: budget.epsilon(name, delta=at) for name in get_args(AdversaryName)}
+        rounds = len(budget.events())
+    if as_json:
+        finite = {name: epsilon if math.isfinite(epsilon) else None for name, epsilon in spent.items()}
+        say_json({"task": task, "rounds": rounds, "delta": at, "epsilon": finite, "budget": section})
+        return
+    rows = [(_WHO[name], f"{epsilon:.4g}" if math.isfinite(epsilon) else "no bound") for name, epsilon in spent.items()]
+    if section is not None:
+        rows.append((f"budget, against {section.adversary}", f"{section.epsilon:g} at delta {section.delta:g}"))
+    if about.secure is None:
+        typer.echo(
+            f"{task} has the engine open: the aggregator sees each update, and nothing is claimed at device level"
+        )
+        return
+    say_table(f"Device-level epsilon of {task} at delta {at:g}, after {rounds} sums", ("against", "epsilon"), rows)
 
 
 def _show(request: PlanRequest, found: NoisePlan) -> None:

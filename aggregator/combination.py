@@ -21,13 +21,14 @@ from aggregator.ingest import Placed, RoundInForce, TaskInForce, Whole, open_sea
 from aggregator.partial_sums import open_sum, sum_place
 from aggregator.robust_rules import combine_with_weights
 from aggregator.scaffold import PlainSteps, ServerControl, next_control
-from aggregator.secure_terms import noise_sigma
+from aggregator.secure_sections import Secure
+from aggregator.secure_terms import next_clip, noise_sigma
 from aggregator.server_optimisers import initial_state, state_from_bytes, state_to_bytes, step
 from aggregator.staleness import StalenessWeight, combine_stale
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.models import Float32, ModelRecord, NewModel
 from aggregator.store.updates import KeptUpdate
-from aggregator.task_file import Secure, TaskConfig, TrainingPlan
+from aggregator.task_file import TaskConfig, TrainingPlan
 from fl_protocol.errors import LocalMisuseError, RefusedError
 from fl_protocol.integer_noise import Entropy, discrete_gaussian
 from fl_protocol.messages import TrainingPlanMsg, UpdateHeaderMsg
@@ -37,6 +38,8 @@ from fl_protocol.secagg.messages import MaskSumMsg
 from fl_protocol.secagg.parties import unmask
 
 Float64 = NDArray[np.float64]
+NEXT_CLIP = "next_l2_norm_clip"
+"""Under which a round's metrics have the clip of the next one."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def _unmasked(
     terms = closed.live[closed.number].secure
     if terms is None:
         raise CombineError("the round's manifest is gone; abort the round")
-    words, count = np.zeros(closed.update_length, np.int64), 0
+    point = terms.fixed_point
+    words, count = np.zeros(point.vector_length, np.int64), 0
     for _, one in _workers_sums(store, config, closed):
         words += one.total
         count += one.count
@@ -140,13 +144,18 @@ def _unmasked(
     if len(ids) != count:
         raise CombineError(f"{count} updates were added up, and {len(ids)} are listed")
     masked = terms.masks.reduced(terms.masks.words_of(words))
-    sigma = noise_sigma(config, secure, closed.update_length) if secure.noise_from == "aggregator" else 0.0
+    central = secure.noise_from == "aggregator"
+    sigma = noise_sigma(config, secure, closed.update_length, clip=point.l2_norm_clip) if central else 0.0
     noise = discrete_gaussian(sigma, len(masked), entropy) if sigma else None
     try:
         total = unmask(terms, masked, closed.mask_sums, update_ids=ids, noise=noise)
     except MaskSumError as error:
         raise CombineError(str(error)) from error
-    return Combined(total / count, count, {"engine": "secure"})
+    metrics: dict[str, Any] = {"engine": "secure", "l2_norm_clip": point.l2_norm_clip}
+    if point.clip_bit:
+        share, clip = next_clip(secure, point.l2_norm_clip, float(total[-1]), count=count)
+        metrics |= {"share_within_clip": share, NEXT_CLIP: clip}
+    return Combined(total[: closed.update_length] / count, count, metrics)
 
 
 def _room_for(count: int, config: TaskConfig, closed: ClosedRound) -> NDArray[np.float32]:

@@ -13,10 +13,11 @@ from aggregator.privacy.adversaries import Adversary
 from aggregator.privacy.composition import Limits
 from aggregator.privacy.events import HelperNoise, SecureSum, SkellamShares
 from aggregator.privacy.filter import DeviceBudget
+from aggregator.secure_sections import DevicePrivacy
 from aggregator.secure_terms import noise_sigma, terms_of
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.rounds import AskedRound
-from aggregator.task_file import DevicePrivacy, TaskConfig
+from aggregator.task_file import TaskConfig
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.messages import RoundManifestMsg, decode
 from fl_protocol.secagg.messages import SecureTermsMsg
@@ -108,17 +109,19 @@ class TaskBudget:
         during: tuple[float, float],
     ) -> SecureSum:
         """The event of a round with these terms."""
-        variance, secure = terms.device_noise_variance, self._config.secure
-        central = secure is not None and secure.noise_from == "aggregator"
+        variance, secure, sigma = terms.device_noise_variance, self._config.secure, 0.0
+        if secure is not None and secure.noise_from == "aggregator":
+            sigma = noise_sigma(self._config, secure, self._update_length, clip=terms.l2_norm_clip)
+        point = fixed_point_of(terms, self._update_length)
         return SecureSum(
             round=number,
             opened_s=during[0],
             closed_s=max(during),
-            l2_sensitivity=fixed_point_of(terms, self._update_length).norm_bound,
-            dimension=self._update_length,
+            l2_sensitivity=point.norm_bound,
+            dimension=point.vector_length,
             shares=SkellamShares(variance, arrived) if variance else None,
             helpers=tuple(HelperNoise(name, terms.helper_noise_sigma) for name in helpers),
-            central_sigma=noise_sigma(self._config, secure, self._update_length) if central and secure else 0.0,
+            central_sigma=sigma,
         )
 
 

@@ -113,6 +113,7 @@ class HelperCalls:
         self._note, self._now_s, self._links = note, now_s, dict(links or {})
         self._helpers = {name: _Helper(identity) for name, identity in helpers.items()}
         self._data_bytes = chunk_data_bytes(None)
+        self._sought_s = float("-inf")
         self.has_news = False
 
     @property
@@ -126,6 +127,7 @@ class HelperCalls:
         if self._helpers:
             for topic_filter in helper_filters(self._tenant):
                 self._transport.subscribe(topic_filter)
+        self._sought_s = self._now_s()
         for helper in self._helpers.values():
             for call in helper.calls.values():
                 call.asked_s = float("-inf")
@@ -212,6 +214,7 @@ class HelperCalls:
     def look_after(self) -> None:
         """Ask again where an answer is overdue, and hear what has come another way than over the broker."""
         now_s, self.has_news = self._now_s(), False
+        self._seek_keys(now_s)
         for name, helper in self._helpers.items():
             self._poll(name)
             for call in helper.calls.values():
@@ -219,6 +222,13 @@ class HelperCalls:
                 if not done and not happened_within(ASK_EVERY_S, call.asked_s, now_s):
                     call.asked_s = now_s
                     self._send(name, call.request)
+
+    def _seek_keys(self, now_s: float) -> None:
+        """Have the broker send the retained keys again that have not come: no helper publishes one twice."""
+        missing = any(helper.key is None for name, helper in self._helpers.items() if name not in self._links)
+        if missing and not happened_within(ASK_EVERY_S, self._sought_s, now_s):
+            self._sought_s = now_s
+            self._transport.subscribe(helper_filters(self._tenant)[0])
 
     def _calls(self, task: str) -> list[tuple[str, _Call]]:
         """What each helper was asked about a task's round."""

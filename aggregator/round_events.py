@@ -58,6 +58,11 @@ class CombineFailed:
 
 
 @dataclass(frozen=True)
+class Unseen:
+    """No device could see the open round until now: its manifest waited for keys of its helpers."""
+
+
+@dataclass(frozen=True)
 class PauseAsked:
     """The operator pauses the task: when the open round closes, or at once, which gives that round up."""
 
@@ -157,5 +162,5 @@ class RollBack:
 
 
 RoundOrder = PauseAsked | ResumeAsked | AbortAsked | RollbackAsked
-RoundEvent = Reachable | Arrived | Ticked | Unmasked | StillMasked | CombineFailed | ClockJumped | RoundOrder
+RoundEvent = Reachable | Arrived | Ticked | Unseen | Unmasked | StillMasked | CombineFailed | ClockJumped | RoundOrder
 RoundAction = AskHelpers | CommitRound | AbortRound | OpenRound | ExtendRound | FinishTask | AnnounceTask | RollBack

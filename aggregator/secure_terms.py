@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace as with_fields
 
 from msgspec.structs import replace
 
+from aggregator.adaptive_clipping import AdaptiveClip, bit_magnitude, share_within_clip
 from aggregator.privacy.grid_step import choose_step
-from aggregator.task_file import Secure, TaskConfig
+from aggregator.secure_sections import AdaptiveClipping, Secure
+from aggregator.task_file import TaskConfig
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.record_sums import SUM_DIVISOR
 from fl_protocol.secagg.fixed_point import MOST_BITS, FixedPoint
@@ -32,12 +35,19 @@ def most_updates(config: TaskConfig) -> int:
     return named or 2 * config.goal
 
 
-def noise_sigma(config: TaskConfig, secure: Secure, length: int) -> float:
+def first_clip(config: TaskConfig, secure: Secure) -> float:
+    """The clip of the first round, in the unit that updates are sent in."""
+    return _sent(config, secure.l2_norm_clip)
+
+
+def noise_sigma(config: TaskConfig, secure: Secure, length: int, *, clip: float | None = None) -> float:
     """Standard deviation of the noise in the sum of `goal` updates, in grid steps."""
-    return secure.noise_multiplier * _grid(config, secure, length).norm_bound
+    return secure.noise_multiplier * _grid(config, secure, length, clip or first_clip(config, secure)).norm_bound
 
 
-def terms_of(config: TaskConfig, secure: Secure, length: int, *, helpers: Sequence[bytes]) -> SecureTermsMsg:
+def terms_of(
+    config: TaskConfig, secure: Secure, length: int, *, helpers: Sequence[bytes], clip: float | None = None
+) -> SecureTermsMsg:
     """A round's terms, with the least modulus that holds every sum.
 
     Args:
@@ -45,22 +55,25 @@ def terms_of(config: TaskConfig, secure: Secure, length: int, *, helpers: Sequen
         secure: its section.
         length: numbers in an update.
         helpers: each one's signed key.
+        clip: of the round; None for the first one's.
 
     Raises:
         LocalMisuseError: no modulus of at most 32 bits holds every sum, or the noise cannot be drawn.
     """
-    sigma = noise_sigma(config, secure, length)
+    clip = clip or first_clip(config, secure)
+    sigma, grid = noise_sigma(config, secure, length, clip=clip), _grid(config, secure, length, clip)
     if secure.noise_from != "devices" and 0 < sigma < 1:
         raise LocalMisuseError(
             f"the {secure.noise_from}' noise is {sigma:.3g} grid steps, at least 1 can be drawn; lower secure.step"
         )
     terms = SecureTermsMsg(
-        l2_norm_clip=_sent(config, secure.l2_norm_clip),
-        step=_step(config, secure, length),
+        l2_norm_clip=clip,
+        step=grid.step,
         bits=MOST_BITS,
         most_updates=most_updates(config),
         device_noise_variance=sigma**2 / config.goal if secure.noise_from == "devices" else 0.0,
         helper_noise_sigma=sigma if secure.noise_from == "helpers" else 0.0,
+        clip_bit=grid.clip_bit,
         rotates=secure.rotates,
         prg=secure.prg,
         helpers=tuple(helpers),
@@ -69,18 +82,47 @@ def terms_of(config: TaskConfig, secure: Secure, length: int, *, helpers: Sequen
         fixed_point_of(terms, length)
     except ProtocolError as error:
         raise LocalMisuseError(f"secure: {error}") from error
-    return replace(terms, bits=_grid(config, secure, length, noise=noise_bound(terms)).bits)
+    return replace(terms, bits=with_fields(grid, noise_bound=noise_bound(terms), bits=0).bits)
 
 
-def _grid(config: TaskConfig, secure: Secure, length: int, *, noise: int = 0) -> FixedPoint:
-    """The task's grid, with the least number of bits."""
-    return FixedPoint(
+def next_clip(secure: Secure, clip: float, within: float, *, count: int) -> tuple[float, float]:
+    """The noisy share of updates that a round's clip left as they were, and the clip of the next round.
+
+    Args:
+        secure: the task's section, with `adaptive_clipping`.
+        clip: of the round.
+        within: how many updates were no longer than it less how many were, from the sum.
+        count: of updates in the sum.
+    """
+    wanted = secure.adaptive_clipping or AdaptiveClipping()
+    share = share_within_clip(within, count=count)
+    rule = AdaptiveClip(quantile=wanted.quantile, learning_rate=wanted.learning_rate)
+    return share, rule.next_clip(clip, share)
+
+
+def _grid(config: TaskConfig, secure: Secure, length: int, clip: float) -> FixedPoint:
+    """A round's grid, without noise."""
+    grid = FixedPoint(
         length,
-        l2_norm_clip=_sent(config, secure.l2_norm_clip),
-        step=_step(config, secure, length),
+        l2_norm_clip=clip,
+        step=_step(config, secure, length, clip),
         most_updates=most_updates(config),
-        noise_bound=noise,
         rotates=secure.rotates,
+    )
+    return with_fields(grid, clip_bit=_clip_bit(config, secure, grid), bits=0)
+
+
+def _clip_bit(config: TaskConfig, secure: Secure, grid: FixedPoint) -> int:
+    """Grid steps of the clip bit; 0 where the clip stays."""
+    wanted = secure.adaptive_clipping
+    if wanted is None:
+        return 0
+    if not secure.noise_multiplier:
+        return 1
+    return bit_magnitude(
+        norm_bound=grid.update_norm_bound,
+        noise_multiplier=secure.noise_multiplier,
+        bit_noise=wanted.bit_noise if wanted.bit_noise is not None else config.goal / 20,
     )
 
 
@@ -89,11 +131,10 @@ def _sent(config: TaskConfig, value: float) -> float:
     return value if config.kind == "train" else value / SUM_DIVISOR
 
 
-def _step(config: TaskConfig, secure: Secure, length: int) -> float:
+def _step(config: TaskConfig, secure: Secure, length: int, clip: float) -> float:
     """Of the grid."""
     if secure.step is not None:
         return _sent(config, secure.step)
-    clip = _sent(config, secure.l2_norm_clip)
     fine = default_step(clip, length)
     if not secure.noise_multiplier:
         return fine

@@ -16,7 +16,7 @@ from aggregator.validation import load_validation
 from fl_protocol.adapters.config_files import pinned_key, read_file, relative_to_config
 from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.errors import ConfigError, LocalMisuseError
-from fl_protocol.messages import StatisticsPlanMsg, TrainingPlanMsg
+from fl_protocol.messages import StatisticsPlanMsg
 from fl_protocol.secagg.messages import MOST_HELPERS
 
 
@@ -111,10 +111,8 @@ def _check_secure(path: Path, config: TaskConfig, bundle: ModelBundle) -> None:
     """Masked updates need a modulus that holds every sum, and noise that can be drawn. Raises ConfigError."""
     if config.secure is None:
         return
-    plan = config.plan_message()
-    length = len(bundle.shared_params) if isinstance(plan, TrainingPlanMsg) else plan.length
     try:
-        terms_of(config, config.secure, length, helpers=[b""] * MOST_HELPERS)
+        terms_of(config, config.secure, config.update_length(len(bundle.shared_params)), helpers=[b""] * MOST_HELPERS)
     except LocalMisuseError as error:
         raise ConfigError(f"task file {path}: {error}") from error
 

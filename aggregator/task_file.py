@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from aggregator.robust_rules import RobustRule
 from aggregator.rounds import RoundPolicy
+from aggregator.secure_sections import LONGEST_S, AtLeastOne, DevicePrivacy, Section, Secure
 from aggregator.server_optimisers import ServerOptimiser
 from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.messages import (
@@ -26,23 +27,14 @@ from fl_protocol.messages import (
     TrainingPlanMsg,
 )
 from fl_protocol.plans import PlanMsg
-from fl_protocol.secagg.masks import PrgName
-from fl_protocol.secagg.messages import MOST_HELPERS, MOST_LISTED
-
-LONGEST_S = 1e9
-"""Thirty years; a deadline without end could not be sent."""
+from fl_protocol.secagg.messages import MOST_LISTED
 
 Kind = Literal["train", "evaluate", "statistics"]
 Seconds = Annotated[float, Meta(ge=0, le=LONGEST_S)]
-AtLeastOne = Annotated[int, Meta(ge=1)]
 Probability = Annotated[float, Meta(gt=0, le=1)]
 
 
-class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """A table of the file."""
-
-
-class TrainingPlan(_Section, frozen=True, kw_only=True, tag_field="kind", tag="train"):
+class TrainingPlan(Section, frozen=True, kw_only=True, tag_field="kind", tag="train"):
     """``[plan]`` of training: what devices compute; see `fl_protocol.plans.TrainingPlanMsg` for each meaning.
 
     Args:
@@ -83,7 +75,7 @@ class TrainingPlan(_Section, frozen=True, kw_only=True, tag_field="kind", tag="t
         return msgspec.convert({**fields, "v": 1, "local_steps": self.steps}, TrainingPlanMsg)
 
 
-class EvaluationPlan(_Section, frozen=True, kw_only=True, tag_field="kind", tag="evaluate"):
+class EvaluationPlan(Section, frozen=True, kw_only=True, tag_field="kind", tag="evaluate"):
     """``[plan]`` of a federated evaluation; see `fl_protocol.plans.EvaluationPlanMsg`."""
 
     noise_multiplier: float
@@ -97,7 +89,7 @@ class EvaluationPlan(_Section, frozen=True, kw_only=True, tag_field="kind", tag=
         return msgspec.convert({**msgspec.to_builtins(self), **_all(self), "v": 1}, EvaluationPlanMsg)
 
 
-class StatisticsPlan(_Section, frozen=True, kw_only=True, tag_field="kind", tag="statistics"):
+class StatisticsPlan(Section, frozen=True, kw_only=True, tag_field="kind", tag="statistics"):
     """``[plan]`` of federated statistics; each ``[[plan.features]]`` is a `fl_protocol.plans.FeatureMsg`."""
 
     noise_multiplier: float
@@ -142,7 +134,7 @@ class Rule(RobustRule, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     memory_bytes: AtLeastOne = 2**30
 
 
-class Asynchronous(_Section, frozen=True, kw_only=True):
+class Asynchronous(Section, frozen=True, kw_only=True):
     """``[asynchronous]``: FedBuff instead of synchronous rounds; `goal` is the buffer's size.
 
     Args:
@@ -156,7 +148,7 @@ class Asynchronous(_Section, frozen=True, kw_only=True):
     exponent: Annotated[float, Meta(gt=0)] = 0.5
 
 
-class Participation(_Section, frozen=True, kw_only=True):
+class Participation(Section, frozen=True, kw_only=True):
     """``[participation]``: who takes part, and how often.
 
     Args:
@@ -179,7 +171,7 @@ class Participation(_Section, frozen=True, kw_only=True):
     required_tags: Annotated[tuple[Name, ...], Meta(max_length=16)] = ()
 
 
-class Updates(_Section, frozen=True, kw_only=True):
+class Updates(Section, frozen=True, kw_only=True):
     """``[updates]``: what travels; see docs/compression.md.
 
     Args:
@@ -195,7 +187,7 @@ class Updates(_Section, frozen=True, kw_only=True):
     delta: Literal["float16", "int8"] | None = None
 
 
-class Validation(_Section, frozen=True, kw_only=True):
+class Validation(Section, frozen=True, kw_only=True):
     """``[validation]``: a held-out set of the operator's own that judges each model before it is published.
 
     Args:
@@ -206,52 +198,6 @@ class Validation(_Section, frozen=True, kw_only=True):
 
     data: str
     margin: Annotated[float, Meta(ge=0)] = 0.1
-
-
-class Secure(_Section, frozen=True, kw_only=True):
-    """``[secure]``: how updates are masked and added up; see docs/privacy.md.
-
-    Args:
-        l2_norm_clip: of a whole update; a longer one is scaled down to it on the device. Of an evaluation or
-            statistics: of a device's sums with their noise; 10,000 records count 10,000.
-        helpers: names of those in the aggregator's configuration that the task's rounds use; default all.
-        noise_multiplier: standard deviation of the noise in the sum of `goal` updates, over what one update can change
-            in it; default 0, and then no device-level privacy is claimed.
-        noise_from: ``devices`` each add a share; ``helpers`` each add all of it, since one of them is assumed to be
-            honest; ``aggregator`` adds it to the sum, which protects against those who see models only. Default
-            ``devices``.
-        step: of the grid, in the clip's unit; default: so fine that rounding changes a sum by far less than a clip.
-        most_updates: that a round takes; default twice the goal.
-        rotates: whether updates are rotated before they are rounded; default false.
-        prg: keystream of the masks; ``chacha20`` where devices have no AES instructions. Default ``aes128-gcm-zeros``.
-        unmasking_s: seconds that helpers have to answer when a round has closed; default 120.
-    """
-
-    l2_norm_clip: Annotated[float, Meta(gt=0, le=1e9)]
-    helpers: Annotated[tuple[Name, ...], Meta(max_length=MOST_HELPERS)] = ()
-    noise_multiplier: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
-    noise_from: Literal["devices", "helpers", "aggregator"] = "devices"
-    step: Annotated[float, Meta(gt=0)] | None = None
-    most_updates: AtLeastOne | None = None
-    rotates: bool = False
-    prg: PrgName = "aes128-gcm-zeros"
-    unmasking_s: Annotated[float, Meta(gt=0, le=LONGEST_S)] = 120.0
-
-
-class DevicePrivacy(_Section, frozen=True, kw_only=True):
-    """``[device_privacy]``: what the task may cost any one device at device level; it halts before it costs more.
-
-    Args:
-        epsilon, delta: of the budget, over all rounds.
-        adversary: ``aggregator``, who sees the sums; or ``model_release``: those who see released models only. Default
-            ``aggregator``.
-        colluding_share: of each round's updates that may be from devices that tell their noise; default 0.
-    """
-
-    epsilon: Annotated[float, Meta(gt=0)]
-    delta: Annotated[float, Meta(gt=0, lt=1)]
-    adversary: Literal["aggregator", "model_release"] = "aggregator"
-    colluding_share: Annotated[float, Meta(ge=0, lt=1)] = 0.0
 
 
 class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -335,6 +281,11 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
             unmasking_s=None if self.secure is None else self.secure.unmasking_s,
         )
 
+    def update_length(self, num_parameters: int) -> int:
+        """Numbers in an update, of a model with so many shared parameters."""
+        plan = self.plan_message()
+        return num_parameters if isinstance(plan, TrainingPlanMsg) else plan.length
+
     def plan_message(self) -> PlanMsg:
         """The plan as it travels. Raises msgspec.ValidationError."""
         return self.plan.message()
@@ -415,6 +366,6 @@ def write_task(task: TaskConfig) -> str:
     return msgspec.toml.encode({"kind": kind, **fields}).decode()
 
 
-def _all(section: _Section) -> dict[str, Any]:
+def _all(section: Section) -> dict[str, Any]:
     """Every field, those at their defaults too."""
     return {name: getattr(section, name) for name in section.__struct_fields__}

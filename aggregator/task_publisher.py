@@ -8,8 +8,10 @@ from typing import Literal
 from msgspec.structs import replace
 
 from aggregator.announcer import Announcer, Whole
+from aggregator.combination import NEXT_CLIP
 from aggregator.helper_calls import HelperCalls
 from aggregator.rounds import Phase, RoundState
+from aggregator.secure_sections import Secure
 from aggregator.secure_terms import terms_of
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.models import ModelRecord, little_endian
@@ -96,6 +98,13 @@ class TaskPublisher:
         )
         return ""
 
+    def can_be_seen_at_last(self, state: RoundState, *, deadline_s: float) -> bool:
+        """Whether a secure round that was never published can be now, with this deadline. Raises DatabaseError."""
+        if self._config.secure is None:
+            return False
+        open_round = self._open_round(state)
+        return open_round is not None and open_round.manifest is None and self._terms(deadline_s)[0] is not None
+
     def _with_terms(self, manifest: RoundManifestMsg, open_round: LiveRound) -> tuple[RoundManifestMsg | None, str]:
         """A secure round's manifest, the same as when it was first published but for the times; or why not yet."""
         if open_round.manifest is not None:
@@ -119,9 +128,15 @@ class TaskPublisher:
         if not keys:
             return None, why
         try:
-            return terms_of(self._config, secure, self._update_length, helpers=keys), ""
+            return terms_of(self._config, secure, self._update_length, helpers=keys, clip=self._clip(secure)), ""
         except LocalMisuseError as error:  # which creating the task refuses; here it must not end the process
             return None, str(error)
+
+    def _clip(self, secure: Secure) -> float | None:
+        """What the last committed round says that the clip is from now on; None for what the task's file says."""
+        if secure.adaptive_clipping is None:
+            return None
+        return self._store.rounds.last_metric(self._config.name, NEXT_CLIP)
 
     def _open_round(self, state: RoundState) -> LiveRound | None:
         """The open round's row."""

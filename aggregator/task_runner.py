@@ -36,7 +36,9 @@ from aggregator.round_events import (
     RollBack,
     RoundAction,
     RoundEvent,
+    StillMasked,
     Ticked,
+    Unseen,
 )
 from aggregator.round_outcomes import RoundOutcome, RoundOutcomes
 from aggregator.rounds import Phase, RoundState, transition
@@ -51,9 +53,10 @@ from aggregator.unmasking import Unmasking
 from aggregator.validation import Judge
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
-from fl_protocol.messages import TrainingPlanMsg
 from fl_protocol.sealing import RoundKey, round_key_bytes
 
+_RETRIES = (Reachable, Arrived, Ticked, StillMasked)
+"""Events with which publishing, or asking helpers, is tried again after it failed."""
 KEEP_VERSIONS = 50
 """Newest versions whose parameters are kept; older ones only if they are tagged, or the finished model's average."""
 
@@ -108,9 +111,8 @@ class TaskRunner:
         self.name = stored.name
         self.config: TaskConfig = config_of(stored.spec, stored.name)
         self._policy, self._ports = self.config.policy, ports
-        plan = self.config.plan_message()
         num_parameters = len(bundle.shared_params)
-        self._update_length = num_parameters if isinstance(plan, TrainingPlanMsg) else plan.length
+        self._update_length = self.config.update_length(num_parameters)
         self._maker = RoundOutcomes(
             ports.store,
             ports.tenant,
@@ -183,7 +185,7 @@ class TaskRunner:
         """
         self.look()
         # A model that is gone keeps nobody from pausing, aborting or rolling back, nor the clock from being set.
-        if isinstance(event, ResumeAsked) or (self._unpublished and isinstance(event, Reachable | Arrived | Ticked)):
+        if isinstance(event, ResumeAsked) or (self._unpublished and isinstance(event, _RETRIES)):
             self._publish()
         if self._waits_for and isinstance(event, Ticked):
             return  # a round that no device can see yet is not given up for want of updates
@@ -229,6 +231,8 @@ class TaskRunner:
     def _publish(self) -> None:
         """Publish the task as it stands; before the first round there is nothing to publish."""
         waited, self._waits_for = self._waits_for, ""
+        if self._begins_anew():
+            return
         if self._state.number:
             self._waits_for = self._publisher.publish(self._state, probability=self._probability)
         if self._state.phase is Phase.UNMASKING:
@@ -238,8 +242,16 @@ class TaskRunner:
         self._unpublished = bool(self._waits_for)
         if self._waits_for and self._waits_for != waited:
             self._note("waiting_for_helpers", round=self._state.number, reason=self._waits_for)
-        elif waited and not self._waits_for:
-            self.advance(Reachable())  # only from now on devices can take part
+
+    def _begins_anew(self) -> bool:
+        """Whether a round that waited for helpers was given its time again, and published with that.
+
+        A device that saw it with a deadline in the past would leave it out for good.
+        """
+        before, deadline_s = self._state, self._ports.now_s() + self._policy.duration_s
+        if self._publisher.can_be_seen_at_last(before, deadline_s=deadline_s):
+            self.advance(Unseen())
+        return self._state != before
 
     def _prepare(self, state: RoundState, actions: Iterable[RoundAction]) -> _Change:
         """Everything that takes time or may fail, before the transaction: it locks nothing. Raises CombineError."""

@@ -9,7 +9,8 @@ from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.rounds import LiveRound
 from fl_protocol.errors import ProtocolError
 from fl_protocol.messages import RoundManifestMsg, decode
-from fl_protocol.secagg.messages import MaskSumMsg, SecureBodyMsg, UnmaskEntryMsg, UnmaskRequestMsg
+from fl_protocol.secagg.messages import MaskSumMsg, SecureBodyMsg, UnmaskRequestMsg
+from fl_protocol.secagg.parties import entry_at
 from fl_protocol.secagg.terms import helper_keys, manifest_digest
 
 
@@ -78,9 +79,7 @@ class Unmasking:
             helper: UnmaskRequestMsg(
                 manifest=signed,
                 helper=helper,
-                entries=tuple(
-                    UnmaskEntryMsg(contribution=body.contribution, seed=body.seeds[index]) for body in bodies
-                ),
+                entries=tuple(entry_at(body, index) for body in bodies),
             )
             for index, helper in enumerate(helper_keys(manifest.secure))
         }

@@ -67,7 +67,7 @@ class WorkerSums:
         for stored in self._store.updates.partials(task, counted_in):
             if (stored.round, stored.worker) == (made_for, self._worker):
                 return self._opened(key, stored, placed)
-        return WorkerSum(ExactSum.zeros(0 if placed.task.keeps_updates else placed.task.update_length))
+        return WorkerSum(ExactSum.zeros(_length(placed)))
 
     def _opened(self, key: SumKey, stored: StoredPartial, placed: Placed) -> WorkerSum:
         """A sum as it is in the database."""
@@ -76,3 +76,10 @@ class WorkerSums:
         secret, place = placed.task.rounds[placed.counted_in].sums_secret, sum_place(key, self._worker)
         opened = open_sum(self._store.blobs.get(stored.blob), secret, place=place, count=stored.num_updates)
         return WorkerSum(opened, stored.blob, stored.num_updates)
+
+
+def _length(placed: Placed) -> int:
+    """Numbers in a round's sums."""
+    if placed.round.secure is not None:
+        return placed.round.secure.fixed_point.vector_length
+    return 0 if placed.task.keeps_updates else placed.task.update_length

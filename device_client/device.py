@@ -380,6 +380,7 @@ class Device:
             ),
             outbox=self.outbox,
             entropy=self._ports.entropy,
+            credential=pseudonym.credential if pseudonym is not None else None,
         )
 
     def _interrupted(
@@ -404,6 +405,7 @@ class Device:
     def _session_config(self, study: StudyConfig, device: str, bundle: ModelBundle) -> SessionConfig:
         """Who the device is in a study."""
         privacy, eligibility = self.config.privacy, self.config.eligibility
+        pseudonym = self.pseudonyms[study.study].get(device)
         return SessionConfig(
             tenant=study.tenant,
             task=study.task,
@@ -419,6 +421,7 @@ class Device:
             tags=frozenset(study.tags),
             input_shape=bundle.manifest.input.shape,
             helpers=pinned(study.helpers),
+            period=pseudonym.period if pseudonym is not None else None,
         )
 
     def _new_records(self, study: StudyConfig) -> NewRecords | None:

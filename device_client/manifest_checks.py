@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from device_client.feasibility import check_feasible
 from device_client.session_config import SessionConfig
+from fl_protocol.enrolment import Period
 from fl_protocol.errors import ProtocolError
 from fl_protocol.messages import RoundManifestMsg
 from fl_protocol.secagg.terms import verified_helpers
@@ -66,5 +67,26 @@ def check_concerns_us(manifest: RoundManifestMsg, config: SessionConfig) -> None
     if manifest.status == "open" and config.role == "train" and not missing_tags(manifest, config):
         if manifest.secure is not None:
             verified_helpers(manifest, config.helpers)
+            _check_name_fits(manifest, config.period)
         config.floors.check(manifest)
         check_feasible(manifest, input_shape=config.input_shape)
+
+
+def _check_name_fits(manifest: RoundManifestMsg, period: Period | None) -> None:
+    """Leave out a secure round whose helpers would not take this device's name, and so the whole list with it in.
+
+    Helpers take the names of the period in which the round opened (docs/protocol.md, section 16), by the manifest and
+    not by a clock: around a change a device has two valid names, and would count twice.
+    """
+    if period is None:
+        return
+    if not period.is_used_at(manifest.opened_s):
+        raise ProtocolError(
+            f"round {manifest.round} did not open in the time of this device's present name, {period}, and its helpers "
+            "would not take it; the next round will do"
+        )
+    if manifest.deadline_s > period.not_after_s:
+        raise ProtocolError(
+            f"round {manifest.round} may last longer than the certificate of this device's present name, which is for "
+            f"{period}: its helpers would not take it any more; a round after the change will do"
+        )

@@ -43,7 +43,7 @@ from fl_protocol.messages import (
 )
 from fl_protocol.plans import EvaluationPlanMsg, TrainingPlanMsg
 from fl_protocol.sealing import seal_update
-from fl_protocol.secagg.messages import SecureBodyMsg
+from fl_protocol.secagg.messages import DeviceCredentialMsg, SecureBodyMsg
 from fl_protocol.secagg.parties import Sender
 from fl_protocol.update_encoding import decode_values, encode_values, rotation_seed, usable_encoding
 
@@ -56,6 +56,7 @@ class Participant:
         study: ``tenant/task``.
         device: the name on the wire.
         signing_key: of that name.
+        credential: where that name is a pseudonym; goes with masked updates.
         input_shape: of one window, channels last.
         training_records, held_out_records: read anew for each use, since records come in all the time.
         personal: the personal layers (M. G. Arivazhagan et al. 2019, arXiv 1912.00818), which end the parameter vector
@@ -78,6 +79,7 @@ class Participant:
     feedback: ErrorFeedback
     outbox: Outbox
     entropy: Entropy
+    credential: DeviceCredentialMsg | None = None
 
     def begin(self, manifest: RoundManifestMsg, params: Float32, control: Float32 | None, *, now_s: float) -> LocalWork:
         """Note, charge, and begin to compute.
@@ -281,7 +283,7 @@ class LocalWork:
         """What goes inside the seal, and for ``top_k`` what it leaves out."""
         one, manifest, name = self._participant, self.manifest, _encoding_of(self.manifest)
         if manifest.secure is not None:
-            sender = Sender(self._work.device, self._work.update_id, one.signing_key)
+            sender = Sender(self._work.device, self._work.update_id, one.signing_key, one.credential)
             return protected_update(manifest.secure, manifest, change, sender=sender, entropy=one.entropy), None
         seed = rotation_seed(manifest.model_digest, manifest.round)
         wanted = one.feedback.compensate(change, device=self._work.device) if name == "top_k" else change

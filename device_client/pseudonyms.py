@@ -44,6 +44,8 @@ from fl_protocol.enrolment import (
 )
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.integer_noise import Entropy
+from fl_protocol.secagg.credentials import credential_of
+from fl_protocol.secagg.messages import DeviceCredentialMsg
 from fl_protocol.signing import public_key_hex
 
 DEFAULT_COUNT = 12
@@ -80,6 +82,11 @@ class Pseudonym:
     def not_after_s(self) -> float:
         """When the broker ceases to accept its certificate, Unix seconds."""
         return self.period.not_after_s
+
+    @property
+    def credential(self) -> DeviceCredentialMsg:
+        """By which the helpers of a secure round know it."""
+        return credential_of(self.signing_key.public_key(), self.certificate)
 
     def is_valid(self, now_s: float) -> bool:
         """Whether the broker accepts it now: pending updates can be delivered."""

@@ -31,6 +31,7 @@ def protected_update(
     Raises:
         ProtocolError: the terms do not fit together, or a helper's key is not usable.
     """
-    variance = terms.device_noise_variance
-    noise = skellam(variance, len(change), entropy) if variance else np.zeros(len(change), np.int64)
-    return contribute(secure_round(manifest), change, noise, sender=sender, entropy=entropy)
+    here, variance = secure_round(manifest), terms.device_noise_variance
+    length = here.fixed_point.vector_length
+    noise = skellam(variance, length, entropy) if variance else np.zeros(length, np.int64)
+    return contribute(here, change, noise, sender=sender, entropy=entropy)

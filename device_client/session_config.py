@@ -9,6 +9,7 @@ from typing import Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from device_client.floors import Floors
+from fl_protocol.enrolment import Period
 from fl_protocol.secagg.terms import HelperIdentity
 
 Role = Literal["train", "evaluate"]
@@ -29,6 +30,7 @@ class SessionConfig:
         tags: what this device can do; a round that asks for others is left out.
         input_shape: of one recorded window, channels last, for what statistics may ask about; None if not known.
         helpers: of secure aggregation that this device is pinned to, by name; a round with any other is refused.
+        period: of the pseudonym that `device` is; None for a fixed id.
     """
 
     tenant: str
@@ -45,6 +47,7 @@ class SessionConfig:
     tags: frozenset[str] = frozenset()
     input_shape: tuple[int, ...] | None = None
     helpers: Mapping[str, HelperIdentity] = field(default_factory=dict)
+    period: Period | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Literal
 
 import msgspec
 
-from aggregator.task_file import Secure, Server, TrainingPlan
+from aggregator.secure_sections import Secure
+from aggregator.task_file import Server, TrainingPlan
 from device_client.accounting import noise_multiplier_for
 from firmware_sim.errors import SettingsError
 from firmware_sim.watch_data import PEOPLE, Wrist, all_wrists

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from aggregator.adapters.open_blobs import open_blobs
 from aggregator.admission import Admitter
@@ -64,6 +69,24 @@ class Office:
 
     def registered(self) -> dict[str, bytes]:
         return dict(self.store.devices.all())
+
+
+def reissued(
+    old: x509.Certificate, change: Callable[[x509.CertificateBuilder], x509.CertificateBuilder], *, ca: KeyPair
+) -> x509.Certificate:
+    """A certificate of the CA's with the same content, then changed."""
+    builder = x509.CertificateBuilder(
+        issuer_name=old.issuer,
+        subject_name=old.subject,
+        public_key=old.public_key(),
+        serial_number=old.serial_number,
+        not_valid_before=old.not_valid_before_utc,
+        not_valid_after=old.not_valid_after_utc,
+        extensions=list(old.extensions),
+    )
+    key = load_pem_private_key(ca.key, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return change(builder).sign(key, hashes.SHA256())
 
 
 _copies = count()

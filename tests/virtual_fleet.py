@@ -281,9 +281,11 @@ class VirtualFleet:
         faults: Faults | None = None,
         database_url: str | None = None,
         helpers: tuple[str, ...] = (),
+        helped: Study | None = None,
     ) -> None:
         self.folder, self.seed, self._faults = folder, seed, faults
         self.helper_names = helpers
+        self._helped = helped if helped is not None else Study(TENANT, AGGREGATOR_KEY.public_key())
         self.helpers: dict[str, HelperService] = {}
         self._database_url = database_url
         self._starts: dict[str, int] = {}
@@ -393,7 +395,7 @@ class VirtualFleet:
         event.listen(database.engine, "connect", _trust_the_disk)
         service = HelperService(
             Helper(name, f"operator-of-{name}", helper_identity(name)),
-            studies=[Study(TENANT, AGGREGATOR_KEY.public_key())],
+            studies=[self._helped],
             transports={
                 TENANT: FaultyTransport(self.broker, session=name, faults=self._faults, seed=f"network {life}")
             },
@@ -524,15 +526,19 @@ class VirtualFleet:
         )
         if is_new:
             for study in config.studies:
-                seed = f"{self.seed} {name} identity" if study.study == STUDY else f"{self.seed} {study.id} identity"
-                key = create_identity(device.store, study.study, SeededEntropy(seed))
-                self.register(str(study.id), key.public_key().public_bytes_raw())
+                self.enrol(device, name, study)
             records = self._records(int(name.rsplit("-", 1)[1]))
             device.add(records.x, records.y)
             for study in config.studies:
                 device.grant(study.study)
         self.devices[name] = device
         return device
+
+    def enrol(self, device: Device, name: str, study: StudyConfig) -> None:
+        """Make a device's identity in a study, and register it."""
+        seed = f"{self.seed} {name} identity" if study.study == STUDY else f"{self.seed} {study.id} identity"
+        key = create_identity(device.store, study.study, SeededEntropy(seed))
+        self.register(str(study.id), key.public_key().public_bytes_raw())
 
     def _connect(self, wanted: Connection, seed: str) -> FaultyTransport:
         """A device's connection."""

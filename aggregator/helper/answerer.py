@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from aggregator.helper.answer_chain import AnswerRecord
 from aggregator.helper.answering import (
     IgnoredError,
@@ -24,6 +26,7 @@ from aggregator.helper.answering import (
 )
 from aggregator.helper.helper_store import HelperStore, Refused
 from aggregator.helper.key_ring import Helper, KeyRing
+from aggregator.helper.known_devices import KnownDevices
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.integer_noise import Entropy
 from fl_protocol.secagg.errors import UnmaskRefusedError
@@ -72,6 +75,7 @@ class Answerer:
         self._helper, self._studies, self._minimum_cohort = helper, studies, minimum_cohort
         self._keys, self._store, self._journal = keys, store, journal
         self._entropy, self._now_s = entropy, now_s
+        self._known = {tenant: KnownDevices(study) for tenant, study in studies.items()}
         self._one_at_a_time = threading.Lock()
 
     def answer(self, tenant: str, data: bytes) -> Reply:
@@ -110,7 +114,7 @@ class Answerer:
             self._keys.find(question.recipient),
             helper=self._helper.name,
             identity=self._helper.identity,
-            device_keys=self._store.devices.find(question.terms.tenant, question.devices),
+            device_keys=self._device_keys(question),
             minimum_cohort=self._minimum_cohort,
             entropy=self._entropy,
         )
@@ -128,6 +132,12 @@ class Answerer:
         chain = self._store.answers.add(record, answer, self._helper.identity)
         self._note("unmask_answered", question, manifest=record.manifest_digest.hex(), chain=chain.hex())
         return answer
+
+    def _device_keys(self, question: Question) -> dict[str, Ed25519PublicKey]:
+        """Of all devices of a list. Raises UnmaskRefusedError: one of them is not known."""
+        tenant = question.terms.tenant
+        listed = self._store.devices.find(tenant, question.devices) if self._studies[tenant].allow_listed else {}
+        return self._known[tenant].keys(question, listed=listed, now_s=self._now_s())
 
     def _past(self, question: Question) -> PastAnswer | None:
         """The round's answer, if it has one."""

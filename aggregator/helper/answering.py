@@ -6,7 +6,8 @@ The order of checks is part of what a helper promises:
 2. its manifest is signed by the same key, for an open secure round of this study
 3. the manifest names this helper, with a key that this helper has signed
 4. the round was not answered before: the same list gets the same bytes, any other none (`given_before`)
-5. the list itself, entry by entry (`fl_protocol.secagg.parties.sum_of_masks`)
+5. every device of the list is known: listed here, or certified by a CA that is pinned here (`known_devices`)
+6. the list itself, entry by entry (`fl_protocol.secagg.parties.sum_of_masks`)
 
 Where the round asks for noise it is in the sum, which is then signed (`signed_sum`). What comes out must be durable
 before it is sent: a second sum of another list would tell the difference of two lists, and the same list with other
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import NDArray
 
@@ -53,10 +55,14 @@ class Study:
     Args:
         tenant: its name on the wire.
         aggregator: who may ask, and signs manifests.
+        cas: whose certificates make a pseudonym known; none by default.
+        allow_listed: whether devices of this helper's own register are known.
     """
 
     tenant: str
     aggregator: Ed25519PublicKey
+    cas: tuple[x509.Certificate, ...] = ()
+    allow_listed: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Question:
 
     Args:
         terms: of the round.
+        opened_s: when its manifest says that it opened, Unix seconds.
         noise_sigma: of the noise that the round asks of each helper, in grid steps; 0 for none.
         recipient: this helper's own key in the manifest.
         entries: of the list.
@@ -73,6 +80,7 @@ class Question:
     """
 
     terms: SecureRound
+    opened_s: float
     noise_sigma: float
     recipient: RecipientKeyMsg
     entries: tuple[UnmaskEntryMsg, ...]
@@ -123,11 +131,12 @@ def read_question(data: bytes, study: Study, *, helper: str, identity: Ed25519Pu
     # Security: the broker could bring what another helper was asked, and a refusal would be taken for an answer to it.
     if request.helper != helper:
         raise IgnoredError(f"the request for {study.tenant} asks {request.helper}")
-    terms, secure = _verified_round(request, study)
+    terms, secure, opened_s = _verified_round(request, study)
     recipient = _own_key(terms, secure, helper=helper, identity=identity)
     contributions = [_contribution(entry) for entry in request.entries]
     return Question(
         terms=terms,
+        opened_s=opened_s,
         noise_sigma=secure.helper_noise_sigma,
         recipient=recipient,
         entries=request.entries,
@@ -169,14 +178,14 @@ def signed_sum(
     minimum_cohort: int,
     entropy: Entropy,
 ) -> bytes:
-    """Check 5 and the answer, a signed `MaskSumMsg`. To be made durable before anybody sees it.
+    """Check 6 and the answer, a signed `MaskSumMsg`. To be made durable before anybody sees it.
 
     Args:
         question: not answered before.
         key: private half of the question's recipient; None if this helper does not have it (any more).
         helper: this helper's name.
         identity: signs.
-        device_keys: of the devices that it knows.
+        device_keys: of the devices that it knows, from check 5.
         minimum_cohort: its own floor.
         entropy: cryptographic source, for noise.
 
@@ -228,15 +237,15 @@ def _manifest_named_in(data: bytes) -> RoundManifestMsg | None:
         return None
 
 
-def _verified_round(request: UnmaskRequestMsg, study: Study) -> tuple[SecureRound, SecureTermsMsg]:
-    """Check 2."""
+def _verified_round(request: UnmaskRequestMsg, study: Study) -> tuple[SecureRound, SecureTermsMsg, float]:
+    """Check 2; the round, and when it opened."""
     try:
         manifest = verify(request.manifest, RoundManifestMsg, study.aggregator)
         if manifest.tenant != study.tenant:
             raise ProtocolError(f"expected study {study.tenant}, got {manifest.tenant}")
         if manifest.secure is None:
             raise ProtocolError("the manifest is of no open secure round")
-        return secure_round(manifest), manifest.secure
+        return secure_round(manifest), manifest.secure, manifest.opened_s
     except ProtocolError as error:
         raise UnmaskRefusedError(UnmaskRefusal.BAD_MANIFEST, str(error)) from error
 
@@ -264,4 +273,4 @@ def _noise(question: Question, entropy: Entropy) -> NDArray[np.int64] | None:
     """This helper's share of the round's noise, int64 [d] in grid steps."""
     if not question.noise_sigma:
         return None
-    return discrete_gaussian(question.noise_sigma, question.terms.fixed_point.length, entropy)
+    return discrete_gaussian(question.noise_sigma, question.terms.fixed_point.vector_length, entropy)

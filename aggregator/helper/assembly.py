@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator.errors import DatabaseError
@@ -87,9 +88,14 @@ class HelperFiles:
         return HelperStore(HelperDatabase(path), most_refusals=self.config.helper.most_refusals)
 
     def studies(self) -> list[Study]:
-        """The studies with their pinned keys. Raises ConfigError."""
+        """The studies with their pinned keys and CAs. Raises ConfigError."""
         return [
-            Study(one.tenant, pinned_key(self.path, f"study {one.tenant}: aggregator_key", one.aggregator_key))
+            Study(
+                one.tenant,
+                pinned_key(self.path, f"study {one.tenant}: aggregator_key", one.aggregator_key),
+                cas=() if one.ca is None else pinned_cas(self._beside(one.ca), f"study {one.tenant}: ca"),
+                allow_listed=one.allow_listed,
+            )
             for one in self.config.studies
         ]
 
@@ -103,6 +109,26 @@ class HelperFiles:
     def _beside(self, name: str) -> Path:
         """A path that the file names."""
         return relative_to_config(self.path, name)
+
+
+def pinned_cas(path: Path, option: str) -> tuple[x509.Certificate, ...]:
+    """The CAs whose certificates make devices known.
+
+    Args:
+        path: PEM file with one or more.
+        option: that named it, for the error.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        found = tuple(x509.load_pem_x509_certificates(read_file(path, option)))
+        are_cas = all(one.extensions.get_extension_for_class(x509.BasicConstraints).value.ca for one in found)
+    except (ValueError, x509.InvalidVersion, x509.ExtensionNotFound) as error:
+        raise ConfigError(f"{option}: expected certificates of CAs in PEM in {path}; {error}") from error
+    if not are_cas:
+        raise ConfigError(f"{option}: expected certificates of CAs in {path}, got one that may issue none")
+    return found
 
 
 def assemble(files: HelperFiles, *, journal: Journal) -> HelperService:

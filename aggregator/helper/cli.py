@@ -7,6 +7,7 @@ import time
 from typing import Annotated, Any
 
 import typer
+from cryptography.hazmat.primitives import hashes
 
 from aggregator.command_line import make_app, moment, run_app, say_json, say_table, span
 from aggregator.errors import DatabaseError
@@ -135,8 +136,14 @@ def _status(files: HelperFiles, store: HelperStore) -> dict[str, Any]:
         "identity": public_key_hex(helper.identity.public_key()),
         "minimum_cohort": files.config.helper.minimum_cohort,
         "studies": [
-            {"tenant": one.tenant, "answered": answered.get(one.tenant, 0), "devices": devices.get(one.tenant, 0)}
-            for one in files.config.studies
+            {
+                "tenant": one.tenant,
+                "answered": answered.get(one.tenant, 0),
+                "devices": devices.get(one.tenant, 0),
+                "allow_listed": one.allow_listed,
+                "cas": [ca.fingerprint(hashes.SHA256()).hex() for ca in one.cas],
+            }
+            for one in files.studies()
         ],
         "keys": [
             {"number": one.number, "kem": one.kem, "made_s": one.made_s, "not_after_s": one.not_after_s}
@@ -152,8 +159,14 @@ def _show_status(found: dict[str, Any], now_s: float) -> None:
     """Print a status for people."""
     typer.echo(f"{found['name']} of {found['operator']}, identity {found['identity']}")
     typer.echo(f"adds up at least {found['minimum_cohort']} updates")
-    rows = [(one["tenant"], one["answered"], one["devices"]) for one in found["studies"]]
-    say_table("Studies", ("study", "rounds answered", "devices known"), rows)
+    rows = [
+        (one["tenant"], one["answered"], one["devices"] if one["allow_listed"] else "not asked")
+        for one in found["studies"]
+    ]
+    say_table("Studies", ("study", "rounds answered", "devices listed"), rows)
+    for one in found["studies"]:
+        for fingerprint in one["cas"]:
+            typer.echo(f"{one['tenant']}: knows pseudonyms by the CA with SHA-256 {fingerprint}")
     keys = [
         (one["number"], one["kem"], moment(one["made_s"]), _ends(one["not_after_s"], now_s)) for one in found["keys"]
     ]

@@ -67,11 +67,19 @@ class StudySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
         tenant: its name on the wire.
         aggregator_key: the aggregator's Ed25519 key, 64 hex digits, as ``covey-aggregator init`` prints it.
         broker: where requests come from; without it they come over HTTPS only.
+        ca: PEM file of the CA, or of several, whose certificates make devices' pseudonyms known; by default none.
+        allow_listed: whether devices of this helper's own register are known; default true.
     """
 
     tenant: Name
     aggregator_key: str
     broker: BrokerConfig | None = None
+    ca: str | None = None
+    allow_listed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.ca is None and not self.allow_listed:
+            raise ValueError(f"study {self.tenant}: expected a ca where allow_listed is false, or no device is known")
 
 
 class HttpsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -164,6 +164,20 @@ class Rounds:
         with self._database.reading() as connection:
             return [AskedRound(*row) for row in connection.execute(query)]
 
+    def last_metric(self, task: str, name: str) -> float | None:
+        """A number that the newest committed round's metrics have; None if it has none, or there is no such round."""
+        table = schema.rounds.c
+        query = (
+            select(table.metrics)
+            .where(table.task == task, table.outcome == "committed")
+            .order_by(table.number.desc())
+            .limit(1)
+        )
+        with self._database.reading() as connection:
+            metrics = connection.execute(query).scalar()
+        found = msgspec.json.decode(metrics).get(name) if metrics else None
+        return None if found is None else float(found)
+
     def extend(self, connection: Connection, task: str, number: int, deadline_s: float) -> None:
         """Move an open round's deadline, as part of a transaction."""
         connection.execute(_round(task, number).values(deadline_s=deadline_s))

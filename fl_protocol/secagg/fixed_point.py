@@ -5,7 +5,11 @@ rounded up or down at random, so that its mean is kept. Rounding could lengthen 
 change in the sum; so it is repeated until the norm is within a bound that holds for a third of all tries and more
 (P. Kairouz, Z. Liu, T. Steinke, "The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure
 Aggregation", ICML 2021, arXiv 2102.06387, section 2.4 and proposition 22, with beta = exp(-1/2)). The number of bits
-follows from how many updates are added, from the largest coordinate of each and from the largest noise. Pure.
+follows from how many updates are added, from the largest coordinate of each and from the largest noise.
+
+With a clip bit the vector is one longer: its last coordinate is +m for an update that was no longer than the clip, and
+-m for a longer one, so that the sum tells, with its noise, how many were (G. Andrew et al., "Differentially Private
+Learning with Adaptive Clipping", NeurIPS 2021, arXiv 1905.03871). Update and bit have one sensitivity together. Pure.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ class FixedPoint:
         noise_bound: largest magnitude of all noise in one coordinate of the sum, in grid steps.
         rotates: whether updates are rotated, which spreads large coordinates over all.
         bits: b, of the modulus 2^b; 0 for the least that holds every sum.
+        clip_bit: m, grid steps of the clip bit; 0 for none.
 
     Raises:
         LocalMisuseError: a value is out of range, or the sum does not fit the bits, or 32 of them.
@@ -53,12 +58,13 @@ class FixedPoint:
     noise_bound: int = 0
     rotates: bool = False
     bits: int = 0
+    clip_bit: int = 0
 
     def __post_init__(self) -> None:
-        if self.length < 1 or self.most_updates < 1 or self.noise_bound < 0:
+        if self.length < 1 or self.most_updates < 1 or self.noise_bound < 0 or self.clip_bit < 0:
             raise LocalMisuseError(
-                "expected length and most_updates of at least 1 and a noise_bound of at least 0, got "
-                f"{self.length}, {self.most_updates} and {self.noise_bound}"
+                "expected length and most_updates of at least 1 and noise_bound and clip_bit of at least 0, got "
+                f"{self.length}, {self.most_updates}, {self.noise_bound} and {self.clip_bit}"
             )
         if not (0 < self.step < math.inf and self.step <= self.l2_norm_clip < math.inf):
             raise LocalMisuseError(f"expected 0 < step <= l2_norm_clip < inf, got {self.step} and {self.l2_norm_clip}")
@@ -72,15 +78,30 @@ class FixedPoint:
         object.__setattr__(self, "bits", bits)
 
     @property
+    def vector_length(self) -> int:
+        """Numbers in what is masked and added up: the update's, and the clip bit."""
+        return self.length + (self.clip_bit > 0)
+
+    @property
     def norm_bound(self) -> float:
-        """Largest L2 norm of one update after rounding, in grid steps: what accounting takes for its sensitivity."""
+        """Largest L2 norm of one vector, in grid steps: what accounting takes for its sensitivity."""
+        return math.hypot(self.update_norm_bound, self.clip_bit)
+
+    @property
+    def update_norm_bound(self) -> float:
+        """Largest L2 norm of one update after rounding, in grid steps."""
         clip, root = self.l2_norm_clip / self.step, math.sqrt(self.length)
         return min(clip + root, math.sqrt(clip * clip + self.length / 4 + clip + root / 2))
 
     @property
     def coordinate_bound(self) -> int:
+        """Largest magnitude of one coordinate of one vector, in grid steps."""
+        return max(self._update_coordinate_bound, self.clip_bit)
+
+    @property
+    def _update_coordinate_bound(self) -> int:
         """Largest magnitude of one coordinate of one update, in grid steps."""
-        return min(math.floor(self.norm_bound), math.ceil(self.l2_norm_clip / self.step) + 1)
+        return min(math.floor(self.update_norm_bound), math.ceil(self.l2_norm_clip / self.step) + 1)
 
     @property
     def sum_bound(self) -> int:
@@ -88,7 +109,7 @@ class FixedPoint:
         return self.most_updates * self.coordinate_bound + self.noise_bound
 
     def encode(self, values: NDArray[np.float32], *, rotation_seed: bytes, entropy: Entropy) -> NDArray[np.int64]:
-        """An update in grid steps, int64 [d]; runs at the device, before noise and masks are added.
+        """An update in grid steps, int64 [vector_length]; runs at the device, before noise and masks are added.
 
         Args:
             values: float32 [d], finite.
@@ -103,11 +124,15 @@ class FixedPoint:
                 f"values: expected {self.length} finite float32 numbers, got {values.dtype} {values.shape}"
             )
         shrunk = self._clip_factor(values)
-        if not self.rotates:
-            return self._rounded(values, shrunk / self.step, entropy)
-        # In float32, on every machine the same bits; what that adds to the norm is taken away again.
-        rotated = rotate(values * np.float32(shrunk), rotation_seed)
-        return self._rounded(rotated, self._clip_factor(rotated) / self.step, entropy)
+        if self.rotates:
+            # In float32, on every machine the same bits; what that adds to the norm is taken away again.
+            rotated = rotate(values * np.float32(shrunk), rotation_seed)
+            integers = self._rounded(rotated, self._clip_factor(rotated) / self.step, entropy)
+        else:
+            integers = self._rounded(values, shrunk / self.step, entropy)
+        if not self.clip_bit:
+            return integers
+        return np.append(integers, self.clip_bit if shrunk == 1 else -self.clip_bit)
 
     def decode(
         self,
@@ -117,16 +142,18 @@ class FixedPoint:
         rotation_seed: bytes,
         noise: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float64]:
-        """The sum of updates, float64 [d], from its residues; runs at the aggregator.
+        """The sum of updates, float64 [vector_length], from its residues; runs at the aggregator.
+
+        With a clip bit the last number is how many updates were no longer than the clip less how many were longer.
 
         A wrong mask, or a vector that no device should have sent, is uniform noise modulo 2^b, and far longer than what
         updates add up to. What is short enough passes, whatever it is.
 
         Args:
-            total: modulo 2^b, unsigned [d].
+            total: modulo 2^b, unsigned [vector_length].
             count: how many updates.
             rotation_seed: as in `encode`.
-            noise: of the aggregator's own, int64 [d] in grid steps: added while the sum is on the grid.
+            noise: of the aggregator's own, int64 [vector_length] in grid steps: added while the sum is on the grid.
 
         Raises:
             ProtocolError: so many updates cannot add up to this.
@@ -143,15 +170,18 @@ class FixedPoint:
         if noise is not None:
             signed += noise
         summed: NDArray[np.float64] = signed * self.step
-        if not self.rotates:
-            return summed
-        # One power of two for all, so that float32 has room; the rotation is linear.
-        scale = 2.0 ** -math.ceil(math.log2(self.sum_bound * self.step))
-        return rotate_back((summed * scale).astype(np.float32), rotation_seed).astype(np.float64) / scale
+        if self.clip_bit:
+            summed[-1] = signed[-1] / self.clip_bit
+        if self.rotates:
+            # One power of two for all, so that float32 has room; the rotation is linear.
+            scale = 2.0 ** -math.ceil(math.log2(self.sum_bound * self.step))
+            rotated = (summed[: self.length] * scale).astype(np.float32)
+            summed[: self.length] = rotate_back(rotated, rotation_seed).astype(np.float64) / scale
+        return summed
 
     def _longest_sum(self, count: int) -> float:
         """Largest L2 norm of the sum of so many updates with all noise, in grid steps."""
-        return count * self.norm_bound + self.noise_bound * math.sqrt(self.length)
+        return count * self.norm_bound + self.noise_bound * math.sqrt(self.vector_length)
 
     def _clip_factor(self, values: NDArray[np.float32]) -> float:
         """By what a vector is multiplied to be no longer than the clip."""
@@ -161,11 +191,11 @@ class FixedPoint:
     def _rounded(self, values: NDArray[np.float32], factor: float, entropy: Entropy) -> NDArray[np.int64]:
         """Each number times a factor, rounded up or down at random, until all together are short enough."""
         # float64 adds up squares to within far less than this.
-        limit = self.norm_bound**2 * (1 - _SLACK)
+        limit = self.update_norm_bound**2 * (1 - _SLACK)
         for _ in range(_MOST_TRIES):
             rounded, squared, largest = _rounded_at_random(values, factor, entropy)
             # The clip's own rounding error could take a coordinate beyond its bound.
-            if squared <= limit and largest <= self.coordinate_bound:
+            if squared <= limit and largest <= self._update_coordinate_bound:
                 return rounded
         raise LocalMisuseError(f"no rounding of {_MOST_TRIES} was short enough: the source of randomness is broken")
 

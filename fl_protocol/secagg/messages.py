@@ -8,7 +8,8 @@
     helper      -> everybody    `HelperKeyMsg`, signed: what seeds are sealed to for some time; manifests carry it
 
 A contribution names the exact manifest that its device acted on. So a helper sees whether all devices, and the
-aggregator that asks it, speak of one and the same round.
+aggregator that asks it, speak of one and the same round. A device that goes by a pseudonym adds a
+`DeviceCredentialMsg`: what its name follows from, and the certificate by which a helper knows that it is a device.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from fl_protocol.secagg.fixed_point import LEAST_BITS, MOST_BITS
 from fl_protocol.secagg.masks import PrgName
 
 MOST_HELPERS = 8
-MOST_LISTED = 8000
-"""Updates in one request: one takes 1.5 kB with a hybrid key, and up to 2 kB with a certificate."""
+MOST_LISTED = 7500
+"""Updates in one request, which is one transfer: one takes up to 2.2 kB, with a hybrid key and a certificate."""
 MOST_VARIANCE, MOST_SIGMA = 2.0**26, 2.0**40
 SealedSeed = Annotated[bytes, Meta(min_length=16, max_length=2048)]
 
@@ -69,6 +70,7 @@ class SecureTermsMsg(Msg, frozen=True):
             none.
         helper_noise_sigma: of the discrete Gaussian noise that each helper adds to each number, in grid steps, at least
             1; 0 for none.
+        clip_bit: grid steps of the coordinate that tells whether an update was no longer than the clip; 0 for none.
         rotates: whether updates are rotated.
         prg: the keystream of masks.
         helpers: each one's signed `HelperKeyMsg`, an encoded `SignedMsg`.
@@ -80,6 +82,7 @@ class SecureTermsMsg(Msg, frozen=True):
     most_updates: Count
     device_noise_variance: Annotated[float, Meta(ge=0, le=MOST_VARIANCE)]
     helper_noise_sigma: Annotated[float, Meta(ge=0, le=MOST_SIGMA)]
+    clip_bit: Annotated[int, Meta(ge=0, le=2**30)]
     rotates: bool
     prg: PrgName
     helpers: Annotated[tuple[Annotated[bytes, Meta(max_length=4096)], ...], Meta(min_length=1, max_length=MOST_HELPERS)]
@@ -116,24 +119,43 @@ class SignedContributionMsg(Msg, frozen=True):
     signature: Signature
 
 
+class DeviceCredentialMsg(Msg, frozen=True):
+    """Who a pseudonym is: its name is a hash of both keys (`fl_protocol.enrolment`), which a CA has certified.
+
+    Args:
+        signing_key: Ed25519 public key that its contributions are signed with.
+        certificate: of the pseudonym, with its TLS key; X.509 in DER.
+    """
+
+    signing_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    certificate: Annotated[bytes, Meta(min_length=1, max_length=2048)]
+
+
 class SecureBodyMsg(Msg, frozen=True):
     """Inside an update's seal.
 
     Args:
         seeds: one for each helper, in the order of the manifest's.
         masked: residues, packed as `fl_protocol.secagg.packing` does.
+        credential: of a device that goes by a pseudonym.
     """
 
     contribution: SignedContributionMsg
     seeds: Annotated[tuple[SealedSeed, ...], Meta(min_length=1, max_length=MOST_HELPERS)]
     masked: Annotated[bytes, Meta(max_length=MAX_TRANSFER_BYTES)]
+    credential: DeviceCredentialMsg | None = None
 
 
 class UnmaskEntryMsg(Msg, frozen=True):
-    """One update that is to be added up, as one helper is told of it."""
+    """One update that is to be added up, as one helper is told of it.
+
+    Args:
+        credential: as its device sent it.
+    """
 
     contribution: SignedContributionMsg
     seed: SealedSeed
+    credential: DeviceCredentialMsg | None = None
 
 
 class UnmaskRequestMsg(Msg, frozen=True):

@@ -34,6 +34,7 @@ from fl_protocol.secagg.fixed_point import FixedPoint
 from fl_protocol.secagg.masks import SEED_BYTES, Masks, PrgName, Words
 from fl_protocol.secagg.messages import (
     ContributionMsg,
+    DeviceCredentialMsg,
     MaskSumMsg,
     SecureBodyMsg,
     SignedContributionMsg,
@@ -67,7 +68,7 @@ class SecureRound:
     @cached_property
     def masks(self) -> Masks:
         """Of this round."""
-        return Masks(length=self.fixed_point.length, bits=self.fixed_point.bits, prg=self.prg)
+        return Masks(length=self.fixed_point.vector_length, bits=self.fixed_point.bits, prg=self.prg)
 
     def seed_info(self, helper: str, *, device: str, update_id: bytes) -> bytes:
         """What a seed is bound to, when it is sealed and when it becomes a mask."""
@@ -92,11 +93,13 @@ class Sender:
         device: its name, as in the update's header.
         update_id: 16 bytes, as in the update's header.
         signing_key: the device's Ed25519 key.
+        credential: where its name is a pseudonym.
     """
 
     device: str
     update_id: bytes
     signing_key: Ed25519PrivateKey
+    credential: DeviceCredentialMsg | None = None
 
 
 def contribute(
@@ -112,7 +115,7 @@ def contribute(
     Args:
         terms: of the round.
         update: float32 [d], finite; clipped here.
-        noise: the device's share, int64 [d] in grid steps.
+        noise: the device's share, int64 [vector_length] in grid steps.
         sender: the device.
         entropy: cryptographic source, for rounding and seeds.
 
@@ -120,8 +123,8 @@ def contribute(
         LocalMisuseError: lengths or values are out of range.
         ProtocolError: a helper's key is not usable.
     """
-    if noise.shape != update.shape:
-        raise LocalMisuseError(f"noise: expected shape {update.shape}, got {noise.shape}")
+    if noise.shape != (terms.fixed_point.vector_length,):
+        raise LocalMisuseError(f"noise: expected {terms.fixed_point.vector_length} numbers, got shape {noise.shape}")
     integers = terms.fixed_point.encode(update, rotation_seed=terms.rotation_seed, entropy=entropy)
     integers += noise
     return protect(terms, integers, sender=sender, entropy=entropy)
@@ -151,7 +154,7 @@ def protect(terms: SecureRound, integers: NDArray[np.int64], *, sender: Sender, 
     )
     signature = sign_contribution(contribution, sender.signing_key)
     signed = SignedContributionMsg(contribution=contribution, signature=signature)
-    return SecureBodyMsg(contribution=signed, seeds=tuple(seeds), masked=packed)
+    return SecureBodyMsg(contribution=signed, seeds=tuple(seeds), masked=packed, credential=sender.credential)
 
 
 def masked_vector(
@@ -173,12 +176,20 @@ def masked_vector(
         raise ProtocolError("the sealed seeds do not match the signed digests")
     if found.masked_digest != hashlib.sha256(body.masked).digest():
         raise ProtocolError("the masked vector does not match the signed digest")
-    return unpack(body.masked, terms.fixed_point.length, terms.fixed_point.bits)
+    # The certificate is the helpers' to check: which CA they trust is not the aggregator's to say.
+    if body.credential is not None and body.credential.signing_key != device_key.public_bytes_raw():
+        raise ProtocolError(f"the credential is for another key than {device}'s registered one")
+    return unpack(body.masked, terms.fixed_point.vector_length, terms.fixed_point.bits)
 
 
 def entry_for(terms: SecureRound, body: SecureBodyMsg, helper: str) -> UnmaskEntryMsg:
     """What a helper is told of an update; runs at the aggregator."""
-    return UnmaskEntryMsg(contribution=body.contribution, seed=body.seeds[list(terms.helpers).index(helper)])
+    return entry_at(body, list(terms.helpers).index(helper))
+
+
+def entry_at(body: SecureBodyMsg, index: int) -> UnmaskEntryMsg:
+    """As `entry_for`, of the helper with this number in the manifest."""
+    return UnmaskEntryMsg(contribution=body.contribution, seed=body.seeds[index], credential=body.credential)
 
 
 def included_digest(update_ids: Iterable[bytes]) -> bytes:
@@ -213,8 +224,8 @@ def sum_of_masks(
         UnmaskRefusedError: with the reason; nothing was revealed.
         LocalMisuseError: the noise is of another length.
     """
-    if noise is not None and noise.shape != (terms.fixed_point.length,):
-        raise LocalMisuseError(f"noise: expected {terms.fixed_point.length} numbers, got shape {noise.shape}")
+    if noise is not None and noise.shape != (terms.fixed_point.vector_length,):
+        raise LocalMisuseError(f"noise: expected {terms.fixed_point.vector_length} numbers, got shape {noise.shape}")
     fewest, most = max(terms.minimum_cohort, minimum_cohort), terms.fixed_point.most_updates
     if len(entries) < fewest:
         raise UnmaskRefusedError(UnmaskRefusal.TOO_FEW, f"expected at least {fewest} updates, got {len(entries)}")
@@ -250,7 +261,7 @@ def unmask(
     update_ids: Sequence[bytes],
     noise: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
-    """The sum of the listed updates, float64 [d]; runs at the aggregator.
+    """The sum of the listed updates, float64 [vector_length] as `FixedPoint.decode` has it; runs at the aggregator.
 
     Args:
         terms: of the round.
@@ -282,7 +293,7 @@ def unmask(
 def _residues_in(terms: SecureRound, answer: MaskSumMsg) -> NDArray[np.unsignedinteger[Any]]:
     """A helper's sum of masks, [d]. Raises MaskSumError."""
     try:
-        return unpack(answer.total, terms.fixed_point.length, terms.fixed_point.bits)
+        return unpack(answer.total, terms.fixed_point.vector_length, terms.fixed_point.bits)
     except ProtocolError as error:
         raise MaskSumError(f"the sum of {answer.helper} is malformed: {error}") from error
 

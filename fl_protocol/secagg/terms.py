@@ -62,6 +62,7 @@ def fixed_point_of(terms: SecureTermsMsg, length: int) -> FixedPoint:
             noise_bound=noise_bound(terms),
             rotates=terms.rotates,
             bits=terms.bits,
+            clip_bit=terms.clip_bit,
         )
     except LocalMisuseError as error:
         raise ProtocolError(f"the round's terms: {error}") from error

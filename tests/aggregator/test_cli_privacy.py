@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import sys
 import xml.etree.ElementTree as ET
+from contextlib import closing
 from typing import Any
 
 import pytest
 
+from aggregator.assembly import AggregatorFiles
+from aggregator.in_force import config_of
 from aggregator.privacy.accounting import device_epsilon
 from aggregator.privacy.composition import Limits
 from aggregator.privacy.events import SecureSum, SkellamShares
+from aggregator.secure_terms import terms_of
+from aggregator.store.updates import NewUpdate
+from fl_protocol.bundle import open_bundle
+from fl_protocol.messages import encode
 from fl_protocol.secagg.fixed_point import FixedPoint
-from tests.aggregator.operator_desk import Operator, one_sentence, operator
+from fl_protocol.signing import public_key_from_hex
+from tests.aggregator.operator_desk import PUBLISHER, TRAINING, Operator, one_sentence, operator
 from tests.aggregator.privacy.rounds import AGGREGATOR
+from tests.fl_protocol.examples import round_key, secure_manifest, secure_terms
 
 __all__ = ["operator"]
+
+KEY = public_key_from_hex(PUBLISHER)
 
 PLAN = ("privacy", "plan", "--epsilon", "2", "--delta", "1e-6", "--devices", "5000", "--rounds", "200")
 CAPPED = (*PLAN, "--participation-cap", "20")
@@ -122,3 +133,69 @@ def test_a_picture_that_cannot_be_written_or_drawn_is_one_sentence(operator: Ope
     operator.patch.setitem(sys.modules, "matplotlib", None)  # what importing a missing module sees
     one_sentence(operator.run(*CAPPED, "--plot", "./plan.svg"), 1, "pip install 'covey[fleet]'")
     assert "10.66" in operator.says(*CAPPED)
+
+
+SECURE = TRAINING.replace('engine = "open"', "").replace('name = "watch"', 'name = "masked"') + (
+    "\n[secure]\nl2_norm_clip = 2.0\nnoise_multiplier = 3.0\n\n[device_privacy]\nepsilon = 6.0\ndelta = 1e-5\n"
+)
+
+
+def add_a_sum(operator: Operator, number: int, *, arrived: int) -> None:
+    """A round whose helpers were asked, as the coordinator leaves it in the database."""
+    with closing(AggregatorFiles.load(operator.config).open_store(create=False)) as store:
+        config = config_of(store.tasks.get("masked").spec, "masked")
+        assert config.secure is not None
+        length = len(open_bundle((operator.folder / "model.covey").read_bytes(), publisher=KEY).shared_params)
+        terms = terms_of(config, config.secure, length, helpers=secure_terms().helpers)
+        manifest = secure_manifest(secure=terms, round=number, num_parameters=length, goal=3, minimum_cohort=2)
+        key = round_key("x25519")
+        with store.database.transaction() as connection:
+            store.rounds.open(
+                connection,
+                "masked",
+                number,
+                opened_s=1e6 + number,
+                deadline_s=1e6 + number + 60,
+                key=key,
+                sums_secret=bytes(32),
+                version=0,
+                model_digest=bytes(32),
+                update_length=length,
+                probability=1.0,
+            )
+            store.rounds.set_manifest(connection, "masked", number, encode(manifest))
+            store.rounds.ask(connection, "masked", number, asked_s=1e6 + number + 10)
+            store.updates.add(
+                connection,
+                [
+                    NewUpdate("masked", bytes([number, index]) * 8, number, number, f"w-{index}", bytes(32), 1e6, 100)
+                    for index in range(arrived)
+                ],
+            )
+
+
+def test_what_was_spent_is_told_against_whom(operator: Operator) -> None:
+    operator.write("masked.toml", SECURE)
+    operator.says("init", "CONFIG")
+    operator.says("task", "create", "./masked.toml", "CONFIG")
+    operator.says("task", "create", "./watch.toml", "CONFIG")
+    assert operator.json("privacy", "spent", "masked", "CONFIG")["epsilon"] == {"aggregator": 0.0, "model_release": 0.0}
+    add_a_sum(operator, 1, arrived=3)
+    one = operator.json("privacy", "spent", "masked", "CONFIG")
+    assert (one["rounds"], one["delta"]) == (1, 1e-5)
+    assert 0.5 < one["epsilon"]["aggregator"] == one["epsilon"]["model_release"] < 6.0
+    add_a_sum(operator, 2, arrived=2)  # whose noise is less, since fewer came
+    two = operator.json("privacy", "spent", "masked", "CONFIG")
+    assert two["epsilon"]["aggregator"] > one["epsilon"]["aggregator"] * 1.4
+    assert operator.json("privacy", "spent", "masked", "CONFIG", "--delta", "1e-3")["epsilon"]["aggregator"] < 6.0
+    said = operator.says("privacy", "spent", "masked", "CONFIG")
+    for words in ("Device-level epsilon of masked", "the aggregator, which sees the sums", "6 at delta 1e-05"):
+        assert words in said
+    assert "nothing is claimed at device level" in operator.says("privacy", "spent", "watch", "CONFIG")
+    one_sentence(operator.run("privacy", "spent", "nowhere", "CONFIG"), 3, "there is no task nowhere")
+
+
+def test_a_device_level_budget_without_noise_is_refused(operator: Operator) -> None:
+    operator.says("init", "CONFIG")
+    operator.write("masked.toml", SECURE.replace("noise_multiplier = 3.0\n\n[device", "\n[device"))
+    one_sentence(operator.run("task", "create", "./masked.toml", "CONFIG"), 2, "noise_multiplier above 0")

@@ -35,6 +35,7 @@ from aggregator.round_events import (
     StillMasked,
     Ticked,
     Unmasked,
+    Unseen,
 )
 from aggregator.rounds import RESUME_GRACE_S, Phase, RoundPolicy, RoundState, transition, why_not
 from fl_protocol.errors import LocalMisuseError
@@ -188,6 +189,12 @@ class Task(RuleBasedStateMachine):
     @rule()
     def start(self) -> None:
         self.tell(Reachable())
+
+    @rule()
+    def be_seen_at_last(self) -> None:
+        if self.state.phase is Phase.OPEN and not self.arrived:
+            self.tell(Unseen())
+            assert self.state.deadline_s - self.now_s >= 0.89 * self.policy.duration_s
 
     @rule(late=st.booleans())
     def wait_for_helpers(self, late: bool) -> None:
@@ -396,6 +403,14 @@ def test_a_deadline_with_the_minimum_cohort_commits() -> None:
     for policy in (POLICY, BUFFERED):
         _, actions = after((Reachable(), 0.0), (Arrived(2), 1.0), (Ticked(), 60.0), policy=policy)
         assert actions[1] == CommitRound(1)
+
+
+def test_a_round_that_no_device_could_see_has_its_whole_time_when_they_can() -> None:
+    state, actions = after((Reachable(), 0.0), (Unseen(), 6.0), policy=MASKED)
+    assert actions == [OpenRound(1, 0.0, 60.0)]
+    state, actions = after((Unseen(), 500.0), (Unseen(), 500.0), state=state, policy=MASKED)
+    assert actions == [ExtendRound(1, 560.0)]
+    assert (state.opened_s, state.deadline_s) == (500.0, 560.0)
 
 
 def test_a_masked_round_waits_for_its_helpers() -> None:

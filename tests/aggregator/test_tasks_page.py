@@ -10,14 +10,13 @@ import msgspec
 import pytest
 from msgspec import NODEFAULT
 
+from aggregator.secure_sections import DevicePrivacy, Secure
 from aggregator.server_optimisers import DEFAULTS
 from aggregator.task_file import (
     Asynchronous,
-    DevicePrivacy,
     EvaluationPlan,
     Participation,
     Rule,
-    Secure,
     Server,
     StatisticsPlan,
     TaskConfig,
@@ -54,7 +53,7 @@ SECTIONS = {
     "device_privacy",
 }
 IN_WORDS = {"norm_bound": None, "memory_bytes": 2**30, "start_from": None, "population": None, "delta": None}
-IN_WORDS |= {"step": None, "most_updates": None, "most_participations": None}
+IN_WORDS |= {"step": None, "adaptive_clipping": None, "most_updates": None, "most_participations": None}
 
 
 def table(title: str) -> dict[str, str]:

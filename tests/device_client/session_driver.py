@@ -32,6 +32,7 @@ from device_client.events import (
 from device_client.floors import Floors
 from device_client.session import DeviceSession, Role, SessionConfig
 from fl_protocol.chunking import split
+from fl_protocol.enrolment import Period
 from fl_protocol.messages import ChunkMsg, ReceiptMsg, RoundManifestMsg
 from fl_protocol.secagg.terms import HelperIdentity
 from fl_protocol.signing import sign
@@ -153,6 +154,7 @@ class Driver:
     tags: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
     helpers: Mapping[str, HelperIdentity] = field(default_factory=dict)
+    period: Period | None = None
     working_on: RoundManifestMsg | None = None
     disk: Disk = field(default_factory=Disk)
     connects: bool = True
@@ -174,6 +176,7 @@ class Driver:
             tags=frozenset(self.tags),
             input_shape=self.input_shape,
             helpers=self.helpers,
+            period=self.period,
         )
         self.disk.updates.update({update.update_id: update for update in self.outbox})
         self.disk.state = self.state if self.state is not None else self.disk.state

@@ -15,7 +15,6 @@ from types import ModuleType
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
@@ -47,7 +46,7 @@ from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.messages import PresenceMsg, encode
 from fl_protocol.topics import down_filter, state_topic, upload_topic
 from tests.device_client.ports import MemoryStore, PowerCutError
-from tests.enrolments import AGGREGATOR, BEGINS_S, CA, NOW_S, PERIOD_S, TASK, TENANT, Office, broken_copy
+from tests.enrolments import AGGREGATOR, BEGINS_S, CA, NOW_S, PERIOD_S, TASK, TENANT, Office, broken_copy, reissued
 from tests.virtual_fleet import SeededEntropy
 
 PINNED = AGGREGATOR.public_key()
@@ -328,18 +327,7 @@ class Answer:
     def rewrite(self, k: int, change: Callable[[x509.CertificateBuilder], x509.CertificateBuilder]) -> None:
         """Put a certificate of the CA's in place of the honest one: same content, then changed."""
         honest = x509.load_pem_x509_certificate(self.certificate(k))
-        builder = x509.CertificateBuilder(
-            issuer_name=honest.issuer,
-            subject_name=honest.subject,
-            public_key=honest.public_key(),
-            serial_number=honest.serial_number,
-            not_valid_before=honest.not_valid_before_utc,
-            not_valid_after=honest.not_valid_after_utc,
-            extensions=list(honest.extensions),
-        )
-        ca_key = load_pem_private_key(self.ca.key, None)
-        assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
-        self.certificates[k] = change(builder).sign(ca_key, hashes.SHA256()).public_bytes(Encoding.PEM)
+        self.certificates[k] = reissued(honest, change, ca=self.ca).public_bytes(Encoding.PEM)
 
 
 def check_only_certificates_for_its_own_keys_are_taken(module: ModuleType) -> None:

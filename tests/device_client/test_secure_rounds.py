@@ -12,13 +12,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from device_client import manifest_checks
 from device_client.config import PrivacyConfig, StudyConfig
 from device_client.consent import terms_of
 from device_client.errors import StoreError
 from device_client.events import PendingUpdate, SessionState
 from device_client.feasibility import InfeasibleError, check_feasible
 from device_client.floors import Floors, FloorsError
+from device_client.participation import Participant
 from device_client.secure_update import protected_update
+from device_client.session_config import SessionConfig
+from fl_protocol.enrolment import DAY_S, Period
+from fl_protocol.errors import ProtocolError
 from fl_protocol.messages import (
     RecipientKeyMsg,
     RoundManifestMsg,
@@ -27,7 +32,7 @@ from fl_protocol.messages import (
     decode,
 )
 from fl_protocol.sealing import RoundKey, open_masked_update
-from fl_protocol.secagg.messages import SecureBodyMsg, SecureTermsMsg
+from fl_protocol.secagg.messages import DeviceCredentialMsg, SecureBodyMsg, SecureTermsMsg
 from fl_protocol.secagg.parties import Sender, entry_for, masked_vector, sum_of_masks, unmask
 from fl_protocol.secagg.terms import secure_round
 from fl_protocol.signing import public_key_hex, sign
@@ -39,6 +44,7 @@ from tests.fl_protocol.examples import HELPERS, helper_key, round_key, secure_te
 from tests.fl_protocol.secagg.test_terms import PINNED
 from tests.virtual_fleet import SeededEntropy
 
+OPENED_IN_DRIVER = 1000
 HELPER_KEYS = {name: RoundKey("x25519", round_key("x25519", seed=ord(name[-1])).secret) for name in HELPERS}
 QUIET = {"device_noise_variance": 0.0, "helper_noise_sigma": 0.0}
 
@@ -164,8 +170,8 @@ def test_an_update_carries_its_share_of_the_noise() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        ("skellam(variance, len(change), entropy) if variance else", "np.zeros(len(change), np.int64) if True else"),
-        ("skellam(variance, len(change), entropy)", "skellam(variance / 2, len(change), entropy)"),
+        ("skellam(variance, length, entropy) if variance else", "np.zeros(length, np.int64) if True else"),
+        ("skellam(variance, length, entropy)", "skellam(variance / 2, length, entropy)"),
     ],
     ids=["none", "half of it"],
 )
@@ -233,6 +239,75 @@ def test_a_session_takes_part_with_its_pinned_helpers_only() -> None:
     stranger = Ed25519PrivateKey.from_private_bytes(bytes(32))
     forged = secure_terms(helpers=tuple(sign(helper_key(name), stranger) for name in HELPERS))
     assert "not signed by the pinned key" in refused_by_session(forged, helpers=PINNED)
+
+
+OPENED_S = 1_000_000.0
+NAMES: list[tuple[Period, str, tuple[str, str]]] = [
+    (
+        Period(1_000_001, 2_000_000),
+        "did not open in the time of this device's present name",
+        ("if not period.is_used_at(manifest.opened_s):", "if False:"),
+    ),
+    (
+        Period(500_000, 1_000_000),
+        "did not open in the time of this device's present name",
+        ("if not period.is_used_at(manifest.opened_s):", "if False:"),
+    ),
+    (
+        Period(500_000, 1_000_001),
+        "may last longer than the certificate",
+        ("if manifest.deadline_s > period.not_after_s:", "if False:"),
+    ),
+]
+
+
+def checks_a_name(module: Any, period: Period | None, *, lasts_s: float = 60.0, **changes: Any) -> None:
+    """What a device whose name is for this period says of a round."""
+    manifest = secure(opened_s=OPENED_S, deadline_s=OPENED_S + lasts_s, **changes)
+    config = Driver(helpers=PINNED, period=period).session._config
+    module.check_concerns_us(manifest, config_of(config, num_parameters=manifest.num_parameters))
+
+
+def config_of(config: SessionConfig, **changes: Any) -> SessionConfig:
+    return SessionConfig(**{**vars(config), **changes})
+
+
+@pytest.mark.parametrize(("period", "words", "change"), NAMES, ids=["opened before", "opened after", "lasts longer"])
+def test_a_round_whose_helpers_would_not_take_the_present_name_is_left_out(
+    period: Period, words: str, change: tuple[str, str]
+) -> None:
+    lasts_s = 86_402.0 if "longer" in words else 60.0
+    with pytest.raises(ProtocolError, match=words):
+        checks_a_name(manifest_checks, period, lasts_s=lasts_s)
+    # Without that check the device would spend its budget on a round that its helpers refuse.
+    checks_a_name(broken_copy("device_client.manifest_checks", change), period, lasts_s=lasts_s)
+
+
+@pytest.mark.parametrize("period", [None, Period(1_000_000, 2_000_000), Period(500_000, 1_000_001)])
+def test_a_round_that_opened_in_the_time_of_the_present_name_is_taken_part_in(period: Period | None) -> None:
+    checks_a_name(manifest_checks, period)
+
+
+def test_a_session_left_out_a_round_of_another_name_before_it_asks_for_the_model() -> None:
+    later = Period(OPENED_IN_DRIVER + 1, OPENED_IN_DRIVER + 10 * DAY_S)
+    assert "did not open in the time" in refused_by_session(secure_terms(), helpers=PINNED, period=later)
+    now = Period(OPENED_IN_DRIVER, OPENED_IN_DRIVER + 10 * DAY_S)
+    assert refused_by_session(secure_terms(), helpers=PINNED, period=now) == ""
+
+
+def test_who_goes_by_a_pseudonym_brings_its_certificate_and_who_has_a_fixed_id_brings_none() -> None:
+    manifest = manifest_of(engine="secure", secure=secure().secure)
+    credential = DeviceCredentialMsg(signing_key=KEY.public_key().public_bytes_raw(), certificate=b"a certificate")
+    for brought in (None, credential):
+        one = fields_of(participant(MemoryStore()), credential=brought)
+        work = one.begin(manifest, PARAMS, None, now_s=1000.0)
+        while not work.done:
+            work.advance()
+        assert body_in(work.finish(1000.0))[1].credential == brought
+
+
+def fields_of(one: Participant, **changes: Any) -> Participant:
+    return Participant(**{**vars(one), **changes})
 
 
 def test_a_helpers_key_that_cannot_be_sealed_to_costs_nothing() -> None:

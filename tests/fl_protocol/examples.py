@@ -34,6 +34,7 @@ from fl_protocol.sealing import RoundKey, round_key_bytes
 from fl_protocol.secagg.errors import UnmaskRefusal
 from fl_protocol.secagg.messages import (
     ContributionMsg,
+    DeviceCredentialMsg,
     HelperKeyMsg,
     MaskSumMsg,
     SecureBodyMsg,
@@ -103,6 +104,7 @@ def secure_terms(**changes: Any) -> SecureTermsMsg:
         "most_updates": 20,
         "device_noise_variance": 64.0,
         "helper_noise_sigma": 16.0,
+        "clip_bit": 0,
         "rotates": True,
         "prg": "chacha20",
         "helpers": tuple(sign(helper_key(name), identity) for name, identity in HELPERS.items()),
@@ -178,6 +180,7 @@ CONTRIBUTION = ContributionMsg(
     seed_digests=(SEALED_DIGEST,),
 )
 SIGNED_CONTRIBUTION = SignedContributionMsg(contribution=messages.encode(CONTRIBUTION), signature=bytes(range(64)))
+CREDENTIAL = DeviceCredentialMsg(signing_key=bytes(range(32)), certificate=b"a certificate in DER")
 UNMASK_ENTRY = UnmaskEntryMsg(contribution=SIGNED_CONTRIBUTION, seed=bytes(range(64)))
 UNMASK_REQUEST = UnmaskRequestMsg(manifest=b"a signed manifest", helper="helper-a", entries=(UNMASK_ENTRY,))
 MASK_SUM = MaskSumMsg(
@@ -222,7 +225,7 @@ EXAMPLES: tuple[Msg, ...] = (
         delta=DELTA,
     ),
     helper_key("helper-a"),
-    secure_terms(),
+    secure_terms(clip_bit=3),
     secure_manifest(),
     secure_manifest(status="paused", recipient=None, secure=None),
     manifest(plan=EVALUATION_PLAN),
@@ -236,8 +239,11 @@ EXAMPLES: tuple[Msg, ...] = (
     NACK,
     CONTRIBUTION,
     SIGNED_CONTRIBUTION,
+    CREDENTIAL,
     SecureBodyMsg(contribution=SIGNED_CONTRIBUTION, seeds=(bytes(range(64)),), masked=b"masked"),
+    SecureBodyMsg(contribution=SIGNED_CONTRIBUTION, seeds=(bytes(range(64)),), masked=b"masked", credential=CREDENTIAL),
     UNMASK_ENTRY,
+    msgspec.structs.replace(UNMASK_ENTRY, credential=CREDENTIAL),
     UNMASK_REQUEST,
     MASK_SUM,
     UNMASK_REFUSAL,

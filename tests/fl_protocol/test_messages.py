@@ -120,7 +120,8 @@ def test_a_field_of_another_type_is_refused(message: Msg) -> None:
         wrong += [[None], [[]], [1.5], dict.fromkeys(map(str, value))] if isinstance(value, list) else [[], [value]]
         wrong += [True] if not isinstance(value, bool) else [0, 1]
         wrong += [2**64 - 1, -1, "x"] if not isinstance(value, str) else [1]
-        wrong += [None] if name not in {"recipient", "most_participations", "delta", "control_digest", "secure"} else []
+        optional = {"recipient", "most_participations", "delta", "control_digest", "secure", "credential"}
+        wrong += [None] if name not in optional else []
         for other in wrong:
             refused(packed({**fields, name: other}), type(message))
 
@@ -339,6 +340,8 @@ def test_terms_belong_to_open_secure_rounds_and_go_with_nothing_that_needs_singl
         ("device_noise_variance", math.nan),
         ("helper_noise_sigma", 0.5),
         ("helper_noise_sigma", 2.0**41),
+        ("clip_bit", -1),
+        ("clip_bit", 2**30 + 1),
         ("prg", "aes"),
         ("helpers", []),
         ("helpers", [b"key"] * 9),

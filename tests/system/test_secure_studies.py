@@ -12,7 +12,8 @@ from aggregator.device_budget import TaskBudget
 from aggregator.privacy.accounting import device_epsilon
 from aggregator.privacy.adversaries import Adversary
 from aggregator.rounds import Phase
-from aggregator.task_file import DevicePrivacy, Participation, Secure, Server, StatisticsPlan, TaskConfig
+from aggregator.secure_sections import AdaptiveClipping, DevicePrivacy, Secure
+from aggregator.task_file import Participation, Server, StatisticsPlan, TaskConfig
 from tests.aggregator.desk import built_with
 from tests.enrolments import broken_copy
 from tests.virtual_fleet import AGGREGATOR, TASK, Faults, VirtualFleet, task_config
@@ -151,3 +152,31 @@ def test_a_round_is_committed_as_soon_as_its_helpers_have_answered(tmp_path: Pat
     for _ in fleet.steps(2):  # no time passes
         pass
     assert told.named("round_committed")
+
+
+def test_the_clip_follows_the_updates_norms(tmp_path: Path) -> None:
+    fleet = secure_fleet(
+        tmp_path, rounds=6, secure={"l2_norm_clip": 64.0, "adaptive_clipping": AdaptiveClipping(learning_rate=1.0)}
+    )
+    fleet.run()
+    history = [one.metrics for one in fleet.store.rounds.history(TASK) if one.outcome == "committed"]
+    assert [one["share_within_clip"] for one in history[:3]] == [
+        1.0,
+        1.0,
+        1.0,
+    ]  # all are far shorter, and without noise
+    clips = [one["l2_norm_clip"] for one in history]
+    assert clips == pytest.approx([64.0 * np.exp(-0.5 * index) for index in range(6)])
+    assert all(one["next_l2_norm_clip"] == after for one, after in zip(history, clips[1:], strict=False))
+
+
+def test_the_clip_is_kept_through_a_kill(tmp_path: Path) -> None:
+    fleet = secure_fleet(
+        tmp_path, rounds=3, secure={"l2_norm_clip": 64.0, "adaptive_clipping": AdaptiveClipping(learning_rate=1.0)}
+    )
+    fleet.run(until=lambda: fleet.state.committed == 1)
+    fleet.kill_aggregator()
+    fleet.start_aggregator()
+    fleet.run()
+    clips = [one.metrics["l2_norm_clip"] for one in fleet.store.rounds.history(TASK) if one.outcome == "committed"]
+    assert clips == pytest.approx([64.0, 64.0 * np.exp(-0.5), 64.0 * np.exp(-1.0)])

@@ -15,8 +15,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from sqlalchemy import delete
 
+from aggregator.certificates import issue
 from aggregator.helper import schema
 from aggregator.helper.answering import Study
 from aggregator.helper.assembly import HelperFiles, assemble
@@ -33,11 +36,13 @@ from fl_protocol.transport import Connected, Received
 from tests.aggregator.helper.helper_desk import (
     DEVICES,
     HELPER,
+    NOW_S,
     TENANT,
     Events,
     manifest_of,
     request_for,
 )
+from tests.aggregator.helper.pseudonymous import CA
 from tests.contracts.brokers import WITHIN_S, await_event, find_mosquitto, free_port, start_mosquitto
 from tests.fl_protocol.examples import AGGREGATOR_KEY
 from tests.fl_protocol.secagg.rounds import device_key
@@ -204,7 +209,8 @@ def test_audit_fails_where_a_round_is_gone_and_run_does_not_start(office: Office
 def test_status_tells_keys_rounds_refusals_and_devices(office: Office) -> None:
     answered_once(office)
     found = json.loads(office.says("status", "CONFIG", "--json"))
-    assert found["studies"] == [{"tenant": TENANT, "answered": 1, "devices": 8}]
+    study = {"tenant": TENANT, "answered": 1, "devices": 8, "allow_listed": True, "cas": []}
+    assert found["studies"] == [study]
     assert found["refusals"] == {"second_list": 1}
     (key,) = found["keys"]
     assert key["not_after_s"] - key["made_s"] == 3 * 86_400
@@ -212,6 +218,25 @@ def test_status_tells_keys_rounds_refusals_and_devices(office: Office) -> None:
     text = office.says("status", "CONFIG")
     for words in ("helper-a of operator-a", "refused: second list: 1", "in 3 d", "keys erased: 0"):
         assert words in text
+
+
+def test_a_ca_is_pinned_and_told_by_its_fingerprint(office: Office) -> None:
+    office.says("init", "CONFIG")
+    (office.folder / "study-ca.pem").write_bytes(CA.certificate)
+    pins = 'ca = "study-ca.pem"\nallow_listed = false\n'
+    office.config.write_text(office.config.read_text().replace("[study.broker]", pins + "\n[study.broker]"))
+    pinned = x509.load_pem_x509_certificate(CA.certificate)
+    (study,) = HelperFiles.load(office.config).studies()
+    assert (study.cas, study.allow_listed) == ((pinned,), False)
+    fingerprint = pinned.fingerprint(hashes.SHA256()).hex()
+    (told,) = json.loads(office.says("status", "CONFIG", "--json"))["studies"]
+    assert (told["cas"], told["allow_listed"]) == ([fingerprint], False)
+    text = office.says("status", "CONFIG")
+    assert f"clinic: knows pseudonyms by the CA with SHA-256 {fingerprint}" in text
+    assert "not asked" in text
+    # Somebody's certificate is no CA's: whoever has its key could certify nobody, and every list would be refused.
+    (office.folder / "study-ca.pem").write_bytes(issue(CA, "aggregator", now_s=NOW_S).certificate)
+    assert "got one that may issue none" in office.fails(2, "run", "CONFIG")
 
 
 @pytest.mark.parametrize(
@@ -225,6 +250,13 @@ def test_status_tells_keys_rounds_refusals_and_devices(office: Office) -> None:
         ('host = "127.0.0.1"', 'host = "broker.example"', "ca, certificate and key"),
         ('aggregator_key = "', 'aggregator_key = "zz', "study clinic: aggregator_key"),
         ("[[study]]", '[[study]]\ntenant = "clinic"\naggregator_key = ""\n[[study]]', "each study once"),
+        ("[study.broker]", "allow_listed = false\n[study.broker]", "expected a ca where allow_listed is false"),
+        ("[study.broker]", 'ca = "no.pem"\n[study.broker]', "study clinic: ca"),
+        (
+            "[study.broker]",
+            'ca = "helper.toml"\n[study.broker]',
+            "study clinic: ca: expected certificates of CAs in PEM",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_told_by_its_key(office: Office, right: str, wrong: str, words: str) -> None:

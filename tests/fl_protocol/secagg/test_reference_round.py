@@ -18,7 +18,13 @@ from fl_protocol.messages import decode, encode
 from fl_protocol.secagg import parties
 from fl_protocol.secagg.errors import MaskSumError, UnmaskRefusal, UnmaskRefusedError
 from fl_protocol.secagg.masks import Words
-from fl_protocol.secagg.messages import ContributionMsg, MaskSumMsg, SecureBodyMsg, SignedContributionMsg
+from fl_protocol.secagg.messages import (
+    ContributionMsg,
+    DeviceCredentialMsg,
+    MaskSumMsg,
+    SecureBodyMsg,
+    SignedContributionMsg,
+)
 from fl_protocol.secagg.packing import pack, unpack
 from fl_protocol.secagg.parties import SecureRound, masked_vector, sum_of_masks, unmask
 from fl_protocol.secagg.reference import reference_round
@@ -386,7 +392,16 @@ def bad_bodies() -> dict[str, tuple[SecureBodyMsg, str]]:
             with_fields(resigned(good, device, masked_digest=hashlib.sha256(wide).digest()), masked=wide),
             "bytes for 40 residues",
         ),
+        "a credential for another key": (
+            with_fields(good, credential=credential_for(DEVICES[1])),
+            "the credential is for another key than watch-0's registered one",
+        ),
     }
+
+
+def credential_for(device: str) -> DeviceCredentialMsg:
+    """Whose certificate it is the aggregator does not ask."""
+    return DeviceCredentialMsg(signing_key=PUBLIC[device].public_bytes_raw(), certificate=b"a certificate")
 
 
 @pytest.mark.parametrize("what", bad_bodies())
@@ -400,8 +415,10 @@ def test_a_message_that_does_not_fit_together_is_not_counted(what: str) -> None:
 
 def test_an_honest_message_is_counted() -> None:
     device = DEVICES[0]
-    body = body_of(secure_round(), device)
-    masked_vector(secure_round(), body, device=device, update_id=update_id(device), device_key=PUBLIC[device])
+    plain = body_of(secure_round(), device)
+    for body in (plain, with_fields(plain, credential=credential_for(device))):
+        masked_vector(secure_round(), body, device=device, update_id=update_id(device), device_key=PUBLIC[device])
+        assert parties.entry_for(secure_round(), body, HELPER).credential == body.credential
 
 
 def collected() -> tuple[SecureRound, Any, list[MaskSumMsg]]:

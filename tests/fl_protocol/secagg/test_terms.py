@@ -170,3 +170,11 @@ def test_a_step_beyond_the_clip_is_refused() -> None:
 
 def test_helpers_keys_come_by_name() -> None:
     assert set(helper_keys(secure_terms())) == {"helper-a", "helper-b"}
+
+
+def test_a_clip_bit_makes_the_vector_longer_and_is_paid_for() -> None:
+    plain, with_bit = (fixed_point_of(secure_terms(clip_bit=bit, bits=32), 3) for bit in (0, 1000))
+    assert (plain.vector_length, with_bit.vector_length) == (3, 4)
+    assert with_bit.norm_bound == pytest.approx((plain.norm_bound**2 + 1000**2) ** 0.5)
+    assert with_bit.coordinate_bound == 1000
+    assert with_bit.sum_bound - plain.sum_bound == 20 * (1000 - plain.coordinate_bound)
