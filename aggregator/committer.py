@@ -102,6 +102,7 @@ class _Batch:
     taken: set[tuple[str, int, str]] = field(default_factory=set)
     counted: set[tuple[str, int, str]] = field(default_factory=set)
     unreadable: set[str] = field(default_factory=set)
+    counted_by_all: dict[tuple[str, int], int] = field(default_factory=dict)
     late: dict[tuple[str, int], set[str]] = field(default_factory=dict)
 
 
@@ -238,6 +239,8 @@ class Committer:
         with self._store.database.reading() as connection:
             places = {(whole.header.task, placed.counted_in, whole.header.device) for whole, placed in fresh.values()}
             batch.counted = devices_that_counted(connection, places)
+            masked = {(placed.task.name, placed.counted_in) for _, placed in fresh.values() if placed.task.is_masked}
+            batch.counted_by_all = {key: self._store.updates.counted(connection, *key) for key in masked}
         return fresh
 
     def _note_late(
@@ -268,7 +271,8 @@ class Committer:
             opened = open_masked(whole, placed) if placed.task.is_masked else open_sealed(whole, placed)
             key = (placed.task.name, placed.counted_in, placed.round.number)
             mine = batch.sums.get(key) or self._sums.of(key, placed)
-            if mine.sum.count >= _most_updates(placed):
+            elsewhere = max(0, batch.counted_by_all.get(key[:2], mine.num_stored) - mine.num_stored)
+            if mine.sum.count + elsewhere >= _most_updates(placed):
                 raise RefusedError(RefusalReason.ROUND_CLOSED, f"round {placed.counted_in} takes no more updates")
         except RefusedError as refusal:
             batch.verdicts[index] = refusal
@@ -326,13 +330,14 @@ class Committer:
             before[key], mine.num_stored = mine.num_stored, mine.sum.count
         if rows or batch.late:
             with self._store.database.transaction() as connection:
-                self._lock_rounds(connection, {key[:2] for key in stored}, batch.late)
+                self._lock_rounds(connection, {key[:2] for key in stored}, batch)
                 if rows:
                     self._store.updates.add(connection, rows)
                 for key, partial in stored.items():
                     self._store.updates.put_partial(
                         connection, key[0], counted_in=key[1], partial=partial, num_before=before[key]
                     )
+                    self._check_room(connection, key, tasks)
                 self._store.rounds.count_late(connection, {key: len(late) for key, late in batch.late.items()})
                 self._store.count_refusals(connection, self._refused)
             self._refused.clear()
@@ -340,18 +345,33 @@ class Committer:
                 self._late.setdefault(round_key, set()).update(late)
         return replaced
 
-    def _lock_rounds(
-        self, connection: Connection, counting: Set[tuple[str, int]], late: Mapping[tuple[str, int], Set[str]]
-    ) -> None:
+    def _lock_rounds(self, connection: Connection, counting: Set[tuple[str, int]], batch: _Batch) -> None:
         """Keep rounds as they are until the commit, in one order for all workers. Raises ConflictError: one closed."""
-        for key in sorted(counting | late.keys()):
-            is_open = self._store.rounds.is_open(connection, *key, counts_late=key in late)
+        for key in sorted(counting | batch.late.keys()):
+            # Of a round of masked updates all workers together take so many: nobody else may count meanwhile.
+            alone = key in batch.late or key in batch.counted_by_all
+            is_open = self._store.rounds.is_open(connection, *key, alone=alone)
             if not is_open and key in counting:
                 raise ConflictError(f"round {key[1]} of {key[0]} was closed while updates were opened")
 
+    def _check_room(self, connection: Connection, key: SumKey, tasks: Mapping[str, TaskInForce]) -> None:
+        """Whether a round of masked updates has no more of them than its modulus holds, of all workers together.
+
+        Raises:
+            ConflictError: others were quicker; those that find room have to be chosen anew.
+        """
+        task, counted_in, made_for = key
+        secure = tasks[task].rounds[made_for].secure
+        if secure is None:
+            return
+        # Security: helpers answer no longer list, and a sum of more would wrap around.
+        counted, most = self._store.updates.counted(connection, task, counted_in), secure.fixed_point.most_updates
+        if counted > most:
+            raise ConflictError(f"round {counted_in} of {task} takes {most} updates, and {counted} would be in it")
+
 
 def _most_updates(placed: Placed) -> int:
-    """How many updates a round takes, of one worker."""
+    """How many updates a round takes: of all workers where they are masked, else of one."""
     secure = placed.round.secure
     return MOST_UPDATES if secure is None else min(MOST_UPDATES, secure.fixed_point.most_updates)
 

@@ -15,6 +15,7 @@ from aggregator.rounds import Phase
 from aggregator.shards import ALL_SHARDS, LEASE_S, Lease
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.leases import COORDINATOR, STOPPED, WorkerRecord
+from aggregator.store.rounds import LiveRound
 from aggregator.store.tasks import StoredTask
 from aggregator.worker import NOT_CONNECTED
 
@@ -38,6 +39,7 @@ class TaskOverview(msgspec.Struct, frozen=True, kw_only=True):
         probability: participation probability of the next round.
         failures: rounds in a row that could not be combined or were rejected.
         reason: why it is paused or aborted.
+        is_secure: whether its updates are masked.
     """
 
     name: str
@@ -55,6 +57,7 @@ class TaskOverview(msgspec.Struct, frozen=True, kw_only=True):
     failures: int
     reason: str
     created_s: float
+    is_secure: bool = False
 
 
 class WorkerOverview(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +119,7 @@ def overview(store: AggregatorStore, *, tenant: str, now_s: float) -> Overview:
             *_problems_of_workers(workers, now_s),
             *_problems_of_tasks(tasks, now_s),
             *_problems_of_beginning(tasks, leases, now_s),
+            *_problems_of_helpers(tasks, store.rounds.live()),
         ],
     )
 
@@ -139,6 +143,7 @@ def task_overview(task: StoredTask) -> TaskOverview:
         failures=state.failures,
         reason=state.reason,
         created_s=task.created_s,
+        is_secure=config is not None and config.secure is not None,
     )
 
 
@@ -201,6 +206,18 @@ def _problems_of_beginning(tasks: list[TaskOverview], leases: list[Lease], now_s
         "reach its broker, or cannot run the task (task_unusable in its journal says why)"
         for task in tasks
         if task.phase == Phase.IDLE.value and task.kind and now_s > task.created_s + LATE_S
+    ]
+
+
+def _problems_of_helpers(tasks: list[TaskOverview], live: list[LiveRound]) -> list[str]:
+    """Secure rounds that no device can see yet."""
+    return [
+        f"round {task.round} of {task.name} cannot begin: keys of its helpers have not come; are they running? "
+        "(waiting_for_helpers in the coordinator's journal says which)"
+        for task in tasks
+        if task.is_secure
+        and task.phase == Phase.OPEN.value
+        and any((one.task, one.number, one.manifest) == (task.name, task.round, None) for one in live)
     ]
 
 

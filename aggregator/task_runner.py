@@ -19,8 +19,6 @@ from aggregator.device_budget import TaskBudget
 from aggregator.errors import BlobError, CombineError, ConflictError, LostModelError, RejectedModelError
 from aggregator.helper_calls import HelperCalls
 from aggregator.in_force import config_of
-from aggregator.pacing import next_probability
-from aggregator.partial_sums import SECRET_BYTES
 from aggregator.round_events import (
     AbortRound,
     AnnounceTask,
@@ -41,11 +39,11 @@ from aggregator.round_events import (
     Unseen,
 )
 from aggregator.round_outcomes import RoundOutcome, RoundOutcomes
+from aggregator.round_rows import RoundRows
 from aggregator.rounds import Phase, RoundState, transition
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.leases import COORDINATOR
 from aggregator.store.models import NewModel, PreparedModel
-from aggregator.store.rounds import Outcome
 from aggregator.store.tasks import StoredTask
 from aggregator.task_file import TaskConfig
 from aggregator.task_publisher import TaskPublisher
@@ -53,7 +51,6 @@ from aggregator.unmasking import Unmasking
 from aggregator.validation import Judge
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
-from fl_protocol.sealing import RoundKey, round_key_bytes
 
 _RETRIES = (Reachable, Arrived, Ticked, StillMasked)
 """Events with which publishing, or asking helpers, is tried again after it failed."""
@@ -121,6 +118,7 @@ class TaskRunner:
             judge=judge,
             entropy=ports.entropy,
         )
+        self._rows = RoundRows(ports.store, self.config, update_length=self._update_length, entropy=ports.entropy)
         self._budget = TaskBudget(ports.store, self.config, update_length=self._update_length)
         self._unmasking = Unmasking(self.name, ports.store, ports.calls)
         self._publisher = TaskPublisher(
@@ -292,7 +290,7 @@ class TaskRunner:
                 unwanted += store.models.prune(connection, self.name, keep_last=keep)
             for action in actions:
                 self._do(connection, action, state, change, now_s)
-            self._erase_keys(connection, state, actions)
+            self._rows.erase_keys(connection, state, actions)
             store.tasks.save(connection, self.name, state, before=self._state, probability=self._probability)
             if order is not None:
                 store.tasks.order_done(connection, order[0], outcome=order[1], now_s=now_s)
@@ -320,13 +318,14 @@ class TaskRunner:
             case AbortRound():
                 if isinstance(change.event, Ticked):  # out of time, neither by order nor for a failure
                     self._steer(connection, self._state.arrived, None)
-                self._close(
+                self._rows.close(
                     connection, action.number, outcome=action.outcome, reason=action.reason, metrics={}, now_s=now_s
                 )
                 about = {"round": action.number, "outcome": action.outcome, "reason": action.reason}
                 change.notes.append(("round_aborted", about))
             case OpenRound():
-                change.notes.append(("round_opened", self._open(connection, action, state)))
+                opened = self._rows.open(connection, action, version=state.version, probability=self._probability)
+                change.notes.append(("round_opened", opened))
             case ExtendRound():
                 if isinstance(change.event, Ticked):
                     self._steer(connection, self._state.arrived, None)
@@ -363,73 +362,14 @@ class TaskRunner:
         seconds = round(now_s - self._state.opened_s, 3)
         self._steer(connection, count, seconds if count >= self._policy.goal else None)
         metrics = {"arrived": count, "bytes_up": bytes_up, "seconds": seconds, **found}
-        self._close(connection, number, outcome="committed", reason="", metrics=metrics, now_s=now_s)
+        self._rows.close(connection, number, outcome="committed", reason="", metrics=metrics, now_s=now_s)
         return {"round": number, **_about(change.prepared[:1]), **metrics}
-
-    def _close(
-        self,
-        connection: Connection,
-        number: int,
-        *,
-        outcome: Outcome,
-        reason: str,
-        metrics: dict[str, Any],
-        now_s: float,
-    ) -> None:
-        """Close a round; its sums and single updates are not needed any more."""
-        store = self._ports.store
-        store.rounds.close(connection, self.name, number, outcome=outcome, reason=reason, metrics=metrics, now_s=now_s)
-        store.updates.drop_partials(connection, self.name, number)
-        store.updates.drop_kept(connection, self.name, number)
 
     def _steer(self, connection: Connection, arrived: int, goal_after_s: float | None) -> None:
         """The participation probability from now on, from how many came; None: fewer than the goal by the deadline."""
-        wanted = self.config.participation
-        if not wanted.steer:
-            return
-        self._probability = next_probability(
-            self._probability,
-            arrived=arrived,
-            late=self._ports.store.rounds.late(connection, self.name, self._state.number),
-            closed_early_after=None if goal_after_s is None else goal_after_s / self._policy.duration_s,
-            goal=self._policy.goal,
-            over_selection=wanted.over_selection,
-            least=wanted.least_probability,
+        self._probability = self._rows.steered(
+            connection, self._state.number, self._probability, arrived=arrived, goal_after_s=goal_after_s
         )
-
-    def _open(self, connection: Connection, action: OpenRound, state: RoundState) -> dict[str, Any]:
-        """Open a round with a fresh recipient key; what to tell of it."""
-        store, kem = self._ports.store, self.config.updates.kem
-        digest = store.models.digest(connection, self.name, state.version)
-        store.rounds.open(
-            connection,
-            self.name,
-            action.number,
-            opened_s=action.opened_s,
-            deadline_s=action.deadline_s,
-            key=RoundKey(kem, self._ports.entropy(round_key_bytes(kem))),
-            sums_secret=self._ports.entropy(SECRET_BYTES),
-            version=state.version,
-            model_digest=digest,
-            update_length=self._update_length,
-            probability=self._probability,
-        )
-        return {
-            "round": action.number,
-            "goal": self.config.goal,
-            "deadline_s": action.deadline_s,
-            "version": state.version,
-            "model_digest": digest.hex(),
-        }
-
-    def _erase_keys(self, connection: Connection, state: RoundState, actions: Iterable[RoundAction]) -> None:
-        """Erase keys of rounds whose updates cannot count any more; after a rollback none that came before can."""
-        newest_closed = state.number - (state.phase in {Phase.OPEN, Phase.UNMASKING})
-        is_over = state.phase in {Phase.FINISHED, Phase.ABORTED}
-        rolled_back = any(isinstance(action, RollBack) for action in actions)
-        lasting = 0 if is_over or rolled_back else self._policy.maximum_staleness
-        # Once round n + 1 is open, updates of round n + 1 - staleness still count.
-        self._ports.store.rounds.erase_keys(connection, self.name, up_to=newest_closed - lasting)
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:

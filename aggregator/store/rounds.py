@@ -186,17 +186,17 @@ class Rounds:
         """Stop taking updates, or take them again; part of a transaction."""
         connection.execute(_round(task, number).values(outcome=outcome))
 
-    def is_open(self, connection: Connection, task: str, number: int, *, counts_late: bool = False) -> bool:
+    def is_open(self, connection: Connection, task: str, number: int, *, alone: bool = False) -> bool:
         """Whether a round takes updates; that stays so until the end of this transaction.
 
         Args:
             connection: with the transaction.
             task: of the round.
             number: of the round.
-            counts_late: whether this transaction counts late updates in it. Then nobody else may look meanwhile: of
-                two that looked, each would wait for the other to let it write.
+            alone: whether nobody else may look meanwhile, because this transaction counts late updates in it (of two
+                that looked, each would wait for the other to let it write) or depends on what others count in it.
         """
-        return self.outcome(connection, task, number, shared=not counts_late) == "open"
+        return self.outcome(connection, task, number, shared=not alone) == "open"
 
     def outcome(self, connection: Connection, task: str, number: int, *, shared: bool = False) -> str | None:
         """Where a round stands, until the end of this transaction; `shared`: others may look meanwhile, too."""

@@ -243,14 +243,14 @@ def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Aggr
         store.close()
 
 
-def count_late_in_both(stores: list[AggregatorStore], *, counts_late: bool, looks: threading.Barrier) -> list[Any]:
+def count_late_in_both(stores: list[AggregatorStore], *, alone: bool, looks: threading.Barrier) -> list[Any]:
     """Each looks whether the round is open, waits a little for the other to have looked too, and counts."""
     outcomes: list[Any] = []
 
     def run(store: AggregatorStore) -> None:
         try:
             with store.database.transaction() as connection:
-                assert store.rounds.is_open(connection, TASK, 1, counts_late=counts_late)
+                assert store.rounds.is_open(connection, TASK, 1, alone=alone)
                 try:
                     looks.wait()
                 except threading.BrokenBarrierError:
@@ -268,14 +268,14 @@ def count_late_in_both(stores: list[AggregatorStore], *, counts_late: bool, look
 
 
 def test_two_workers_that_count_late_updates_go_one_after_the_other(stores: list[AggregatorStore]) -> None:
-    outcomes = count_late_in_both(stores, counts_late=True, looks=threading.Barrier(2, timeout=0.5))
+    outcomes = count_late_in_both(stores, alone=True, looks=threading.Barrier(2, timeout=0.5))
     assert outcomes == ["alone", "alone"]
     assert stores[0].rounds.history(TASK)[0].late == 2
 
 
 def test_a_deadlock_is_a_conflict_that_is_tried_again(stores: list[AggregatorStore]) -> None:
     """With the weaker lock, which two can have, each waits for the other."""
-    (error,) = count_late_in_both(stores, counts_late=False, looks=threading.Barrier(2, timeout=WITHIN_S))
+    (error,) = count_late_in_both(stores, alone=False, looks=threading.Barrier(2, timeout=WITHIN_S))
     assert isinstance(error, ConflictError), error
     assert stores[0].rounds.history(TASK)[0].late == 1
 
@@ -286,9 +286,9 @@ def test_a_commit_takes_the_stronger_lock_exactly_where_it_counts_late_updates(
     looked: list[bool] = []
     is_open = Rounds.is_open
 
-    def remember(self: Rounds, *arguments: Any, counts_late: bool = False) -> bool:
-        looked.append(counts_late)
-        return is_open(self, *arguments, counts_late=counts_late)
+    def remember(self: Rounds, *arguments: Any, alone: bool = False) -> bool:
+        looked.append(alone)
+        return is_open(self, *arguments, alone=alone)
 
     monkeypatch.setattr(Rounds, "is_open", remember)
     desk = a_desk(tmp_path)

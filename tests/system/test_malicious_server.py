@@ -239,8 +239,16 @@ def helpers_have_no_floor(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(answering, "sum_of_masks", copy.sum_of_masks)
 
 
+def helpers_take_unknown_names(patch: pytest.MonkeyPatch) -> None:
+    """A helper that leaves out of its question who a device is what it does not know."""
+    every = "for device, entry in zip(question.devices, question.entries, strict=True)\n"
+    copy = broken_copy("aggregator.helper.known_devices", (every, every + "if device in listed\n"))
+    patch.setattr(KnownDevices, "keys", copy.KnownDevices.keys)
+
+
 def helpers_know_every_name(patch: pytest.MonkeyPatch) -> None:
-    """A helper that believes what somebody signed whom it does not know."""
+    """A helper that moreover believes what a device signed whose key it does not know."""
+    helpers_take_unknown_names(patch)
     copy = broken_copy(
         "fl_protocol.secagg.parties",
         (
@@ -318,6 +326,7 @@ CASES = [
 HALF_WEAKENED = [
     Case(two_lists_for_each_helper, "helper-a says nothing", helpers_forget_a_little),
     Case(a_manifest_below_the_wearers_floor, "helper-a refuses: too_few", wearers_have_no_floor),
+    Case(one_device_among_sybils, "helper-a refuses: unsigned", helpers_take_unknown_names),
 ]
 """Where two checks stand in the way, one is enough."""
 

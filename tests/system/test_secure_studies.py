@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from aggregator.device_budget import TaskBudget
+from aggregator.overview import overview
 from aggregator.privacy.accounting import device_epsilon
 from aggregator.privacy.adversaries import Adversary
 from aggregator.rounds import Phase
@@ -16,7 +17,7 @@ from aggregator.secure_sections import AdaptiveClipping, DevicePrivacy, Secure
 from aggregator.task_file import Participation, Server, StatisticsPlan, TaskConfig
 from tests.aggregator.desk import built_with
 from tests.enrolments import broken_copy
-from tests.virtual_fleet import AGGREGATOR, TASK, Faults, VirtualFleet, task_config
+from tests.virtual_fleet import AGGREGATOR, TASK, TENANT, Faults, VirtualFleet, task_config
 
 HELPERS = ("helper-a", "helper-b")
 
@@ -180,3 +181,16 @@ def test_the_clip_is_kept_through_a_kill(tmp_path: Path) -> None:
     fleet.run()
     clips = [one.metrics["l2_norm_clip"] for one in fleet.store.rounds.history(TASK) if one.outcome == "committed"]
     assert clips == pytest.approx([64.0, 64.0 * np.exp(-0.5), 64.0 * np.exp(-1.0)])
+
+
+def test_a_round_that_waits_for_its_helpers_is_told_in_the_status(tmp_path: Path) -> None:
+    fleet = secure_fleet(tmp_path, secure={"helpers": ("helper-z",)}, rounds=1)
+
+    def degraded() -> str:
+        return " ".join(overview(fleet.store, tenant=TENANT, now_s=fleet.clock.now_s()).degraded)
+
+    fleet.run(until=lambda: fleet.state.phase is Phase.OPEN and "keys of its helpers" in degraded())
+    waiting = fleet.journals[AGGREGATOR].named("waiting_for_helpers")
+    assert [one["reason"] for one in waiting] == ["the aggregator's configuration does not name helper helper-z"]
+    assert f"round 1 of {TASK} cannot begin" in degraded()
+    assert fleet.state.phase is Phase.OPEN  # nor is it given up, for no device can see it
