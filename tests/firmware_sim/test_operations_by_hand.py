@@ -17,11 +17,12 @@ from urllib.request import urlopen
 import msgspec
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator.config import AggregatorConfig
 from firmware_sim.mosquitto_broker import find_mosquitto, free_port
 from fl_protocol.bundle import open_bundle
-from fl_protocol.signing import public_key_from_hex
+from fl_protocol.signing import public_key_from_hex, public_key_hex
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "operations.md").read_text()
@@ -103,9 +104,20 @@ def wait_for_event(process: subprocess.Popen[str], event: str) -> dict[str, obje
     raise AssertionError(f"the daemon ended without {event}")
 
 
+def test_the_pages_helpers_go_before_the_first_section_of_aggregator_toml() -> None:
+    aggregator_toml, _, _, helpers_toml, _ = blocks("toml")
+    keys = iter(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32).public_key() for number in (1, 2))
+    pins = re.sub(r'key = "\.\.\."', lambda _: f'key = "{public_key_hex(next(keys))}"', helpers_toml)
+    config = msgspec.toml.decode(pins + aggregator_toml, type=AggregatorConfig)
+    assert [(pin.name, pin.operator) for pin in config.helpers] == [
+        ("helper-a", "patients-union"),
+        ("helper-b", "hospital-b"),
+    ]
+
+
 def test_the_page_followed_by_hand_trains_a_model(tmp_path: Path) -> None:
     desk = Desk(tmp_path)
-    aggregator_toml, task_toml, device_toml, elsewhere_toml = blocks("toml")
+    aggregator_toml, task_toml, device_toml, _, elsewhere_toml = blocks("toml")
     assert msgspec.toml.decode(elsewhere_toml, type=AggregatorConfig).aggregator.blobs is not None
     publisher = (ROOT / "models" / "bundles" / "publisher.pub").read_text().strip()
     port = free_port()
@@ -193,7 +205,7 @@ def test_the_page_followed_by_hand_trains_a_model(tmp_path: Path) -> None:
 def test_the_pages_certificates_and_acl_let_aggregator_and_worker_in(tmp_path: Path) -> None:
     desk, port, metrics_port, worker_port = Desk(tmp_path), free_port(), free_port(), free_port()
     (tmp_path / "a").mkdir()
-    elsewhere = blocks("toml")[3]
+    elsewhere = blocks("toml")[4]
     for there, here in (
         (r"^port = .*", f"port = {port}"),
         (r"^host = .*", 'host = "localhost"'),
