@@ -127,17 +127,18 @@ def _named(fold: Fold) -> str:
 def as_text(report: dict[str, Any]) -> str:
     """The table in Markdown."""
     lines = [
-        "| | ε | local | secure | central | central − secure |",
-        "|---|---|---|---|---|---|",
+        "| | ε | local | secure | central | central − secure | noise of secure over central's |",
+        "|---|---|---|---|---|---|---|",
     ]
     for level, by_epsilon in report["accuracy_percent"].items():
         for epsilon, row in by_epsilon.items():
             cells = [f"{row[arm]['mean']:.1f} ± {row[arm]['standard_deviation_of_runs'] or 0:.1f}" for arm in ARMS]
             gap = row["central_minus_secure"]
             cells.append(f"{gap['points']:+.2f} ± {gap['standard_error'] or 0:.2f}")
+            cells.append(f"{row['noise_of_secure_over_central']:.3f}")
             what = f"{DESCRIBED[level]}, δ = {report['delta'][level]:g}"
             lines.append(f"| {what} | {epsilon} | {' | '.join(cells)} |")
-        lines.append(f"| the same without noise | | | | {report['without_noise_percent'][level]:.1f} | |")
+        lines.append(f"| the same without noise | | | | {report['without_noise_percent'][level]:.1f} | | |")
     return "\n".join(
         [*lines, "", f"largest: {report['central_minus_secure_points']:.2f} points, asked {report['asked_points']:g}"]
     )
