@@ -280,7 +280,7 @@ def test_a_deadlock_is_a_conflict_that_is_tried_again(stores: list[AggregatorSto
     assert stores[0].rounds.history(TASK)[0].late == 1
 
 
-def test_a_commit_takes_the_stronger_lock_exactly_where_it_counts_late_updates(
+def test_a_commit_of_open_updates_takes_the_stronger_lock_exactly_where_it_counts_late_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[bool] = []

@@ -186,15 +186,13 @@ class Task(RuleBasedStateMachine):
             self.now_s = self.state.deadline_s
         self.tell(Ticked())
 
-    @rule()
-    def start(self) -> None:
-        self.tell(Reachable())
-
-    @rule()
-    def be_seen_at_last(self) -> None:
-        if self.state.phase is Phase.OPEN and not self.arrived:
+    @rule(was_unseen=st.booleans())
+    def start(self, was_unseen: bool) -> None:
+        if was_unseen and self.state.phase is Phase.OPEN and not self.arrived:
             self.tell(Unseen())
             assert self.state.deadline_s - self.now_s >= 0.89 * self.policy.duration_s
+        else:
+            self.tell(Reachable())
 
     @rule(late=st.booleans())
     def wait_for_helpers(self, late: bool) -> None:
