@@ -73,7 +73,8 @@ def test_a_round_is_joined_with_the_verified_model() -> None:
     assert driver.disk.chunks == {}
     # What would let a crash repeat the round is stored before it begins.
     remembered = [action.state for action in actions if isinstance(action, Remember)]
-    assert remembered == [SessionState(STUDY, highest_round=1, decided_round=1, participated_s=driver.now_s)]
+    after = SessionState(STUDY, highest_round=1, decided_round=1, participated_s=driver.now_s, participations=1)
+    assert remembered == [after]
     assert actions.index(Remember(remembered[0])) < actions.index(joined)
 
 
