@@ -16,6 +16,7 @@ import pytest
 
 from aggregator.adapters.https_helper import HelperRefusedRequestError, HelperUnreachableError, HttpsHelper
 from aggregator.adapters.https_link import HttpsLink
+from aggregator.assembly import AggregatorFiles
 from aggregator.certificates import issue, make_ca
 from aggregator.errors import AggregatorError
 from aggregator.helper import https_api
@@ -147,6 +148,42 @@ def test_a_coordinator_asks_over_https(site: Site) -> None:
     answers = calls.answers(manifest.task)
     assert answers is not None
     assert answers[0].count == 4
+
+
+def aggregator_toml(folder: Path, certificates: Path, port: int, **changes: str) -> Path:
+    """An aggregator's configuration that names the helper's address."""
+    fields = {
+        "name": HELPER,
+        "operator": "operator-a",
+        "key": public_key_hex(IDENTITY.public_key()),
+        "url": f"https://{HOST}:{port}",
+        "ca": str(certificates / "ca.pem"),
+        "certificate": str(certificates / "aggregator.pem"),
+        "certificate_key": str(certificates / "aggregator.key"),
+        **changes,
+    }
+    helper = ", ".join(f'{name} = "{value}"' for name, value in fields.items())
+    path = folder / "aggregator.toml"
+    path.write_text(
+        f'helpers = [{{ {helper} }}]\n[aggregator]\ntenant = "{TENANT}"\ndatabase = "a.db"\nsigning_key = "a.key"\n'
+        f'[broker]\nhost = "{HOST}"\nport = 1\n'
+    )
+    return path
+
+
+def test_a_configured_link_fetches_its_helpers_key_by_itself(site: Site, tmp_path: Path, certificates: Path) -> None:
+    links = AggregatorFiles.load(aggregator_toml(tmp_path, certificates, site.port)).helper_links()
+    ends_s, found = time.monotonic() + WITHIN_S, list[bytes]()
+    while not found and time.monotonic() < ends_s:
+        found = links[HELPER].poll()
+        time.sleep(0.01)
+    assert found == [site.desk.key()]
+
+
+def test_a_link_whose_files_are_not_there_is_one_sentence(tmp_path: Path, certificates: Path) -> None:
+    path = aggregator_toml(tmp_path, certificates, 1, ca=str(tmp_path / "none.pem"))
+    with pytest.raises(ConfigError, match=f"helper {HELPER}"):
+        AggregatorFiles.load(path).helper_links()
 
 
 def test_a_link_says_why_its_helper_cannot_be_reached(certificates: Path) -> None:
