@@ -14,24 +14,32 @@ def read_model(graph: bytes) -> Any:
 
 def operators(graph: bytes) -> list[str]:
     """The operators of all subgraphs in order; a custom one (Flex too) shows as ``CUSTOM:name``."""
-    model = read_model(graph)
-    codes = operator_names(model)
-    return [codes[operator.opcodeIndex] for graph_ in model.subgraphs for operator in graph_.operators]
+    # The tables are read where they lie: the object form would copy every tensor to count the operators.
+    model = schema.Model.GetRootAs(graph, 0)
+    codes = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
+    names = [_operator_name(code.BuiltinCode(), code.DeprecatedBuiltinCode(), code.CustomCode()) for code in codes]
+    return [
+        names[subgraph.Operators(i).OpcodeIndex()]
+        for subgraph in (model.Subgraphs(i) for i in range(model.SubgraphsLength()))
+        for i in range(subgraph.OperatorsLength())
+    ]
 
 
 def operator_names(model: Any) -> list[str]:
     """The name of each entry of a model's operator codes."""
-    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
-    return [_operator_name(code, names) for code in model.operatorCodes]
+    return [
+        _operator_name(code.builtinCode, code.deprecatedBuiltinCode, code.customCode) for code in model.operatorCodes
+    ]
 
 
-def _operator_name(code: Any, names: dict[int, str]) -> str:
+_BUILTINS = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+
+
+def _operator_name(code: int, deprecated_code: int, custom: str | bytes | None) -> str:
     """The builtin's name, or ``CUSTOM:name``."""
     # Files from before 2.4 have the code in the deprecated byte only; the larger of the two is the real one.
-    name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
-    if name == "CUSTOM":
-        return f"CUSTOM:{text(code.customCode or '')}"
-    return name
+    name = _BUILTINS[max(code, deprecated_code)]
+    return f"CUSTOM:{text(custom or '')}" if name == "CUSTOM" else name
 
 
 def signatures(graph: bytes) -> dict[str, tuple[list[str], list[str]]]:

@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from models.flatbuffer import operators, read_model
+from models.flatbuffer import operator_names, read_model
 from models.template import pack_model
 
 _SAME_MEMORY = frozenset({"RESHAPE", "EXPAND_DIMS", "SQUEEZE", "BITCAST"})
@@ -25,10 +25,10 @@ _WRITES_OVER = {"ADD": 2, "SUB": 2, "MUL": 2, "DIV": 2, "SOFTMAX": 1, "DYNAMIC_U
 def kept_apart(graph: bytes) -> bytes:
     """The graph, with further outputs where a value would be overwritten too early."""
     model = read_model(graph)
-    kinds = iter(operators(graph))
+    names = operator_names(model)
     changed = False
     for subgraph in model.subgraphs:
-        own = [next(kinds) for _ in subgraph.operators]
+        own = [names[operator.opcodeIndex] for operator in subgraph.operators]
         endangering = _endangering(subgraph, own, model.buffers)
         subgraph.outputs = [*subgraph.outputs, *endangering]
         changed = changed or bool(endangering)
