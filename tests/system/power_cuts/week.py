@@ -8,7 +8,7 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from device_client.config import (
 from device_client.device import Device
 from device_client.device_ports import Connection, DevicePorts
 from device_client.device_store import create_identity
+from device_client.eligibility import Conditions
 from device_client.errors import StoreError
 from device_client.ports import Float32, Graph
 from firmware_sim.virtual_board import VirtualBoard, scripted_days
@@ -57,6 +58,12 @@ from tests.virtual_fleet import AGGREGATOR_KEY, STUDY, SeededEntropy
 _HOUR_S, _DAY_S = 3600.0, 86_400.0
 _STORE_KEY = hashlib.sha256(b"a wearer's store").digest()
 Moment = Literal["before", "during", "after"]
+
+
+@functools.cache
+def _wearers_days(seed: int, days: int) -> Sequence[tuple[float, Conditions]]:
+    """Hundreds of weeks that differ in their cuts have the same habits."""
+    return tuple(scripted_days(seed, midnight_s=MIDNIGHT_S, days=days))
 
 
 @dataclass(frozen=True)
@@ -115,8 +122,7 @@ class Week:
         self.true, self.clock = VirtualClock(MIDNIGHT_S), DeviceClock(MIDNIGHT_S)
         self._cut_by_s = np.inf
         self._ends_s = MIDNIGHT_S + variant.days * _DAY_S
-        board = scripted_days(seed, midnight_s=MIDNIGHT_S, days=math.ceil(variant.days) + 2)
-        self._board = VirtualBoard(board, self.true)
+        self._board = VirtualBoard(_wearers_days(seed, math.ceil(variant.days) + 2), self.true)
         self._bell, self._lives, self._numbers = WakefulBell(), itertools.count(1), itertools.count(1)
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._errands: list[Callable[[Device], None]] = []  # what the wearer wants done, until it is
