@@ -23,6 +23,8 @@ from tests.contracts.brokers import free_port
 
 WITHIN_S = 30.0
 """How long the server may take to start."""
+PLENTY_BYTES = 4 * 2**30
+"""Of memory, unused: four times what all databases of a run take."""
 
 
 class PostgresqlServer:
@@ -102,6 +104,17 @@ def find_postgresql() -> Path | None:
     return Path(here).resolve().parent if here else None
 
 
+def folder_in_memory() -> str | None:
+    """Where files are in memory, if there is plenty of it; else None, for the usual place.
+
+    A database is 300 files, and a run makes a hundred of them: on a busy disk, removing them took a minute and more.
+    """
+    shared = Path("/dev/shm")  # noqa: S108 - where Linux keeps it; the folder made there has a name of its own
+    room = shutil.disk_usage(shared).free if shared.is_dir() else 0
+    unused = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return str(shared) if min(room, unused) >= PLENTY_BYTES else None
+
+
 def start_postgresql() -> Iterator[PostgresqlServer]:
     """A server and its end; skips where none is installed."""
     programs = find_postgresql()
@@ -110,7 +123,7 @@ def start_postgresql() -> Iterator[PostgresqlServer]:
         assert not os.environ.get("COVEY_TESTS_NEED_POSTGRESQL"), reason
         pytest.skip(reason)
     # Not below pytest's folders: those can be searched by root only.
-    with tempfile.TemporaryDirectory(prefix="covey-postgresql-") as name:
+    with tempfile.TemporaryDirectory(prefix="covey-postgresql-", dir=folder_in_memory()) as name:
         server = PostgresqlServer(programs, Path(name))
         try:
             yield server
