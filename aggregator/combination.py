@@ -22,7 +22,7 @@ from aggregator.partial_sums import open_sum, sum_place
 from aggregator.robust_rules import combine_with_weights
 from aggregator.scaffold import PlainSteps, ServerControl, next_control
 from aggregator.secure_sections import Secure
-from aggregator.secure_terms import next_clip, noise_sigma
+from aggregator.secure_terms import NEXT_CLIP, next_clip, noise_sigma
 from aggregator.server_optimisers import initial_state, state_from_bytes, state_to_bytes, step
 from aggregator.staleness import StalenessWeight, combine_stale
 from aggregator.store.aggregator_store import AggregatorStore
@@ -38,8 +38,6 @@ from fl_protocol.secagg.messages import MaskSumMsg
 from fl_protocol.secagg.parties import unmask
 
 Float64 = NDArray[np.float64]
-NEXT_CLIP = "next_l2_norm_clip"
-"""Under which a round's metrics have the clip of the next one."""
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,23 @@ committed with. Costs, filter and adversaries: `aggregator.privacy`.
 
 from __future__ import annotations
 
-from aggregator.errors import AggregatorError
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from aggregator.errors import AggregatorError, DatabaseError
 from aggregator.privacy.accounting import device_epsilon
 from aggregator.privacy.adversaries import Adversary
 from aggregator.privacy.composition import Limits
 from aggregator.privacy.events import HelperNoise, SecureSum, SkellamShares
 from aggregator.privacy.filter import DeviceBudget
 from aggregator.secure_sections import DevicePrivacy
-from aggregator.secure_terms import noise_sigma, terms_of
+from aggregator.secure_terms import NEXT_CLIP, noise_sigma, terms_of
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.rounds import AskedRound
 from aggregator.task_file import TaskConfig
-from fl_protocol.errors import LocalMisuseError
+from fl_protocol.errors import CoveyError, LocalMisuseError
 from fl_protocol.messages import RoundManifestMsg, decode
 from fl_protocol.secagg.messages import SecureTermsMsg
 from fl_protocol.secagg.terms import fixed_point_of, helper_keys
@@ -49,7 +54,7 @@ class TaskBudget:
         """Every sum that the aggregator asked for, in the order of the rounds. Raises DatabaseError."""
         if self._config.secure is None:
             return []
-        return [self._event(asked) for asked in self._store.rounds.asked(self._config.name)]
+        return in_order([self._event(asked) for asked in self._store.rounds.asked(self._config.name)])
 
     def why_not_another(self, number: int, *, opens_s: float) -> str:
         """Why the budget has no room for a round; empty if it has, or if there is none.
@@ -61,11 +66,37 @@ class TaskBudget:
         Raises:
             DatabaseError: what happened so far cannot be read.
         """
+        return self._why_not(lambda: self._next(number, opens_s))
+
+    def why_not_ask(self, number: int, *, asked_s: float, arrived: int) -> str:
+        """Why the budget has no room for the sum of a round as it went; empty if it has, or if there is none.
+
+        Args:
+            number: of the round, which takes no more updates.
+            asked_s: when its helpers would be asked, Unix seconds.
+            arrived: updates in the sum.
+
+        Raises:
+            DatabaseError: what happened so far cannot be read.
+        """
+        rounds = self._store.rounds.live() if self._budget is not None else []
+        for one in rounds:
+            if (one.task, one.number) == (self._config.name, number) and one.manifest is not None:
+                opened_s = decode(one.manifest, RoundManifestMsg).opened_s
+                asked = AskedRound(number, one.manifest, opened_s, asked_s, arrived)
+                return self._why_not(partial(self._event, asked))
+        return ""
+
+    def _why_not(self, following: Callable[[], SecureSum]) -> str:
+        """Why a sum cannot follow those so far within the budget. Raises DatabaseError."""
         if self._budget is None:
             return ""
         try:
-            why = self._budget.admits(self.events(), self._next(number, opens_s))
-        except LocalMisuseError as error:
+            *before, last = in_order([*self.events(), following()])
+            why = self._budget.admits(before, last)
+        except DatabaseError:
+            raise
+        except CoveyError as error:
             return f"the device-level budget cannot be accounted: {error}"
         if not why:
             return ""
@@ -87,7 +118,7 @@ class TaskBudget:
             names,
             number=asked.number,
             arrived=asked.arrived,
-            during=(manifest.opened_s, asked.asked_s),
+            during=(min(manifest.opened_s, asked.opened_s), asked.asked_s),
         )
 
     def _next(self, number: int, opens_s: float) -> SecureSum:
@@ -95,7 +126,8 @@ class TaskBudget:
         config, secure = self._config, self._config.secure
         if secure is None:
             raise LocalMisuseError("a device-level budget needs the engine secure")
-        terms = terms_of(config, secure, self._update_length, helpers=[b""])
+        clip = None if secure.adaptive_clipping is None else self._store.rounds.last_metric(config.name, NEXT_CLIP)
+        terms = terms_of(config, secure, self._update_length, helpers=[b""], clip=clip)
         ends_s = opens_s + config.round_duration_s
         return self._sum(terms, ("helper",), number=number, arrived=config.minimum_cohort, during=(opens_s, ends_s))
 
@@ -115,7 +147,7 @@ class TaskBudget:
         point = fixed_point_of(terms, self._update_length)
         return SecureSum(
             round=number,
-            opened_s=during[0],
+            opened_s=min(during),
             closed_s=max(during),
             l2_sensitivity=point.norm_bound,
             dimension=point.vector_length,
@@ -123,6 +155,20 @@ class TaskBudget:
             helpers=tuple(HelperNoise(name, terms.helper_noise_sigma) for name in helpers),
             central_sigma=sigma,
         )
+
+
+def in_order(events: Sequence[SecureSum]) -> list[SecureSum]:
+    """Events with times that ascend, whatever was done to the clock meanwhile.
+
+    A round is taken to have opened no later than any after it, and to have closed no sooner than any before it: that
+    only allows a device more rounds than it can have been in.
+    """
+    opened = list(itertools.accumulate(reversed([one.opened_s for one in events]), min))[::-1]
+    closed = itertools.accumulate((one.closed_s for one in events), max)
+    return [
+        replace(one, opened_s=opened_s, closed_s=closed_s)
+        for one, opened_s, closed_s in zip(events, opened, closed, strict=True)
+    ]
 
 
 def limits_of(config: TaskConfig) -> Limits:

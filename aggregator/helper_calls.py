@@ -175,10 +175,23 @@ class HelperCalls:
         return sign(manifest, self._signing_key)
 
     def ask(self, about: RoundAsked, requests: Mapping[str, UnmaskRequestMsg]) -> None:
-        """Ask helpers, by name, for the masks of a round; whatever else they were asked about its task is forgotten."""
+        """Ask helpers, by name, for the masks of a round; whatever else they were asked about its task is forgotten.
+
+        Raises:
+            ProtocolError: a helper is not configured any more, or a request is longer than a transfer.
+        """
+        unknown = [name for name in requests if name not in self._helpers]
+        if unknown:
+            raise ProtocolError(
+                f"the configuration does not name helper {' and '.join(unknown)} of round {about.number} any more"
+            )
         self.forget(about.task)
-        for name, request in requests.items():
-            self._helpers[name].calls[about.task] = _Call(about, sign(request, self._signing_key))
+        signed = {name: sign(request, self._signing_key) for name, request in requests.items()}
+        longest = max(map(len, signed.values()), default=0)
+        if longest > MAX_TRANSFER_BYTES:
+            raise ProtocolError(f"a request to a helper has {longest} bytes, and {MAX_TRANSFER_BYTES} can be sent")
+        for name, request_bytes in signed.items():
+            self._helpers[name].calls[about.task] = _Call(about, request_bytes)
         self.look_after()
 
     def forget(self, task: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace as with_fields
 
 from msgspec.structs import replace
 
-from aggregator.adaptive_clipping import AdaptiveClip, bit_magnitude, share_within_clip
+from aggregator.adaptive_clipping import AdaptiveClip, bit_magnitude, share_within_clip, update_noise_multiplier
 from aggregator.privacy.grid_step import choose_step
 from aggregator.secure_sections import AdaptiveClipping, Secure
 from aggregator.task_file import TaskConfig
@@ -17,6 +17,9 @@ from fl_protocol.record_sums import SUM_DIVISOR
 from fl_protocol.secagg.fixed_point import MOST_BITS, FixedPoint
 from fl_protocol.secagg.messages import SecureTermsMsg
 from fl_protocol.secagg.terms import fixed_point_of, noise_bound
+
+NEXT_CLIP = "next_l2_norm_clip"
+"""Under which a round's metrics have the clip of the next one."""
 
 
 def default_step(l2_norm_clip: float, length: int) -> float:
@@ -101,7 +104,7 @@ def next_clip(secure: Secure, clip: float, within: float, *, count: int) -> tupl
 
 
 def _grid(config: TaskConfig, secure: Secure, length: int, clip: float) -> FixedPoint:
-    """A round's grid, without noise."""
+    """A round's grid, without noise; fine enough for the clip bit, if there is one."""
     grid = FixedPoint(
         length,
         l2_norm_clip=clip,
@@ -109,21 +112,15 @@ def _grid(config: TaskConfig, secure: Secure, length: int, clip: float) -> Fixed
         most_updates=most_updates(config),
         rotates=secure.rotates,
     )
-    return with_fields(grid, clip_bit=_clip_bit(config, secure, grid), bits=0)
-
-
-def _clip_bit(config: TaskConfig, secure: Secure, grid: FixedPoint) -> int:
-    """Grid steps of the clip bit; 0 where the clip stays."""
-    wanted = secure.adaptive_clipping
-    if wanted is None:
-        return 0
-    if not secure.noise_multiplier:
-        return 1
-    return bit_magnitude(
-        norm_bound=grid.update_norm_bound,
-        noise_multiplier=secure.noise_multiplier,
-        bit_noise=wanted.bit_noise if wanted.bit_noise is not None else config.goal / 20,
-    )
+    wanted, noise = secure.adaptive_clipping, secure.noise_multiplier
+    if wanted is None or not noise:
+        return with_fields(grid, clip_bit=0 if wanted is None else 1, bits=0)
+    bit_noise = wanted.bit_noise if wanted.bit_noise is not None else config.goal / 20
+    split = update_noise_multiplier(noise_multiplier=noise, bit_noise=bit_noise)
+    while grid.update_norm_bound * split < 2 * bit_noise:  # less than one step
+        grid = with_fields(grid, step=grid.step / 2, bits=0)
+    magnitude = bit_magnitude(norm_bound=grid.update_norm_bound, noise_multiplier=noise, bit_noise=bit_noise)
+    return with_fields(grid, clip_bit=magnitude, bits=0)
 
 
 def _sent(config: TaskConfig, value: float) -> float:

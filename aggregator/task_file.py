@@ -315,6 +315,10 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
             raise ValueError(
                 "a sum of one update is that update: the engine secure needs a minimum_cohort of at least 2"
             )
+        if self.secure.adaptive_clipping is not None and self.secure.step is not None:
+            raise ValueError(
+                "secure.step fixes a grid, and with adaptive_clipping it has to follow the clip: leave it out"
+            )
         self._check_most_updates(self.secure)
 
     def _check_most_updates(self, secure: Secure) -> None:

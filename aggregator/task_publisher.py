@@ -8,11 +8,11 @@ from typing import Literal
 from msgspec.structs import replace
 
 from aggregator.announcer import Announcer, Whole
-from aggregator.combination import NEXT_CLIP
+from aggregator.errors import CombineError
 from aggregator.helper_calls import HelperCalls
 from aggregator.rounds import Phase, RoundState
 from aggregator.secure_sections import Secure
-from aggregator.secure_terms import terms_of
+from aggregator.secure_terms import NEXT_CLIP, terms_of
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.models import ModelRecord, little_endian
 from aggregator.store.rounds import LiveRound
@@ -62,6 +62,9 @@ class TaskPublisher:
 
     def publish(self, state: RoundState, *, probability: float) -> str:
         """Publish what devices fetch, then the manifest; withdraw what is too old. Raises DatabaseError.
+
+        Raises:
+            CombineError: no secure round of this task can be described.
 
         Returns:
             Why nothing was published: helpers of a secure round have to be waited for. Empty if it was.
@@ -120,7 +123,7 @@ class TaskPublisher:
         return with_terms, ""
 
     def _terms(self, deadline_s: float) -> tuple[SecureTermsMsg | None, str]:
-        """How a round that is to be published masks updates; or why that cannot be said yet."""
+        """How a round that is to be published masks updates; or why that cannot be said yet. Raises CombineError."""
         secure = self._config.secure
         if secure is None or self._calls is None:
             return None, "this process knows no helpers"
@@ -129,8 +132,8 @@ class TaskPublisher:
             return None, why
         try:
             return terms_of(self._config, secure, self._update_length, helpers=keys, clip=self._clip(secure)), ""
-        except LocalMisuseError as error:  # which creating the task refuses; here it must not end the process
-            return None, str(error)
+        except LocalMisuseError as error:  # waiting would not mend it
+            raise CombineError(f"its updates cannot be masked: {error}") from error
 
     def _clip(self, secure: Secure) -> float | None:
         """What the last committed round says that the clip is from now on; None for what the task's file says."""

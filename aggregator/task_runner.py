@@ -29,6 +29,7 @@ from aggregator.round_events import (
     ExtendRound,
     FinishTask,
     OpenRound,
+    PauseAsked,
     Reachable,
     ResumeAsked,
     RollBack,
@@ -167,6 +168,8 @@ class TaskRunner:
 
     def due(self) -> RoundEvent:
         """What time brings: whether a closed round's helpers have answered, or only that it has passed."""
+        if self._waits_for and self._state.pausing:
+            return PauseAsked(at_once=True)  # nobody has seen the round that it would wait for
         return self._unmasking.event() if self._state.phase is Phase.UNMASKING else Ticked()
 
     def advance(self, event: RoundEvent, *, order: tuple[int, str] | None = None) -> None:
@@ -217,17 +220,32 @@ class TaskRunner:
             self._note("publish_failed", reason=str(error))  # the order is carried out all the same
 
     def _next(self, event: RoundEvent, now_s: float) -> tuple[RoundState, list[RoundAction]]:
-        """What the round table says; no round opens that the device-level budget has no room for."""
+        """What the round table says; no round opens, nor is asked for, that the budget has no room for."""
         state, actions = transition(self._state, event, now_s, policy=self._policy)
         for action in actions:
-            if isinstance(action, OpenRound):
-                why = self._budget.why_not_another(action.number, opens_s=action.opened_s)
-                if why:
-                    return transition(self._state, event, now_s, policy=replace(self._policy, halted=why))
+            match action:
+                case OpenRound():
+                    why = self._budget.why_not_another(action.number, opens_s=action.opened_s)
+                # A round that took longer than planned, or had fewer updates, costs more than when it opened.
+                case AskHelpers() if self._state.phase is Phase.OPEN:
+                    why = self._budget.why_not_ask(action.number, asked_s=now_s, arrived=self._state.arrived)
+                    event = CombineFailed(why) if why else event
+                case _:
+                    why = ""
+            if why:
+                return transition(self._state, event, now_s, policy=replace(self._policy, halted=why))
         return state, actions
 
     def _publish(self) -> None:
-        """Publish the task as it stands; before the first round there is nothing to publish."""
+        """Publish the task as it stands; a round that no manifest can be made for is given up."""
+        try:
+            self._publish_as_it_stands()
+        except CombineError as error:
+            self._waits_for = ""
+            self.advance(CombineFailed(str(error)))
+
+    def _publish_as_it_stands(self) -> None:
+        """Publish; before the first round there is nothing to publish. Raises CombineError."""
         waited, self._waits_for = self._waits_for, ""
         if self._begins_anew():
             return
@@ -306,7 +324,9 @@ class TaskRunner:
                 self._ports.store.rounds.mark(connection, self.name, action.number, "closing")
                 self._ports.store.rounds.extend(connection, self.name, action.number, action.until_s)
                 # Security: noted before anybody is asked: from then on the sum may be known.
-                self._ports.store.rounds.ask(connection, self.name, action.number, asked_s=now_s)
+                self._ports.store.rounds.ask(
+                    connection, self.name, action.number, opened_s=state.opened_s, asked_s=now_s
+                )
                 change.notes.append(
                     ("round_unmasking", {"round": action.number, "arrived": state.arrived, "until_s": action.until_s})
                 )

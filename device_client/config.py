@@ -43,6 +43,7 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         tags: what this device can do or is, such as ``["imu", "left-wrist"]``: a round that asks for other tags is left
             out, and nothing is said about it. One that asks for a tag learns that whoever takes part has it. None by
             default.
+        maximum_participations: rounds of the study that this device ever takes part in; any number by default.
         helpers: helpers of secure aggregation that are trusted not to work together; a round with any other is refused.
             None by default.
     """
@@ -59,6 +60,7 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     stream: Name = "default"
     epsilon: Epsilon | None = None
     tags: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    maximum_participations: Annotated[int, Meta(ge=1)] | None = None
     helpers: tuple[HelperPin, ...] = ()
 
     def __post_init__(self) -> None:

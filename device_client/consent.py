@@ -54,6 +54,7 @@ def terms_of(study: StudyConfig, privacy: PrivacyConfig) -> dict[str, str]:
         "run by (aggregator key)": study.aggregator_key,
         "model from (publisher key)": study.publisher_key,
         # Whoever takes part in a round that asks for a tag says by it that the device has it.
+        **({"most rounds": f"{study.maximum_participations}"} if study.maximum_participations is not None else {}),
         **_helpers(study, privacy),
         **({"may be asked for by its tags": ", ".join(sorted(study.tags))} if study.tags else {}),
     }

@@ -108,7 +108,9 @@ class CurrentRound:
         begins_s = self.clock_is_plausible_from_s if self.phase == "undecided" else math.inf
         return min(begins_s, self.gives_up_at_s)
 
-    def why_not(self, now_s: float, *, participated_s: float, separation_s: float, participations: int) -> str:
+    def why_not(
+        self, now_s: float, *, participated_s: float, separation_s: float, participations: int, most: int | None
+    ) -> str:
         """Why no coin is tossed for this round, in words; empty if it is.
 
         Args:
@@ -116,13 +118,13 @@ class CurrentRound:
             participated_s: when this device last took part, 0 if never.
             separation_s: least time since then.
             participations: how often it took part.
+            most: how often it takes part at most; None for any number.
         """
         if now_s >= waiting_ends_s(self.manifest):
             return "its deadline has passed"
         # A participation that lies ahead was noted under a clock that has been set back since.
         if participated_s and abs(now_s - participated_s) < separation_s:
             return "took part too recently"
-        most = self.manifest.most_participations
         if most is not None and participations >= most:
             return f"took part {participations} times, as often as the study asks any device to"
         return ""

@@ -420,6 +420,7 @@ class Device:
             counts_records=True,
             tags=frozenset(study.tags),
             input_shape=bundle.manifest.input.shape,
+            maximum_participations=study.maximum_participations,
             helpers=pinned(study.helpers),
             period=pseudonym.period if pseudonym is not None else None,
         )

@@ -47,6 +47,9 @@ class SessionState(msgspec.Struct, frozen=True):
         counted_round: newest round for which the wearer's new records were counted; each count is charged.
         participated_s: when this device last took part, Unix seconds.
         participations: how often it took part.
+        most_participations: the lowest number of times that the study ever asked devices to keep to; None if it never
+            did. What it asked for once holds, whatever a later manifest says.
+        separation_s: the longest time between participations that it ever asked for.
     """
 
     study: str = ""
@@ -56,6 +59,8 @@ class SessionState(msgspec.Struct, frozen=True):
     counted_round: int = 0
     participated_s: float = 0.0
     participations: int = 0
+    most_participations: int | None = None
+    separation_s: float = 0.0
 
 
 @dataclass(frozen=True)

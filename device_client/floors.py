@@ -29,7 +29,8 @@ class Floors:
             updates are sent masked or not at all.
         minimum_operators: different operators among them.
         minimum_sum_noise_multiplier: least noise in the sum of the smallest cohort, as standard deviation over what one
-            whole update can change; one helper's noise is counted, since one is assumed to be honest.
+            whole update can change: the shares of the others in it, or one helper's noise, since one is assumed to be
+            honest.
     """
 
     minimum_noise_multiplier: float = 0.0
@@ -85,6 +86,10 @@ class Floors:
 
 
 def _sum_noise_multiplier(manifest: RoundManifestMsg, terms: SecureTermsMsg) -> float:
-    """Noise in the sum of the smallest cohort over what one update can change in it."""
-    variance = manifest.minimum_cohort * terms.device_noise_variance + terms.helper_noise_sigma**2
+    """Noise in the sum of the smallest cohort over what one update can change in it.
+
+    As the accounts count it: others' shares, or one helper's noise, whichever is more.
+    """
+    shares = (manifest.minimum_cohort - 1) * terms.device_noise_variance
+    variance = max(shares, terms.helper_noise_sigma**2)
     return math.sqrt(variance) / fixed_point_of(terms, manifest.update_length).norm_bound

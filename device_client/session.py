@@ -385,17 +385,22 @@ class DeviceSession:
     def _toss(self, here: CurrentRound, now_s: float) -> list[Action]:
         """Toss this round's coin, once, and remember that it was tossed before anything follows from it."""
         manifest = here.manifest
-        separation_s = max(manifest.minimum_separation_s, self._config.minimum_separation_s)
+        # What was asked for once holds: an account is only as good as what its devices keep to.
+        asked_s = max(manifest.minimum_separation_s, self._state.separation_s)
+        asked = least_of(manifest.most_participations, self._state.most_participations)
         reason = here.why_not(
             now_s,
             participated_s=self._state.participated_s,
-            separation_s=separation_s,
+            separation_s=max(asked_s, self._config.minimum_separation_s),
             participations=self._state.participations,
+            most=least_of(asked, self._config.maximum_participations),
         )
         if not reason and uniform(self._entropy) >= manifest.participation_probability:
             reason = "the coin said no"
         willing = 0 if reason else manifest.round
-        decided = self._remember(decided_round=manifest.round, willing_round=willing)
+        decided = self._remember(
+            decided_round=manifest.round, willing_round=willing, most_participations=asked, separation_s=asked_s
+        )
         return [decided] if willing else [decided, *self._skip(here, reason)]
 
     def _go_on(self, now_s: float) -> list[Action]:
@@ -531,7 +536,7 @@ class DeviceSession:
         if self._round is not None:
             self._round.idle(reason)
 
-    def _remember(self, **changes: float) -> Remember:
+    def _remember(self, **changes: float | None) -> Remember:
         """Change the state and have it stored."""
         self._state = replace(self._state, **changes)
         return Remember(self._state)
@@ -544,6 +549,11 @@ class DeviceSession:
         if self._working_on is not None and here.phase != "training":
             return f"training for round {self._working_on.round}"
         return here.in_words(self._blocked)
+
+
+def least_of(*limits: int | None) -> int | None:
+    """The smallest of those that are given."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _state_for(study: str, state: SessionState) -> SessionState:

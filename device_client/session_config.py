@@ -29,6 +29,7 @@ class SessionConfig:
         counts_records: whether the wearer's new records are counted before taking part.
         tags: what this device can do; a round that asks for others is left out.
         input_shape: of one recorded window, channels last, for what statistics may ask about; None if not known.
+        maximum_participations: how often the wearer lets it take part in the study; None for any number.
         helpers: of secure aggregation that this device is pinned to, by name; a round with any other is refused.
         period: of the pseudonym that `device` is; None for a fixed id.
     """
@@ -46,6 +47,7 @@ class SessionConfig:
     counts_records: bool = False
     tags: frozenset[str] = frozenset()
     input_shape: tuple[int, ...] | None = None
+    maximum_participations: int | None = None
     helpers: Mapping[str, HelperIdentity] = field(default_factory=dict)
     period: Period | None = None
 

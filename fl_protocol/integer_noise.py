@@ -31,6 +31,8 @@ _TABLE_SIGMA = 512.0  # tables of this size stay in the processor's cache beside
 _TAIL = 9.3  # a table ends at this many standard deviations: the mass beyond is under 2^-63
 _SKELLAM_TAIL = 40  # and a Skellam table, whose tails are wider, so many integers later
 _WIDEST_SKELLAM = 1024.0**2
+LEAST_SKELLAM = 2.0**-20
+"""Less noise than this is a value other than 0 once in a million draws: somebody meant something else."""
 _MOST_SKELLAM_PARTS = 64
 _TOTAL = 1 << 63
 _GUIDE_BITS = 16
@@ -69,7 +71,7 @@ def skellam(variance: float, count: int, entropy: Entropy) -> NDArray[np.int64]:
     """`count` independent draws of the symmetric Skellam distribution.
 
     Args:
-        variance: in grid units squared; above 0 and at most 2^26.
+        variance: in grid units squared; 2^-20 to 2^26.
         count: how many, at least 0.
         entropy: cryptographic source of bytes.
 
@@ -99,9 +101,9 @@ def _composed(sigma: float) -> tuple[int, float, float]:
 def _skellam_parts(variance: float) -> int:
     """Of how many narrow ones Skellam noise is the sum."""
     widest = _WIDEST_SKELLAM * _MOST_SKELLAM_PARTS
-    if not 0 < variance <= widest:
+    if not LEAST_SKELLAM <= variance <= widest:
         raise LocalMisuseError(
-            f"variance: expected above 0 and at most {widest:g} grid units squared, got {variance}; take a larger step"
+            f"variance: expected {LEAST_SKELLAM:g} to {widest:g} grid units squared, got {variance}; take another step"
         )
     return math.ceil(variance / _WIDEST_SKELLAM)
 

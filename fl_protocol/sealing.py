@@ -43,6 +43,7 @@ _SUITES: dict[KemName, hpke.Suite] = {
     "x25519": hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_128_GCM),
 }
 _MLKEM_SEED_BYTES, _MLKEM_PUBLIC_BYTES, _X25519_BYTES = 64, 1184, 32
+_MLKEM_CIPHERTEXT_BYTES, _TAG_BYTES = 1088, 16
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,11 @@ def seal_to(recipient: RecipientKeyMsg, plain: bytes, *, info: bytes) -> bytes:
         return _SUITES[recipient.kem].encrypt(plain, _public_key(recipient), info=info)
     except ValueError as error:  # X25519 refuses points of small order
         raise ProtocolError(f"recipient key: cannot be sealed to ({error})") from error
+
+
+def sealed_bytes(kem: KemName, plain: int) -> int:
+    """Length of what `seal_to` makes of so many bytes: encapsulated key, ciphertext, tag (RFC 9180, section 6.1)."""
+    return (_X25519_BYTES if kem == "x25519" else _MLKEM_CIPHERTEXT_BYTES + _X25519_BYTES) + plain + _TAG_BYTES
 
 
 def open_sealed(sealed: bytes | memoryview, key: RoundKey, *, info: bytes) -> bytes:

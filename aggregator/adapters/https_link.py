@@ -1,17 +1,24 @@
-"""A helper that the coordinator asks over HTTPS instead of the broker: a thread of its own waits for its answers."""
+"""A helper that the coordinator asks over HTTPS instead of the broker: a thread of its own waits for its answers.
+
+What it is asked is posted once at a time, in the order of asking; what it has brought is kept until it is fetched, the
+newest key alone and the newest answers up to a bound, since a coordinator that stands by fetches nothing.
+"""
 
 from __future__ import annotations
 
-import queue
+import hashlib
 import threading
 import time
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from aggregator.adapters.https_helper import HelperRefusedRequestError, HelperUnreachableError, HttpsHelper
+from fl_protocol.errors import LocalMisuseError
 
 KEY_EVERY_S = 60.0
 RETRY_S = 2.0
 """How often the helper's key is fetched: as long as there is none, and then."""
+_MOST_PENDING = 64
 
 
 class HttpsLink:
@@ -24,11 +31,13 @@ class HttpsLink:
 
     def __init__(self, helper: HttpsHelper, tenant: str) -> None:
         self._helper, self._tenant = helper, tenant
-        self._asked: queue.Queue[bytes | None] = queue.Queue()
-        self._brought: queue.Queue[bytes] = queue.Queue()
-        self._pending: bytes | None = None
+        self._changed = threading.Condition()
+        self._pending: OrderedDict[bytes, bytes] = OrderedDict()
+        self._replies: deque[bytes] = deque(maxlen=_MOST_PENDING)
+        self._key = b""
         self._problem = ""
         self._key_due_s = 0.0
+        self._closed = False
 
     @property
     def problem(self) -> str:
@@ -42,52 +51,57 @@ class HttpsLink:
 
     def close(self) -> None:
         """Stop working."""
-        self._asked.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
 
     def ask(self, request: bytes) -> None:
-        """Post a signed request; one that is being posted is not posted twice."""
-        if request != self._pending:
-            self._pending = request
-            self._asked.put(request)
+        """Post a signed request; one that waits to be posted, or is being posted, is not posted twice."""
+        with self._changed:
+            self._pending.setdefault(hashlib.sha256(request).digest(), request)
+            while len(self._pending) > _MOST_PENDING:
+                self._pending.popitem(last=False)
+            self._changed.notify()
 
     def poll(self) -> list[bytes]:
         """Signed keys, answers and refusals that have come."""
-        found = []
-        while True:
-            try:
-                found.append(self._brought.get_nowait())
-            except queue.Empty:
-                return found
+        with self._changed:
+            found = [*([self._key] if self._key else []), *self._replies]
+            self._key = b""
+            self._replies.clear()
+            return found
 
-    def fetch_key(self) -> None:
-        """Fetch the helper's key once."""
-        key = self._call(lambda: self._helper.key(self._tenant))
-        self._key_due_s = time.monotonic() + (RETRY_S if key is None else KEY_EVERY_S)
-
-    def post(self, request: bytes) -> None:
-        """Post a request once; what failed is asked again by `ask`."""
-        self._call(lambda: self._helper.unmask(request).data)
-        self._pending = None
+    def step(self) -> None:
+        """Fetch the key if it is due, and post the request that has waited longest."""
+        if time.monotonic() >= self._key_due_s:
+            key = self._call(lambda: self._helper.key(self._tenant))
+            self._key_due_s = time.monotonic() + (RETRY_S if key is None else KEY_EVERY_S)
+            with self._changed:
+                self._key = key or self._key
+        with self._changed:
+            digest, request = next(iter(self._pending.items()), (b"", b""))
+        if digest:
+            reply = self._call(lambda: self._helper.unmask(request).data)
+            with self._changed:
+                self._pending.pop(digest, None)  # what failed is asked again
+                self._replies.extend([] if reply is None else [reply])
 
     def _work(self) -> None:
-        """Post what is asked, and fetch the key when it is time."""
+        """Do what there is to do, as it comes."""
         while True:
-            try:
-                request = self._asked.get(timeout=max(0.0, self._key_due_s - time.monotonic()))
-            except queue.Empty:
-                self.fetch_key()
-                continue
-            if request is None:
-                return
-            self.post(request)
+            with self._changed:
+                if not self._pending and not self._closed:
+                    self._changed.wait(max(0.0, self._key_due_s - time.monotonic()))
+                if self._closed:
+                    return
+            self.step()
 
     def _call(self, call: Callable[[], bytes]) -> bytes | None:
         """What a call brings, if anything."""
         try:
             data = call()
-        except (HelperUnreachableError, HelperRefusedRequestError) as error:
+        except (HelperUnreachableError, HelperRefusedRequestError, LocalMisuseError) as error:
             self._problem = str(error)
             return None
         self._problem = ""
-        self._brought.put(data)
         return data

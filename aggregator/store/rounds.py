@@ -48,12 +48,14 @@ class AskedRound(NamedTuple):
 
     Args:
         manifest: encoded.
+        opened_s: Unix seconds, by the clock as it was when its helpers were asked.
         asked_s: Unix seconds.
         arrived: updates in the sum.
     """
 
     number: int
     manifest: bytes
+    opened_s: float
     asked_s: float
     arrived: int
 
@@ -149,15 +151,24 @@ class Rounds:
         if changed.rowcount != 1:
             raise ConflictError(f"round {number} of {task} has a manifest already: another coordinator runs")
 
-    def ask(self, connection: Connection, task: str, number: int, *, asked_s: float) -> None:
-        """Note that a round's helpers are about to be asked; part of the transaction that closes it to updates."""
-        connection.execute(_round(task, number).where(schema.rounds.c.asked_s.is_(None)).values(asked_s=asked_s))
+    def ask(self, connection: Connection, task: str, number: int, *, opened_s: float, asked_s: float) -> None:
+        """Note that a round's helpers are about to be asked; part of the transaction that closes it to updates.
+
+        Args:
+            connection: with the transaction.
+            task: of the round.
+            number: of the round.
+            opened_s: when it opened, by a clock that may have been set since, Unix seconds.
+            asked_s: Unix seconds.
+        """
+        not_yet = _round(task, number).where(schema.rounds.c.asked_s.is_(None))
+        connection.execute(not_yet.values(opened_s=opened_s, asked_s=asked_s))
 
     def asked(self, task: str) -> list[AskedRound]:
         """Every round of a task whose helpers were asked, whatever came of it, in order."""
         table = schema.rounds
         query = (
-            select(table.c.number, table.c.manifest, table.c.asked_s, _arrived(table))
+            select(table.c.number, table.c.manifest, table.c.opened_s, table.c.asked_s, _arrived(table))
             .where(table.c.task == task, table.c.asked_s.is_not(None))
             .order_by(table.c.number)
         )

@@ -27,6 +27,7 @@ from fl_protocol.integer_noise import Entropy
 from fl_protocol.squared_norm import squared_norm
 
 LEAST_BITS, MOST_BITS = 12, 32
+_FINEST = 2.0**MOST_BITS
 _MOST_TRIES = 1000
 """Of a rounding that succeeds at least every third time: what fails so often has no random source."""
 _SLACK = 2.0**-30
@@ -68,6 +69,10 @@ class FixedPoint:
             )
         if not (0 < self.step < math.inf and self.step <= self.l2_norm_clip < math.inf):
             raise LocalMisuseError(f"expected 0 < step <= l2_norm_clip < inf, got {self.step} and {self.l2_norm_clip}")
+        if not self.l2_norm_clip / self.step <= _FINEST:  # which may be infinite, and no integer then
+            raise LocalMisuseError(
+                f"a clip of {self.l2_norm_clip} is more than 2^{MOST_BITS} steps of {self.step}; take a larger step"
+            )
         least = max(LEAST_BITS, self.sum_bound.bit_length() + 1)
         bits = self.bits or least
         if not least <= bits <= MOST_BITS:

@@ -18,6 +18,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from fl_protocol.integer_noise import LEAST_SKELLAM
 from fl_protocol.limits import MAX_TRANSFER_BYTES
 from fl_protocol.message_base import (
     Count,
@@ -37,8 +38,9 @@ from fl_protocol.secagg.fixed_point import LEAST_BITS, MOST_BITS
 from fl_protocol.secagg.masks import PrgName
 
 MOST_HELPERS = 8
-MOST_LISTED = 7500
-"""Updates in one request, which is one transfer: one takes up to 2.2 kB, with a hybrid key and a certificate."""
+MOST_LISTED = 5500
+"""Updates in one request, which is one transfer: one takes up to 2.95 kB, with a hybrid key, the longest names and the
+largest certificate."""
 MOST_VARIANCE, MOST_SIGMA = 2.0**26, 2.0**40
 SealedSeed = Annotated[bytes, Meta(min_length=16, max_length=2048)]
 
@@ -89,6 +91,8 @@ class SecureTermsMsg(Msg, frozen=True):
 
     def __post_init__(self) -> None:
         require_finite(l2_norm_clip=self.l2_norm_clip, step=self.step)
+        if 0 < self.device_noise_variance < LEAST_SKELLAM:
+            raise ValueError(f"device_noise_variance {self.device_noise_variance} is neither 0 nor at least 2^-20")
         if 0 < self.helper_noise_sigma < 1:
             raise ValueError(f"helper_noise_sigma {self.helper_noise_sigma} is neither 0 nor at least 1")
 
@@ -128,7 +132,7 @@ class DeviceCredentialMsg(Msg, frozen=True):
     """
 
     signing_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
-    certificate: Annotated[bytes, Meta(min_length=1, max_length=2048)]
+    certificate: Annotated[bytes, Meta(min_length=1, max_length=1024)]
 
 
 class SecureBodyMsg(Msg, frozen=True):

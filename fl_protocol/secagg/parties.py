@@ -28,7 +28,7 @@ from fl_protocol import PROTOCOL_VERSION
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import RecipientKeyMsg, decode, encode
-from fl_protocol.sealing import RoundKey, open_sealed, seal_to
+from fl_protocol.sealing import RoundKey, open_sealed, seal_to, sealed_bytes
 from fl_protocol.secagg.errors import MaskSumError, UnmaskRefusal, UnmaskRefusedError
 from fl_protocol.secagg.fixed_point import FixedPoint
 from fl_protocol.secagg.masks import SEED_BYTES, Masks, PrgName, Words
@@ -172,6 +172,9 @@ def masked_vector(
         raise ProtocolError("the contribution is not this device's for this update and round")
     if len(body.seeds) != len(terms.helpers):
         raise ProtocolError(f"expected {len(terms.helpers)} sealed seeds, got {len(body.seeds)}")
+    for seed, recipient in zip(body.seeds, terms.helpers.values(), strict=True):
+        if len(seed) != sealed_bytes(recipient.kem, SEED_BYTES):  # or the list would not fit a request
+            raise ProtocolError(f"a sealed seed of {len(seed)} bytes is none that {recipient.kem} seals")
     if found.seed_digests != tuple(hashlib.sha256(seed).digest() for seed in body.seeds):
         raise ProtocolError("the sealed seeds do not match the signed digests")
     if found.masked_digest != hashlib.sha256(body.masked).digest():

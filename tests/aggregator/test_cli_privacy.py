@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from aggregator.assembly import AggregatorFiles
+from aggregator.device_budget import in_order
 from aggregator.in_force import config_of
 from aggregator.privacy.accounting import device_epsilon
 from aggregator.privacy.composition import Limits
@@ -164,7 +165,7 @@ def add_a_sum(operator: Operator, number: int, *, arrived: int) -> None:
                 probability=1.0,
             )
             store.rounds.set_manifest(connection, "masked", number, encode(manifest))
-            store.rounds.ask(connection, "masked", number, asked_s=1e6 + number + 10)
+            store.rounds.ask(connection, "masked", number, opened_s=1e6 + number, asked_s=1e6 + number + 10)
             store.updates.add(
                 connection,
                 [
@@ -199,3 +200,24 @@ def test_a_device_level_budget_without_noise_is_refused(operator: Operator) -> N
     operator.says("init", "CONFIG")
     operator.write("masked.toml", SECURE.replace("noise_multiplier = 3.0\n\n[device", "\n[device"))
     one_sentence(operator.run("task", "create", "./masked.toml", "CONFIG"), 2, "noise_multiplier above 0")
+
+
+def test_rounds_whose_clock_was_wrong_are_accounted_as_if_nothing_held_a_device_back() -> None:
+    def one(number: int, opened_s: float, closed_s: float) -> SecureSum:
+        return SecureSum(
+            round=number,
+            opened_s=opened_s,
+            closed_s=closed_s,
+            l2_sensitivity=10.0,
+            dimension=5,
+            shares=SkellamShares(400.0, 10),
+        )
+
+    limits = Limits(minimum_separation_s=3600.0)
+    apart = [one(1, 0.0, 60.0), one(2, 1800.0, 1860.0)]
+    wrong = [one(1, 9_000_000.0, 9_000_060.0), one(2, 1800.0, 1860.0)]  # the first under a clock that was ahead
+    spent = [
+        device_epsilon(in_order(events), delta=1e-5, adversary=AGGREGATOR, limits=limits) for events in (apart, wrong)
+    ]
+    both = device_epsilon(apart, delta=1e-5, adversary=AGGREGATOR)
+    assert spent[0] < spent[1] == both

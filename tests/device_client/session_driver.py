@@ -153,6 +153,7 @@ class Driver:
     minimum_separation_s: float = 0.0
     tags: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
+    maximum_participations: int | None = None
     helpers: Mapping[str, HelperIdentity] = field(default_factory=dict)
     period: Period | None = None
     working_on: RoundManifestMsg | None = None
@@ -175,6 +176,7 @@ class Driver:
             counts_records=self.counts_records,
             tags=frozenset(self.tags),
             input_shape=self.input_shape,
+            maximum_participations=self.maximum_participations,
             helpers=self.helpers,
             period=self.period,
         )

@@ -197,7 +197,7 @@ BELOW: list[tuple[RoundManifestMsg, str, dict[str, float]]] = [
     ),
     (
         secure(terms={"device_noise_variance": 256.0}),
-        "noise multiplier 0.02\\d+ is below the wearer's floor 0.05",
+        "noise multiplier 0.01\\d+ is below the wearer's floor 0.05",
         {"minimum_sum_noise_multiplier": 0.0},
     ),
 ]
@@ -380,3 +380,37 @@ def test_every_participation_is_counted_durably() -> None:
     assert driver.disk.state.participations == 1
     again = driver.restarted()
     assert not asked_for(again.open_round(round=2, most_participations=1))
+
+
+def test_a_limit_that_was_asked_for_once_holds() -> None:
+    driver = Driver(state=SessionState(participations=2))
+    assert not asked_for(driver.open_round(round=1, most_participations=2, minimum_separation_s=50.0))
+    again = driver.restarted()
+    assert not asked_for(again.open_round(round=2))  # whose manifest says nothing of it any more
+    state = again.disk.state
+    assert state is not None
+    assert (state.most_participations, state.separation_s) == (2, 50.0)
+    assert not asked_for(again.open_round(round=3, most_participations=9))
+
+
+def test_a_wearer_may_let_a_device_take_part_less_often() -> None:
+    driver = Driver(state=SessionState(participations=2), maximum_participations=2)
+    assert not asked_for(driver.open_round(round=1, most_participations=9))
+    assert asked_for(Driver(state=SessionState(participations=1), maximum_participations=2).open_round(round=1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"l2_norm_clip": 1e308, "step": 1e-10},
+        {"l2_norm_clip": 1e300, "step": 1e-300},
+        {"l2_norm_clip": 1.0, "step": 1e-300},
+    ],
+    ids=str,
+)
+def test_terms_that_no_number_can_hold_are_refused_like_any_others(changes: dict[str, float]) -> None:
+    manifest = secure(terms=changes)
+    for check in (FLOORS.check, check_feasible, secure_round):
+        with pytest.raises(ProtocolError):
+            check(manifest)
+    assert "steps of" in refused_by_session(secure_terms(**changes), helpers=PINNED, floors=FLOORS)

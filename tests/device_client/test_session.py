@@ -243,7 +243,7 @@ def test_participations_are_far_enough_apart(check: Callable[[type[DeviceSession
 @pytest.mark.parametrize(
     ("wrong", "caught_by"),
     [
-        ("manifest.minimum_separation_s", SEPARATIONS[1]),
+        ("asked_s", SEPARATIONS[1]),
         ("self._config.minimum_separation_s", SEPARATIONS[0]),
         ("0.0", SEPARATIONS[0]),
     ],
@@ -251,8 +251,8 @@ def test_participations_are_far_enough_apart(check: Callable[[type[DeviceSession
 def test_a_device_that_takes_part_too_soon_is_caught(
     wrong: str, caught_by: Callable[[type[DeviceSession]], None]
 ) -> None:
-    right = "separation_s = max(manifest.minimum_separation_s, self._config.minimum_separation_s)"
-    copy = broken_copy("device_client.session", (right, f"separation_s = {wrong}"))
+    right = "separation_s=max(asked_s, self._config.minimum_separation_s)"
+    copy = broken_copy("device_client.session", (right, f"separation_s={wrong}"))
     with pytest.raises(AssertionError):
         caught_by(copy.DeviceSession)
 
@@ -277,8 +277,11 @@ def test_rounds_of_another_study_do_not_count_but_separation_does() -> None:
     state = SessionState("clinic/older", highest_round=50, decided_round=50, willing_round=1, participated_s=1000.0)
     driver = Driver(state=state)
     assert reasons(driver.open_round(round=1, minimum_separation_s=500.0)) == "took part too recently"
+    driver.now_s = 1500.0
     assert asked_for(driver.open_round(round=2)) == [0]
-    assert driver.state == SessionState(STUDY, highest_round=2, decided_round=2, willing_round=2, participated_s=1000.0)
+    assert driver.state == SessionState(
+        STUDY, highest_round=2, decided_round=2, willing_round=2, participated_s=1000.0, separation_s=500.0
+    )
 
 
 @pytest.mark.parametrize("kind", ["other digest", "other bytes", "not finite", "other length", "garbage", "stranger"])

@@ -338,6 +338,7 @@ def test_terms_belong_to_open_secure_rounds_and_go_with_nothing_that_needs_singl
         ("device_noise_variance", -1.0),
         ("device_noise_variance", 2.0**26 + 1),
         ("device_noise_variance", math.nan),
+        ("device_noise_variance", 5e-324),
         ("helper_noise_sigma", 0.5),
         ("helper_noise_sigma", 2.0**41),
         ("clip_bit", -1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,13 @@ def test_a_task_halts_at_its_device_level_budget(tmp_path: Path) -> None:
 
 
 def test_an_aggregator_that_does_not_listen_to_it_is_caught(tmp_path: Path) -> None:
-    copy = broken_copy("aggregator.task_runner", ("                if why:\n", "                if False:\n"))
+    copy = broken_copy("aggregator.task_runner", ("            if why:\n", "            if False:\n"))
     with built_with(TaskRunner=copy.TaskRunner):
         assert runs_beyond_its_budget(tmp_path)
 
 
 def test_an_aggregator_that_notes_no_sum_is_caught(tmp_path: Path) -> None:
-    copy = broken_copy("aggregator.store.rounds", (".values(asked_s=asked_s)", ".values(asked_s=None)"))
+    copy = broken_copy("aggregator.store.rounds", ("asked_s=asked_s))", "asked_s=None))"))
     fleet = secure_fleet(tmp_path, rounds=2, secure=NOISY, device_privacy=BUDGET)
     store = fleet.aggregator.store
     store.rounds = copy.Rounds(store.database)
@@ -194,3 +195,47 @@ def test_a_round_that_waits_for_its_helpers_is_told_in_the_status(tmp_path: Path
     assert [one["reason"] for one in waiting] == ["the aggregator's configuration does not name helper helper-z"]
     assert f"round 1 of {TASK} cannot begin" in degraded()
     assert fleet.state.phase is Phase.OPEN  # nor is it given up, for no device can see it
+
+
+def test_a_round_is_accounted_again_before_it_is_asked_for(tmp_path: Path) -> None:
+    """Rounds are far enough apart for no device to be in both, unless the second takes much longer than planned."""
+    fleet = secure_fleet(
+        tmp_path,
+        rounds=40,
+        minimum_cohort=3,
+        secure=NOISY,
+        device_privacy=DevicePrivacy(epsilon=spent_on_one(tmp_path) * 1.2, delta=1e-5),
+        participation=Participation(minimum_separation_s=600.0),
+    )
+    fleet.run(until=lambda: fleet.state.committed == 1 and fleet.state.phase is Phase.OPEN)
+    for _ in fleet.steps(20):  # its manifest is published
+        pass
+    budget = TaskBudget(fleet.store, fleet.task, update_length=len(fleet.params(0)))
+    now_s, number = fleet.clock.now_s(), fleet.state.number
+    assert budget.why_not_another(number + 1, opens_s=now_s) == ""
+    assert budget.why_not_ask(number, asked_s=now_s + 60.0, arrived=3) == ""
+    assert "device-level budget is spent" in budget.why_not_ask(number, asked_s=now_s + 1000.0, arrived=3)
+
+
+def test_a_sum_that_the_budget_has_no_room_for_is_not_asked_for(tmp_path: Path) -> None:
+    fleet = secure_fleet(tmp_path, rounds=40, secure=NOISY, device_privacy=BUDGET)
+    fleet.run(until=lambda: fleet.state.phase is Phase.OPEN)
+    assert fleet.aggregator.coordinator is not None
+    budget = fleet.aggregator.coordinator.tasks[TASK]._budget
+    budget._budget = replace(budget._budget, epsilon=0.01)  # type: ignore[type-var]
+    fleet.run(until=lambda: fleet.state.phase is Phase.PAUSED)
+    assert "device-level budget is spent" in fleet.state.reason
+    *committed, given_up = fleet.store.rounds.history(TASK)
+    assert given_up.outcome == "aborted"
+    assert given_up.arrived == 3
+    asked = len(committed)
+    assert all(helper.store.answers.counts() == {TENANT: asked} for helper in fleet.helpers.values())
+    assert [one.round for one in budget.events()] == [one.number for one in committed]
+
+
+def spent_on_one(folder: Path) -> float:
+    """What one such round costs."""
+    (folder / "one").mkdir()
+    one = secure_fleet(folder / "one", rounds=1, minimum_cohort=3, secure=NOISY)
+    one.run()
+    return spent(one)

@@ -131,7 +131,7 @@ def test_a_coordinator_asks_over_https(site: Site) -> None:
         now_s=lambda: site.desk.now_s,
         links={HELPER: link},
     )
-    link.fetch_key()
+    link.step()
     calls.look_after()
     assert calls.keys((), until_s=site.desk.now_s) == ((site.desk.key(),), "")
     manifest = site.desk.manifest()
@@ -140,10 +140,9 @@ def test_a_coordinator_asks_over_https(site: Site) -> None:
     request = UnmaskRequestMsg(manifest=calls.signed(manifest), helper=HELPER, entries=tuple(entries))
     for _ in range(2):  # the first is not on its way yet when it is asked again
         calls.ask(about, {HELPER: request})
-    asked = link._asked.get_nowait()
-    assert asked is not None
-    assert link._asked.empty()
-    link.post(asked)
+    assert len(link._pending) == 1
+    link.step()
+    assert not link._pending
     calls.look_after()
     answers = calls.answers(manifest.task)
     assert answers is not None
@@ -190,10 +189,39 @@ def test_a_link_says_why_its_helper_cannot_be_reached(certificates: Path) -> Non
     files = {"ca": "ca.pem", "certificate": "aggregator.pem", "key": "aggregator.key"}
     helper = HttpsHelper(HOST, free_port(), **{name: certificates / file for name, file in files.items()})
     link = HttpsLink(helper, TENANT)
-    link.fetch_key()
-    link.post(b"a request")
+    link.ask(b"a request")
+    link.step()
     assert "does not answer" in link.problem
-    assert link.poll() == []
+    assert (link.poll(), len(link._pending)) == ([], 0)  # whoever wants an answer asks again
+
+
+def test_what_waits_to_be_posted_is_posted_once_and_what_nobody_fetches_is_bounded(
+    site: Site, certificates: Path
+) -> None:
+    link, manifest = HttpsLink(site.client(), TENANT), site.desk.manifest()
+    requests = [request_for(manifest, DEVICES[:count]) for count in (4, 5)]
+    for _ in range(10):
+        for request in requests:
+            link.ask(request)
+    assert len(link._pending) == 2
+    link.step()
+    link.step()
+    link._key_due_s = 0.0
+    link.step()
+    assert len(link.poll()) == 3  # one key, an answer, and a refusal of the second list
+    for number in range(200):
+        link.ask(bytes([number]))
+    assert len(link._pending) == 64
+
+
+def test_a_request_that_is_too_long_ends_no_thread(certificates: Path) -> None:
+    files = {"ca": "ca.pem", "certificate": "aggregator.pem", "key": "aggregator.key"}
+    helper = HttpsHelper(HOST, free_port(), **{name: certificates / file for name, file in files.items()})
+    link = HttpsLink(helper, TENANT)
+    link._key_due_s = float("inf")
+    link.ask(bytes(MAX_TRANSFER_BYTES + 1))
+    link.step()
+    assert "expected at most" in link.problem
 
 
 def test_asked_for_two_lists_at_once_it_answers_one(site: Site) -> None:
