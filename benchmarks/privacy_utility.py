@@ -20,7 +20,7 @@ others: once for `local`, once for `central`; `secure` takes what was chosen for
     central_minus_secure_points          the largest of all levels and epsilons (asked: at most 2)
     central_minus_secure_points_by_row   of each: mean over folds and repetitions, paired, with its standard error
 
-    python -m benchmarks.privacy_utility --json --plot docs/images/privacy-utility.png   # 40 minutes on two cores
+    python -m benchmarks.privacy_utility --json --plot docs/images/privacy-utility.png   # 35 minutes of processor time
     python -m benchmarks.privacy_utility --levels record --epsilons 3                    # a quick look
     python -m benchmarks.privacy_utility --kept trainings.jsonl                          # goes on where it stopped
 """
@@ -48,7 +48,7 @@ from benchmarks.utility_tuning import FOLDS, Candidates, candidates, chosen, tun
 from firmware_sim.watch_data import all_wrists, default_cache, load_recordings, windows_of
 
 EPSILONS = (1.0, 3.0, 8.0)
-REPETITIONS: dict[LevelName, int] = {"record": 15, "device_ten": 60, "device_thousand": 2}
+REPETITIONS: dict[LevelName, int] = {"record": 15, "device_ten": 140, "device_thousand": 4}
 LARGEST_ERROR = 1e-5
 Run = Callable[[list[Job]], dict[Job, Outcome]]
 
@@ -168,7 +168,7 @@ def _arguments() -> argparse.Namespace:
     command = parser("privacy_utility", __doc__)
     command.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
     command.add_argument("--epsilons", nargs="+", type=float, default=EPSILONS)
-    command.add_argument("--repetitions", type=int, help="trainings in each fold (by default 15, 60 and 2)")
+    command.add_argument("--repetitions", type=int, help="trainings in each fold (by default 15, 140 and 4)")
     command.add_argument("--processes", type=int, default=2, help="trainings at a time")
     command.add_argument("--kept", type=Path, metavar="FILE", help="where finished trainings are kept, and looked up")
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw it (needs matplotlib)")

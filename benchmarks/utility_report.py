@@ -136,12 +136,17 @@ def as_text(report: dict[str, Any]) -> str:
             gap = row["central_minus_secure"]
             cells.append(f"{gap['points']:+.2f} ± {gap['standard_error'] or 0:.2f}")
             cells.append(f"{row['noise_of_secure_over_central']:.3f}")
-            what = f"{DESCRIBED[level]}, δ = {report['delta'][level]:g}"
+            what = f"{DESCRIBED[level]}, δ = {_power(report['delta'][level])}"
             lines.append(f"| {what} | {epsilon} | {' | '.join(cells)} |")
         lines.append(f"| the same without noise | | | | {report['without_noise_percent'][level]:.1f} | | |")
     return "\n".join(
         [*lines, "", f"largest: {report['central_minus_secure_points']:.2f} points, asked {report['asked_points']:g}"]
     )
+
+
+def _power(delta: float) -> str:
+    """1e-5, not 1e-05."""
+    return f"{delta:g}".replace("e-0", "e-")
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -155,24 +160,26 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(
         1, len(levels), figsize=(1.2 + 3.2 * len(levels), 3.6), sharey=True, layout="constrained", squeeze=False
     )
-    colours: dict[Arm, str] = {"local": "#d62728", "secure": "#1f77b4", "central": "#2ca02c"}
+    colours = {"local": "#d62728", "secure": "#1f77b4", "central": "#9fd49f"}
     for axes, (level, by_epsilon) in zip(panels[0], levels.items(), strict=True):
-        for shift, arm in zip((1.0, 0.97, 1.03), ARMS, strict=True):
+        # Central first and broad, so that secure shows on top of it.
+        for shift, arm, width in ((1.03, "central", 4.0), (0.97, "secure", 1.4), (1.0, "local", 1.4)):
             at = [float(epsilon) * shift for epsilon in by_epsilon]
             means = [row[arm]["mean"] for row in by_epsilon.values()]
             spread = [row[arm]["standard_deviation_of_runs"] or 0 for row in by_epsilon.values()]
-            axes.errorbar(at, means, spread, color=colours[arm], marker="o", markersize=4, capsize=3, label=arm)
+            axes.errorbar(at, means, spread, color=colours[arm], lw=width, elinewidth=1.4, marker="o", ms=4, capsize=3)
         axes.axhline(report["without_noise_percent"][level], color="black", linewidth=0.8, linestyle="--")
         axes.axhline(report["chance_percent"], color="black", linewidth=0.8, linestyle=":")
         axes.set_xscale("log")
         axes.set_xticks([float(epsilon) for epsilon in by_epsilon], list(by_epsilon))
         axes.minorticks_off()
         axes.set_title(DESCRIBED[level].split(":")[0].replace(", ", "\n"), fontsize=10)
-        axes.set_xlabel(f"ε at δ = {report['delta'][level]:g}")
+        axes.set_xlabel(f"ε at δ = {_power(report['delta'][level])}")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylim(0, 100)
     panels[0][0].set_ylabel("accuracy on unseen people, per cent")
-    panels[0][-1].legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1.0, 0.35))
+    lines = [plt.Line2D([], [], color=colours[arm], marker="o", ms=4, label=arm) for arm in ARMS]
+    panels[0][-1].legend(handles=lines, frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1.0, 0.35))
     figure.supxlabel("Dashed: without noise; dotted: chance; bars: standard deviation from run to run", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
