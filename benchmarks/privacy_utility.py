@@ -142,7 +142,8 @@ class KeptRuns:
         self._known: dict[Job, Outcome] = {}
         if file is not None:
             file.seek(0)
-            lines = (line for line in file if line.endswith("\n"))
+            *lines, _ = file.read().split("\n")
+            file.truncate(sum(len(line) + 1 for line in lines))  # a run may have been killed while it wrote
             self._known = dict(msgspec.json.decode(line, type=tuple[Job, Outcome]) for line in lines)
 
     def __call__(self, jobs: list[Job]) -> dict[Job, Outcome]:

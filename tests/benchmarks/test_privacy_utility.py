@@ -271,7 +271,10 @@ def test_a_small_run_reports_every_arm_is_kept_and_drawn(tmp_path: Path) -> None
             assert by_epsilon["8"][arm]["epsilon"] <= 8.0
             assert list(by_epsilon["8"][arm]["folds"]) == ["1,2", "3,4", "5,6", "7,8", "9,10"]
     assert as_text(report).count("\n| record level") + as_text(report).count("\n| device level") == 2
-    # What was kept need not be trained again, and gives the same report.
+    # What was kept need not be trained again, and gives the same report; a torn line is dropped.
+    whole = kept.getvalue()
+    kept.write('[{"level"')
     assert measure(**about, run=KeptRuns(refuse, kept)) == report  # type: ignore[arg-type]
+    assert kept.getvalue() == whole
     plot(report, tmp_path / "utility.png")
     assert (tmp_path / "utility.png").read_bytes().startswith(b"\x89PNG")
