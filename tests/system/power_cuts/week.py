@@ -257,7 +257,7 @@ class Week:
             try:
                 self._turn()
             except PowerCutError as cut:
-                self._power_is_cut(str(cut))
+                self._power_is_cut(str(_first(cut)))
             except CoveyError as error:
                 self.witness.fault("store", f"{type(error).__name__}: {error}")
                 return  # it would say so at every start
@@ -449,3 +449,10 @@ class Week:
         """A clean stop, as for a new version; the next turn starts it again."""
         device.close()
         self.device = self._start()
+
+
+def _first(cut: BaseException) -> BaseException:
+    """The cut itself: what a `finally` still tried meets a power that is off already."""
+    while isinstance(cut.__context__, PowerCutError):
+        cut = cut.__context__
+    return cut
