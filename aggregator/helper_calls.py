@@ -23,7 +23,13 @@ from fl_protocol.recency import happened_within
 from fl_protocol.secagg.messages import HelperKeyMsg, MaskSumMsg, UnmaskRefusalMsg, UnmaskRequestMsg
 from fl_protocol.secagg.terms import HelperIdentity
 from fl_protocol.signing import sign, verify
-from fl_protocol.topics import HelperTopic, helper_filters, helper_transfer_topic, parse_helper_topic
+from fl_protocol.topics import (
+    HelperTopic,
+    helper_filters,
+    helper_transfer_topic,
+    is_helper_topic,
+    parse_helper_topic,
+)
 from fl_protocol.transport import Received, Transport, TransportEvent
 
 ASK_EVERY_S = 5.0
@@ -136,7 +142,7 @@ class HelperCalls:
         """Take what helpers say; the other events."""
         others: list[TransportEvent] = []
         for event in events:
-            topic = _topic_of(event)
+            topic = self._topic_of(event)
             if topic is None or not isinstance(event, Received):
                 others.append(event)
                 continue
@@ -243,6 +249,15 @@ class HelperCalls:
             self._sought_s = now_s
             self._transport.subscribe(helper_filters(self._tenant)[0])
 
+    def _topic_of(self, event: TransportEvent) -> HelperTopic | None:
+        """The helper's topic that a message came on; None for anything else."""
+        # Nearly all that comes are uploads, and finding them not to be a helper's must cost nothing.
+        if not isinstance(event, Received) or not is_helper_topic(event.topic, self._tenant):
+            return None
+        with suppress(ProtocolError):
+            return parse_helper_topic(event.topic)
+        return None
+
     def _calls(self, task: str) -> list[tuple[str, _Call]]:
         """What each helper was asked about a task's round."""
         return [(name, helper.calls[task]) for name, helper in self._helpers.items() if task in helper.calls]
@@ -259,7 +274,9 @@ class HelperCalls:
 
     def _poll(self, name: str) -> None:
         """What a helper's own link has brought."""
-        for message in self._links[name].poll() if name in self._links else ():
+        if name not in self._links:
+            return
+        for message in self._links[name].poll():
             try:
                 self._hear_either(self._helpers[name], message)
             except CoveyError as error:
@@ -326,13 +343,3 @@ class HelperCalls:
         ):
             raise ProtocolError(f"round {message.round} of {message.task} was not asked for")
         return call
-
-
-def _topic_of(event: TransportEvent) -> HelperTopic | None:
-    """The helper's topic that a message came on; None for anything else."""
-    if not isinstance(event, Received):
-        return None
-    try:
-        return parse_helper_topic(event.topic)
-    except ProtocolError:
-        return None

@@ -64,7 +64,8 @@ def terms_of(
         LocalMisuseError: no modulus of at most 32 bits holds every sum, or the noise cannot be drawn.
     """
     clip = clip or first_clip(config, secure)
-    sigma, grid = noise_sigma(config, secure, length, clip=clip), _grid(config, secure, length, clip)
+    grid = _grid(config, secure, length, clip)
+    sigma = secure.noise_multiplier * grid.norm_bound
     if secure.noise_from != "devices" and 0 < sigma < 1:
         raise LocalMisuseError(
             f"the {secure.noise_from}' noise is {sigma:.3g} grid steps, at least 1 can be drawn; lower secure.step"

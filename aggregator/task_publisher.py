@@ -165,7 +165,8 @@ class TaskPublisher:
             task=config.name,
             round=state.number,
             status=_STATUS[state.phase],
-            engine="open" if self._config.secure is None or open_round is not None else "secure",
+            # What belongs to the engine secure comes with an open round's terms.
+            engine="open" if open_round is not None else config.engine,
             model_digest=record.digest,
             graph_digest=self._graph_digest,
             num_parameters=self._num_parameters,

@@ -143,6 +143,11 @@ def helper_request_filter(tenant: str, helper: str) -> str:
     return f"{_ROOT}/{checked_name(tenant, 'tenant')}/helper/{checked_name(helper, 'helper')}/request/+/+"
 
 
+def is_helper_topic(topic: str, tenant: str) -> bool:
+    """Whether a topic is one of a helper's, as far as its beginning says; cheap, for every message that comes."""
+    return topic.startswith(f"{_ROOT}/{tenant}/helper/")
+
+
 def parse_helper_topic(topic: str) -> HelperTopic:
     """The parts of a helper's topic. Raises ProtocolError."""
     match = _HELPER.fullmatch(topic)
