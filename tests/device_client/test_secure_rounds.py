@@ -21,6 +21,7 @@ from device_client.feasibility import InfeasibleError, check_feasible
 from device_client.floors import Floors, FloorsError
 from device_client.participation import Participant
 from device_client.secure_update import protected_update
+from device_client.session import DeviceSession
 from device_client.session_config import SessionConfig
 from fl_protocol.enrolment import DAY_S, Period
 from fl_protocol.errors import ProtocolError
@@ -382,15 +383,32 @@ def test_every_participation_is_counted_durably() -> None:
     assert not asked_for(again.open_round(round=2, most_participations=1))
 
 
-def test_a_limit_that_was_asked_for_once_holds() -> None:
-    driver = Driver(state=SessionState(participations=2))
-    assert not asked_for(driver.open_round(round=1, most_participations=2, minimum_separation_s=50.0))
+def keeps_to_limits_of_before(subject: type[DeviceSession]) -> bool:
+    """Whether a cap and a separation that a manifest named hold under later ones that name none, or weaker ones."""
+    driver = Driver(state=SessionState(participations=2), subject=subject)
+    driver.open_round(round=1, most_participations=2)
     again = driver.restarted()
-    assert not asked_for(again.open_round(round=2))  # whose manifest says nothing of it any more
-    state = again.disk.state
-    assert state is not None
-    assert (state.most_participations, state.separation_s) == (2, 50.0)
-    assert not asked_for(again.open_round(round=3, most_participations=9))
+    joined = bool(asked_for(again.open_round(round=2)))  # whose manifest names no cap
+    joined |= bool(asked_for(again.open_round(round=3, most_participations=9)))
+    rested = Driver(state=SessionState(participated_s=1090.0), subject=subject)
+    rested.open_round(round=1, minimum_separation_s=50.0)
+    return not joined and not asked_for(rested.restarted().open_round(round=2))
+
+
+def test_a_limit_that_was_asked_for_once_holds() -> None:
+    assert keeps_to_limits_of_before(DeviceSession)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("least_of(manifest.most_participations, self._state.most_participations)", "manifest.most_participations"),
+        ("max(manifest.minimum_separation_s, self._state.separation_s)", "manifest.minimum_separation_s"),
+    ],
+    ids=["cap", "separation"],
+)
+def test_a_device_that_forgets_a_limit_is_caught(change: tuple[str, str]) -> None:
+    assert not keeps_to_limits_of_before(broken_copy("device_client.session", change).DeviceSession)
 
 
 def test_a_wearer_may_let_a_device_take_part_less_often() -> None:

@@ -217,8 +217,9 @@ def test_a_round_is_accounted_again_before_it_is_asked_for(tmp_path: Path) -> No
     assert "device-level budget is spent" in budget.why_not_ask(number, asked_s=now_s + 1000.0, arrived=3)
 
 
-def test_a_sum_that_the_budget_has_no_room_for_is_not_asked_for(tmp_path: Path) -> None:
-    fleet = secure_fleet(tmp_path, rounds=40, secure=NOISY, device_privacy=BUDGET)
+def check_no_sum_is_asked_for_beyond_the_budget(folder: Path) -> None:
+    """The budget shrinks while a round is open."""
+    fleet = secure_fleet(folder, rounds=40, secure=NOISY, device_privacy=BUDGET)
     fleet.run(until=lambda: fleet.state.phase is Phase.OPEN)
     assert fleet.aggregator.coordinator is not None
     budget = fleet.aggregator.coordinator.tasks[TASK]._budget
@@ -231,6 +232,19 @@ def test_a_sum_that_the_budget_has_no_room_for_is_not_asked_for(tmp_path: Path) 
     asked = len(committed)
     assert all(helper.store.answers.counts() == {TENANT: asked} for helper in fleet.helpers.values())
     assert [one.round for one in budget.events()] == [one.number for one in committed]
+
+
+def test_a_sum_that_the_budget_has_no_room_for_is_not_asked_for(tmp_path: Path) -> None:
+    check_no_sum_is_asked_for_beyond_the_budget(tmp_path)
+
+
+def test_an_aggregator_that_asks_for_it_all_the_same_is_caught(tmp_path: Path) -> None:
+    copy = broken_copy(
+        "aggregator.task_runner",
+        ("                    event = CombineFailed(why) if why else event\n", '                    why = ""\n'),
+    )
+    with built_with(TaskRunner=copy.TaskRunner), pytest.raises(AssertionError):
+        check_no_sum_is_asked_for_beyond_the_budget(tmp_path)
 
 
 def spent_on_one(folder: Path) -> float:
