@@ -12,7 +12,7 @@ accuracy from a calibrated curve; ``noop``: nothing is learned. Only ``real`` co
 
 
 class FleetRound(msgspec.Struct, frozen=True, kw_only=True):
-    """One round of a task. Times in seconds since the run's virtual beginning; `accuracy` and `loss` of the model made by it."""
+    """One round of a task; `accuracy` and `loss` are of the model it made. Times: seconds since the virtual beginning."""
 
     task: str
     round: int
@@ -28,7 +28,7 @@ class FleetRound(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FleetHour(msgspec.Struct, frozen=True, kw_only=True):
-    """One hour of the run, counted from 0: devices that were awake, could be trained on, began a round, delivered an update."""
+    """An hour, counted from 0: how many devices were awake, could train, began a round, delivered an update."""
 
     hour: int
     awake: int
