@@ -66,6 +66,17 @@ class DeviceDaemon:
         if not busy:
             self.bell.wait(self._idle_for_s(runners))
 
+    def quiet_until_s(self) -> float:
+        """Until when every turn will do nothing, Unix seconds, unless a message comes or the board reads otherwise.
+
+        For whoever knows beforehand when that is: a simulator, which need not let a device take its turns until then.
+        Records grow old unnoticed meanwhile; the next turn looks through them.
+        """
+        runners = self.studies.running
+        if self.readiness.changes_by_itself and any(_cares(runner) for runner in runners):
+            return self.clock.now_s()
+        return min([self.studies.next_change_s(), *(runner.next_wake_s() for runner in runners)])
+
     def _look(self) -> ConditionsRead:
         """Whether the device may train; a change is told to the journal."""
         reasons = self.readiness.look()

@@ -381,6 +381,7 @@ class Device:
             outbox=self.outbox,
             entropy=self._ports.entropy,
             credential=pseudonym.credential if pseudonym is not None else None,
+            trainer=self._ports.trainer,
         )
 
     def _interrupted(

@@ -13,6 +13,7 @@ from device_client.ledger import Counter
 from device_client.ports import Bell, Board, Clock, Graph, Store, Transport, Watchdog
 from device_client.pseudonyms import Pseudonym
 from device_client.recordings.window_store import WindowFiles
+from device_client.training import LocalTraining, Trainer
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.integer_noise import Entropy
@@ -54,6 +55,7 @@ class DevicePorts:
         aggregator_key: that a study is pinned to. Raises CoveyError.
         connect: a transport that is opened by the caller. Raises CoveyError.
         software: name and version, for presence.
+        trainer: does the local steps.
     """
 
     store: DeviceStore
@@ -70,3 +72,4 @@ class DevicePorts:
     aggregator_key: Callable[[StudyConfig], Ed25519PublicKey]
     connect: Callable[[Connection], Transport]
     software: str
+    trainer: Trainer = LocalTraining

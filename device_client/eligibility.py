@@ -243,6 +243,11 @@ class Eligibility:
         found = [watch.update(moment, elapsed_s=elapsed_s) for watch in self._watches]
         return tuple(blocked for blocked in found if blocked is not None)
 
+    @property
+    def is_settling(self) -> bool:
+        """Whether time alone will change the answer: something that blocked is well again, and has to last."""
+        return any(watch.is_settling for watch in self._watches)
+
 
 class _Stop(enum.Enum):
     """Why a rule blocks."""
@@ -259,6 +264,11 @@ class _Watch:
         self._seen = False
         self._stop: _Stop | None = None
         self._held_s: float | None = None
+
+    @property
+    def is_settling(self) -> bool:
+        """Whether it counts for how long it has been good enough."""
+        return self._held_s is not None
 
     def update(self, moment: Moment, *, elapsed_s: float) -> Blocked | None:
         """Take a reading, `elapsed_s` after the last."""

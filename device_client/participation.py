@@ -29,7 +29,7 @@ from device_client.outbox import Outbox, Work
 from device_client.ports import Float32, Graph
 from device_client.record_sums import RecordSums, channels_problem
 from device_client.secure_update import protected_update
-from device_client.training import Evaluation, LocalTraining, Records, evaluate
+from device_client.training import Evaluation, LocalTraining, Records, Trainer, Training, evaluate
 from fl_protocol.errors import ProtocolError
 from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import (
@@ -64,6 +64,7 @@ class Participant:
             leaving it out would make the shared part less private than it is accounted.
         control: SCAFFOLD's own control variate c_i.
         feedback: what ``top_k`` has left out so far.
+        trainer: does the local steps.
     """
 
     study: str
@@ -80,6 +81,7 @@ class Participant:
     outbox: Outbox
     entropy: Entropy
     credential: DeviceCredentialMsg | None = None
+    trainer: Trainer = LocalTraining
 
     def begin(self, manifest: RoundManifestMsg, params: Float32, control: Float32 | None, *, now_s: float) -> LocalWork:
         """Note, charge, and begin to compute.
@@ -240,7 +242,7 @@ class LocalWork:
         one.outbox.put(pending)
         one.ledger.record_release(pending, now_s=now_s)
         # Only now: a round that is trained again must start from the same personal layers and control variate.
-        if isinstance(self._computation, LocalTraining):
+        if isinstance(self.manifest.plan, TrainingPlanMsg):
             shared = self.manifest.num_parameters
             one.personal.keep(self._work.start_params()[shared:] + change[shared:])
         if own_control is not None:
@@ -250,9 +252,9 @@ class LocalWork:
     def _next_control(self) -> Float32 | None:
         """SCAFFOLD's next c_i, if the plan has one."""
         computed = self._computation
-        if isinstance(computed, LocalTraining) and self.manifest.plan.control_variates:
-            return computed.next_control()
-        return None
+        if isinstance(computed, RecordSums) or not self.manifest.plan.control_variates:
+            return None
+        return computed.next_control()
 
     def _sealed(self, change: Float32) -> _SealedUpdate:
         """The update as it will be sent, and resent, and what it leaves out."""
@@ -302,11 +304,11 @@ class _SealedUpdate:
     residual: Float32 | None
 
 
-def _computation(participant: Participant, work: Work, manifest: RoundManifestMsg) -> LocalTraining | RecordSums:
+def _computation(participant: Participant, work: Work, manifest: RoundManifestMsg) -> Training | RecordSums:
     """What the plan asks for, from where it stopped."""
     one, plan = participant, manifest.plan
     if isinstance(plan, TrainingPlanMsg):
-        return LocalTraining(
+        return one.trainer(
             one.graph,
             work.start_params(),
             one.training_records(),

@@ -30,7 +30,7 @@ class Readiness:
 
     def __init__(self, board: Board, clock: Clock, config: EligibilityConfig) -> None:
         self._board, self._clock = board, clock
-        self._eligibility = Eligibility(policy_of(config))
+        self._eligibility, self._has_hours = Eligibility(policy_of(config)), bool(config.windows)
         self._read_s = -math.inf
         self.conditions = Conditions()
         self.blocked: tuple[Blocked, ...] = ()
@@ -45,6 +45,11 @@ class Readiness:
                 self.conditions, now_s=now_s, local_time_s=self._clock.local_time_s()
             )
         return tuple(blocked.reason for blocked in self.blocked)
+
+    @property
+    def changes_by_itself(self) -> bool:
+        """Whether time alone may change the answer: a condition has to last, or only some hours of the day will do."""
+        return self._eligibility.is_settling or self._has_hours
 
     @property
     def holds_uploads(self) -> bool:

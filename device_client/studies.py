@@ -103,6 +103,13 @@ class Studies:
         """Those that do not, and why, in words."""
         return {study.config.study: study.stands_still for study in self._studies if study.runner is None}
 
+    def next_change_s(self) -> float:
+        """When a look next finds something new, Unix seconds, if nobody grants or withdraws anything."""
+        if any(study.runner is None for study in self._studies):
+            return self._looked_s + LOOK_EVERY_S
+        names = [study.name for study in self._studies if study.name is not None]
+        return min((min(name.changes_s, name.ends_s) for name in names), default=math.inf)
+
     def check(self) -> None:
         """Start what was granted, stop what was withdrawn, change names; if that is a while ago."""
         if not happened_within(LOOK_EVERY_S, self._looked_s, self._clock.now_s()):  # also when the clock was set back

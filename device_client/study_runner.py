@@ -5,6 +5,7 @@ Training goes step by step between messages; what the daemon calls `advance` doe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -134,6 +135,12 @@ class StudyRunner:
             return True
         self._finished(work, pending)
         return True
+
+    def next_wake_s(self) -> float:
+        """When there is something to do next that no message brings, Unix seconds, if the board reads the same."""
+        sealing_s = self._seal_again_s if self.work is not None and self.work.done else math.inf
+        sweeping_s = self._sweep_again_s if self._sweep_again_s > self.clock.now_s() else math.inf
+        return min(self.session.next_wake_s(), sealing_s, sweeping_s)
 
     def put_aside(self) -> None:
         """Keep the training's progress, because it may not go on now or the process ends."""

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,8 @@ __all__ = [
     "LocalProgress",
     "LocalTraining",
     "Records",
+    "Trainer",
+    "Training",
     "clipped_gradient_sum",
     "evaluate",
     "keep_masks",
@@ -84,6 +87,54 @@ class Evaluation:
     loss_sum: float
     correct: int
     count: int
+
+
+class Training(Protocol):
+    """One round's local steps, one at a time, as `LocalTraining` does them, which says what each promises."""
+
+    @property
+    def step(self) -> int:
+        """Steps done, those before an interruption included."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that the plan has."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
+
+    def advance(self) -> None:
+        """Do one step. Raises TrainingError."""
+
+    def progress(self) -> LocalProgress:
+        """What another one can go on from. Raises TrainingError."""
+
+    def change(self) -> Float32:
+        """The change of the parameters, float32 [d]. Raises TrainingError."""
+
+    def next_control(self) -> Float32:
+        """SCAFFOLD's next c_i, float32 [shared parameters]. Raises TrainingError."""
+
+
+class Trainer(Protocol):
+    """Makes a `Training`; the arguments are those of `LocalTraining`, which is the only one on a device.
+
+    Security: whoever makes another one is responsible for the noise. The simulator has some that compute nothing.
+    """
+
+    def __call__(
+        self,
+        graph: Graph,
+        start: Float32,
+        records: Records,
+        *,
+        plan: TrainingPlanMsg,
+        entropy: Entropy,
+        control: Control | None = None,
+        progress: LocalProgress | None = None,
+    ) -> Training:
+        """A training that is begun, or gone on with."""
 
 
 class LocalTraining:
