@@ -7,6 +7,8 @@ A session that is kept does not expire: there is no clock here.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import deque
 
 from fl_protocol.transport import Connected, Delivery, Disconnected, Received, TransportEvent
@@ -70,15 +72,38 @@ class VirtualSession:
     """
 
     def __init__(self, receive_maximum: int) -> None:
-        self.filters: list[str] = []
         self._receive_maximum = receive_maximum
         self._waiting: deque[tuple[str, bytes]] = deque()
         self._unacknowledged: dict[int, tuple[str, bytes]] = {}
+        self._free_ids: list[int] = []
+        # By what comes before their first wildcard: an ingest worker has 64 filters, and each message matches one.
+        self._filters: dict[str, list[str]] = {}
+
+    @property
+    def filters(self) -> list[str]:
+        """What is subscribed to."""
+        return [topic_filter for filters in self._filters.values() for topic_filter in filters]
+
+    def subscribe(self, topic_filter: str) -> None:
+        """Add a subscription, if there is none."""
+        filters = self._filters.setdefault(_before_wildcards(topic_filter), [])
+        if topic_filter not in filters:
+            filters.append(topic_filter)
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """Take a subscription away, if there is one."""
+        filters = self._filters.get(_before_wildcards(topic_filter), [])
+        if topic_filter in filters:
+            filters.remove(topic_filter)
 
     def offer(self, topic: str, payload: bytes) -> None:
         """Line a message up, if it was subscribed to."""
-        if any(topic_matches(topic_filter, topic) for topic_filter in self.filters):
-            self.line_up(topic, payload)
+        levels = topic.split("/")
+        for count in range(len(levels) + 1):
+            for topic_filter in self._filters.get("/".join(levels[:count]), ()):
+                if topic_matches(topic_filter, topic):
+                    self.line_up(topic, payload)
+                    return
 
     def line_up(self, topic: str, payload: bytes) -> None:
         """Line a message up."""
@@ -89,18 +114,20 @@ class VirtualSession:
         if not self._waiting or len(self._unacknowledged) >= self._receive_maximum:
             return None
         # The lowest free one: ids are used again at once, so that a client that mixes them up shows it.
-        packet_id = next(one for one in range(1, 65536) if one not in self._unacknowledged)
+        packet_id = heapq.heappop(self._free_ids) if self._free_ids else len(self._unacknowledged) + 1
         self._unacknowledged[packet_id] = self._waiting.popleft()
         return packet_id, *self._unacknowledged[packet_id]
 
     def acknowledged(self, packet_id: int) -> None:
         """Forget a message."""
-        self._unacknowledged.pop(packet_id, None)
+        if self._unacknowledged.pop(packet_id, None) is not None:
+            heapq.heappush(self._free_ids, packet_id)
 
     def interrupted(self) -> None:
         """The connection is over: what was not acknowledged is to be delivered again, before everything else."""
         self._waiting.extendleft(reversed(self._unacknowledged.values()))
         self._unacknowledged.clear()
+        self._free_ids.clear()
 
 
 class VirtualTransport:
@@ -138,6 +165,11 @@ class VirtualTransport:
         """Whether there is a connection now."""
         return self._connected
 
+    @property
+    def has_events(self) -> bool:
+        """Whether `poll` has something to give."""
+        return bool(self._events)
+
     def open(self) -> None:
         """Connect."""
         if not self._connected:
@@ -158,8 +190,7 @@ class VirtualTransport:
         """Subscribe; matching retained messages come at once."""
         if not self._connected:
             return
-        if topic_filter not in self._session.filters:
-            self._session.filters.append(topic_filter)
+        self._session.subscribe(topic_filter)
         for topic, payload in list(self._broker.retained.items()):
             if topic_matches(topic_filter, topic):
                 self._session.line_up(topic, payload)
@@ -167,8 +198,8 @@ class VirtualTransport:
 
     def unsubscribe(self, topic_filter: str) -> None:
         """Unsubscribe."""
-        if self._connected and topic_filter in self._session.filters:
-            self._session.filters.remove(topic_filter)
+        if self._connected:
+            self._session.unsubscribe(topic_filter)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, expires_s: int | None = None) -> None:
         """Publish; lost when not connected."""
@@ -225,6 +256,12 @@ class VirtualTransport:
         if self.session_name is None:
             self._session = VirtualSession(self._receive_maximum)
         self._broker.detach(self)
+
+
+def _before_wildcards(topic_filter: str) -> str:
+    """The levels of a filter before the first that is a wildcard."""
+    levels = topic_filter.split("/")
+    return "/".join(itertools.takewhile(lambda level: level not in {"+", "#"}, levels))
 
 
 def topic_matches(topic_filter: str, topic: str) -> bool:

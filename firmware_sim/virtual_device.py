@@ -17,6 +17,7 @@ from device_client.device import Device
 from device_client.device_ports import Connection, DevicePorts
 from device_client.eligibility import Conditions
 from device_client.ports import Bell, Board, Clock, Graph, Transport
+from device_client.training import LocalTraining, Trainer
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.durable import Disk
@@ -87,6 +88,7 @@ class VirtualHardware:
         jitter: for coins and back-off; a stream of its own, so that resending does not change later noise.
         connect: a connection to the broker, not opened yet.
         bell: asked to wait when there is nothing to do.
+        trainer: does the local steps.
         files, counter_file: make the store over its flash, and the counter over its own.
     """
 
@@ -101,6 +103,7 @@ class VirtualHardware:
     connect: Callable[[Connection], Transport]
     journal: Journal
     bell: Bell = field(default_factory=VirtualBell)
+    trainer: Trainer = LocalTraining
     files: Callable[..., EncryptedFiles] = EncryptedFiles
     counter_file: Callable[..., CounterFile] = CounterFile
 
@@ -142,5 +145,6 @@ def virtual_device(
         aggregator_key=lambda _study: aggregator_key,
         connect=hardware.connect,
         software="covey virtual",
+        trainer=hardware.trainer,
     )
     return kind(config, ports)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
@@ -81,6 +81,20 @@ class VirtualFlash:
         self._folders = {""}
         self._synced_folders = {""}
         self._used_bytes, self._off = 0, False
+
+    @classmethod
+    def holding(cls, files: Mapping[str, bytes]) -> VirtualFlash:
+        """A flash with these files, durable, as another one's `image` told them."""
+        flash = cls()
+        flash._files = {name: FileState(bytearray(content)) for name, content in files.items()}
+        flash._folders |= {folder for name in files for folder in _ancestors(name)}
+        flash._synced_names, flash._synced_folders = dict(flash._files), set(flash._folders)
+        flash._used_bytes = sum(len(content) for content in files.values())
+        return flash
+
+    def image(self) -> dict[str, bytes]:
+        """Every file as the process sees it: what a kill leaves, while the power stays."""
+        return {name: bytes(file.content) for name, file in self._files.items()}
 
     def boundary(self, kind: str, name: str, effect: Callable[[], object] | None = None) -> None:
         """Count one operation, of this disk or of anything that shares its power, such as a message sent.

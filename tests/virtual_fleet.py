@@ -10,7 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -22,7 +22,6 @@ from msgspec.structs import replace as with_fields
 from sqlalchemy import event
 
 from aggregator.assembly import make_service
-from aggregator.errors import BlobError
 from aggregator.helper.answering import Study
 from aggregator.helper.helper_store import HelperDatabase, HelperStore
 from aggregator.helper.key_ring import Helper, KeyTerms
@@ -31,7 +30,6 @@ from aggregator.intake import IntakeLimits
 from aggregator.rounds import Phase, RoundState
 from aggregator.service import AggregatorService
 from aggregator.store.aggregator_store import AggregatorStore
-from aggregator.store.blobs import StoredBlob, new_blob_name
 from aggregator.store.database import Database
 from aggregator.store.models import ModelRecord
 from aggregator.task_creation import create_task
@@ -51,6 +49,8 @@ from device_client.ledger import Budget
 from device_client.ports import Float32
 from device_client.session import Role
 from device_client.training import Records
+from firmware_sim.memory_blobs import MemoryBlobs
+from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
 from firmware_sim.virtual_device import SteadyBoard, VirtualClock, VirtualHardware, virtual_device
 from firmware_sim.virtual_flash import VirtualFlash
@@ -85,57 +85,6 @@ def load_bundle(name: str = "watch_features") -> ModelBundle:
 def helper_identity(name: str) -> Ed25519PrivateKey:
     """A helper's key."""
     return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"identity of {name}".encode()).digest())
-
-
-class SeededEntropy:
-    """Deterministic bytes: SHAKE-256 of a seed and the number of the call. For tests only.
-
-    Attributes:
-        told: of everything that is drawn.
-    """
-
-    def __init__(self, seed: str) -> None:
-        self._seed, self._counter = seed.encode(), 0
-        self.told: Callable[[bytes], None] = lambda drawn: None
-
-    def __call__(self, count: int) -> bytes:
-        self._counter += 1
-        drawn = hashlib.shake_256(self._counter.to_bytes(8, "little") + self._seed).digest(count)
-        self.told(drawn)
-        return drawn
-
-
-class MemoryBlobs:
-    """`aggregator.store.blobs.Blobs` in memory, which outlives the processes of a fleet.
-
-    Attributes:
-        before: told the operation, such as ``put sum``, ``get`` or ``delete``; what it raises happens instead.
-    """
-
-    def __init__(self, clock: VirtualClock, entropy: Callable[[int], bytes]) -> None:
-        self._clock, self._entropy = clock, entropy
-        self._blobs: dict[str, tuple[bytes, float]] = {}
-        self.before: Callable[[str], None] = lambda operation: None
-
-    def put(self, data: bytes, *, kind: str) -> str:
-        self.before(f"put {kind}")
-        name = new_blob_name(kind, self._entropy)
-        self._blobs[name] = (bytes(data), self._clock.now_s())
-        return name
-
-    def get(self, name: str) -> bytes:
-        self.before("get")
-        if name not in self._blobs:
-            raise BlobError(f"there is no blob {name}")
-        return self._blobs[name][0]
-
-    def delete(self, names: Iterable[str]) -> None:
-        self.before("delete")
-        for name in names:
-            self._blobs.pop(name, None)
-
-    def stored(self) -> Iterator[StoredBlob]:
-        return iter([StoredBlob(name, written_s) for name, (_, written_s) in self._blobs.items()])
 
 
 @dataclass
@@ -307,7 +256,7 @@ class VirtualFleet:
         # These devices are on their chargers at night.
         self.eligibility = EligibilityConfig(require_idle=False, require_unmetered=False)
         (folder / "aggregator.db").write_bytes(empty_database())
-        self.blobs = MemoryBlobs(self.clock, SeededEntropy(f"{seed} blobs"))
+        self.blobs = MemoryBlobs(self.clock.now_s, SeededEntropy(f"{seed} blobs"))
         self.store = self.open_store()
         """The test's own view of what the aggregators keep."""
         self.create_task(self.task)

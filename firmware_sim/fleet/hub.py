@@ -1,0 +1,266 @@
+"""The middle of a fleet: a broker in memory, the real aggregator with its database, and helpers, in virtual time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import event
+
+from aggregator.assembly import make_service
+from aggregator.helper.answering import Study
+from aggregator.helper.helper_store import HelperDatabase, HelperStore
+from aggregator.helper.key_ring import Helper, KeyTerms
+from aggregator.helper.service import HelperLimits, HelperService
+from aggregator.intake import IntakeLimits
+from aggregator.rounds import Phase
+from aggregator.service import AggregatorService
+from aggregator.store.aggregator_store import AggregatorStore
+from aggregator.store.blobs import Blobs
+from aggregator.store.database import Database
+from aggregator.task_creation import create_task
+from firmware_sim.fleet.windows import Download, Registration, Upload
+from firmware_sim.seeded_entropy import SeededEntropy
+from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
+from firmware_sim.virtual_device import VirtualClock
+from fl_protocol.adapters.journal import Journal
+from fl_protocol.secagg.terms import HelperIdentity
+from fl_protocol.topics import down_filter, round_topic
+
+BUSY_FOR_S = 30.0
+"""How long after something happened the aggregator looks around often: transfers may be incomplete, helpers asked."""
+BUSY_EVERY_S, IDLE_EVERY_S = 5.0, 60.0
+"""How often it looks around by itself. Deadlines it meets exactly."""
+_MOST_STEPS = 100_000
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """What the hub of a fleet is.
+
+    Args:
+        seed: of the fleet.
+        tenant: name on the wire.
+        began_s: Unix seconds of the virtual beginning.
+        helpers: names of helpers, each of an operator of its own.
+        minimum_cohort: that helpers insist on.
+    """
+
+    seed: str
+    tenant: str
+    began_s: float
+    helpers: tuple[str, ...] = ()
+    minimum_cohort: int = 2
+
+    def key_of(self, who: str) -> Ed25519PrivateKey:
+        """The signing key of the aggregator or a helper."""
+        return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"{self.seed} identity of {who}".encode()).digest())
+
+    def pinned_helpers(self) -> dict[str, HelperIdentity]:
+        """As devices and aggregator are told of them."""
+        return {
+            name: HelperIdentity(name, f"operator-of-{name}", self.key_of(name).public_key()) for name in self.helpers
+        }
+
+
+@dataclass
+class Hub:
+    """See the module docstring.
+
+    Args:
+        folder: for databases.
+        settings: see there.
+        blobs: large values, given the clock.
+        journal: of the aggregator.
+    """
+
+    folder: Path
+    settings: HubSettings
+    blobs: Blobs
+    journal: Journal
+    clock: VirtualClock = field(init=False)
+    _down: list[Download] = field(default_factory=list, init=False)
+    _busy_until_s: float = field(default=0.0, init=False)
+    _helpers: dict[str, HelperService] = field(default_factory=dict, init=False)
+    _lives: dict[str, int] = field(default_factory=dict, init=False)
+    _service: AggregatorService | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = VirtualClock(self.settings.began_s)
+        self.broker = HubBroker(self.settings.tenant, self._down.append)
+        self.store = self._open_store()
+
+    def create_task(self, path: Path) -> None:
+        """What ``covey-aggregator task create`` does. Raises ConfigError, BundleError."""
+        create_task(self.store, path, now_s=self.clock.now_s())
+
+    def start(self) -> None:
+        """Start aggregator and helpers, anew or as after `kill`."""
+        for name in self.settings.helpers:
+            self._start_helper(name)
+        self._start_aggregator()
+
+    def kill(self) -> None:
+        """What SIGKILL of the aggregator leaves: its database, and the broker's session."""
+        if self._service is not None:
+            self._service.transport.close()
+            self._service.store.close()
+            self._service = None
+
+    def register(self, registrations: Sequence[Registration]) -> None:
+        """Enrol devices with the aggregator and with every helper."""
+        if registrations:
+            self.store.devices.add_all(registrations, self.clock.now_s())
+            for helper in self._helpers.values():
+                helper.store.devices.add_all(self.settings.tenant, registrations)
+
+    def work(self, uploads: Iterable[Upload], now_s: float) -> tuple[Download, ...]:
+        """Take what arrived, do what is due, and say what goes down.
+
+        Args:
+            uploads: in the order in which they arrived.
+            now_s: seconds since the virtual beginning.
+        """
+        self.clock.time_s = self.settings.began_s + now_s
+        count = 0
+        for upload in uploads:
+            self.broker.publish(upload.topic, upload.payload, retain=False)
+            count += 1
+        self._step_until_quiet()
+        down = tuple(self._down)
+        self._down.clear()
+        if count or down:
+            self._busy_until_s = now_s + BUSY_FOR_S
+        return down
+
+    def next_wake_s(self, now_s: float) -> float:
+        """When it has to look around again by itself, seconds since the virtual beginning."""
+        every_s = BUSY_EVERY_S if now_s < self._busy_until_s else IDLE_EVERY_S
+        deadlines = [state.deadline_s - self.settings.began_s for state in self._states() if state.deadline_s]
+        return min([now_s + every_s, *(deadline_s for deadline_s in deadlines if deadline_s > now_s)])
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every task has come to its end, or was paused or aborted for a reason of its own."""
+        final = {Phase.FINISHED, Phase.ABORTED, Phase.PAUSED}
+        states = self._states()
+        return bool(states) and all(state.phase in final for state in states)
+
+    def close(self) -> None:
+        """End everything."""
+        self.kill()
+        for helper in self._helpers.values():
+            helper.store.close()
+        self.store.close()
+
+    def _states(self) -> list[Any]:
+        """Where the tasks stand."""
+        coordinator = self._service.coordinator if self._service is not None else None
+        return [runner.state for runner in coordinator.tasks.values()] if coordinator is not None else []
+
+    def _step_until_quiet(self) -> None:
+        """Let everybody work until nothing is left to do at this moment."""
+        for _ in range(_MOST_STEPS):
+            busy = False
+            for service in [*self._helpers.values(), *([self._service] if self._service is not None else [])]:
+                service.step()
+            busy = self.broker.has_events or (
+                self._service is not None
+                and (self._service.worker.wants_to_commit or self._service.worker.waits_for_commit)
+            )
+            if not busy:
+                return
+        raise AssertionError("the aggregator never came to rest")
+
+    def _start_aggregator(self) -> None:
+        life = self._life("aggregator")
+        settings = self.settings
+        self._service = make_service(
+            tenant=settings.tenant,
+            name="aggregator",
+            coordinates=True,
+            signing_key=settings.key_of("aggregator"),
+            store=self._open_store(),
+            transport=VirtualTransport(self.broker, session="aggregator", manual_acknowledgement=True),
+            journal=self.journal,
+            entropy=SeededEntropy(life),
+            now_s=self.clock.now_s,
+            monotonic_s=self.clock.now_s,
+            limits=IntakeLimits(),
+            helpers=settings.pinned_helpers(),
+        )
+        self._service.start()
+
+    def _start_helper(self, name: str) -> None:
+        settings, life = self.settings, self._life(name)
+        database = HelperDatabase(self.folder / f"{name}.db")
+        _trust_the_disk(database.engine)
+        service = HelperService(
+            Helper(name, f"operator-of-{name}", settings.key_of(name)),
+            studies=[Study(settings.tenant, settings.key_of("aggregator").public_key())],
+            transports={settings.tenant: VirtualTransport(self.broker, session=name, manual_acknowledgement=True)},
+            store=HelperStore(database),
+            journal=self.journal,
+            entropy=SeededEntropy(life),
+            now_s=self.clock.now_s,
+            limits=HelperLimits(minimum_cohort=settings.minimum_cohort),
+            key_terms=KeyTerms("x25519"),
+            wait=lambda _longest_s: None,
+        )
+        service.start()
+        self._helpers[name] = service
+
+    def _open_store(self) -> AggregatorStore:
+        """A connection to the database."""
+        database = Database(f"sqlite:///{self.folder / 'aggregator.db'}")
+        database.engine.dispose()
+        _trust_the_disk(database.engine)
+        return AggregatorStore(database, self.blobs)
+
+    def _life(self, name: str) -> str:
+        """A seed for one life of a process: no two lives draw the same random numbers."""
+        self._lives[name] = self._lives.get(name, 0) + 1
+        return f"{self.settings.seed} {name} {self._lives[name]}"
+
+
+class HubBroker(VirtualBroker):
+    """A broker that also hands on what is meant for devices.
+
+    Args:
+        tenant: name on the wire.
+        hand_on: takes it.
+    """
+
+    def __init__(self, tenant: str, hand_on: Callable[[Download], None]) -> None:
+        super().__init__()
+        self._hand_on = hand_on
+        self._round = round_topic(tenant, "x").removesuffix("x")
+        self._model = self._round.removesuffix("round/") + "model/"
+        self._down = down_filter(tenant, "x").removesuffix("x/+")
+
+    @property
+    def has_events(self) -> bool:
+        """Whether somebody has messages that were not taken."""
+        return any(client.has_events for client in self._clients)
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+        """Deliver, keep, and hand on."""
+        if topic.startswith(self._down):
+            self._hand_on(Download(topic.removeprefix(self._down).split("/")[0], topic, payload))
+            return
+        super().publish(topic, payload, retain=retain)
+        if retain and topic.startswith((self._round, self._model)):
+            self._hand_on(Download("", topic, payload))
+
+
+def _trust_the_disk(engine: Any) -> None:
+    """Nothing is synced: what is killed in a simulation are processes, of which a file keeps all that they wrote."""
+
+    def connected(connection: Any, _record: object) -> None:
+        connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(engine, "connect", connected)

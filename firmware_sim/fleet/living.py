@@ -1,0 +1,114 @@
+"""A device that is awake: its daemon, made from its record, and the SimPy process that lets it take its turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import simpy
+
+from device_client.device import Device
+from firmware_sim.fleet.record import DeviceRecord, packed
+from firmware_sim.virtual_flash import VirtualFlash
+
+LONGEST_NAP_S = 3600.0
+"""How long at most a resident daemon takes no turn."""
+_SHORTEST_NAP_S = 1e-3
+
+
+class FleetBell:
+    """`device_client.ports.Bell` of a device whose process waits in virtual time.
+
+    Args:
+        environment: of the shard.
+    """
+
+    def __init__(self, environment: simpy.Environment) -> None:
+        self._environment = environment
+        self._rung: simpy.Event | None = None
+        self._is_rung = False
+        self.wants_to_wait = False
+
+    def ring(self) -> None:
+        """End the wait; a ring before it counts."""
+        self._is_rung = True
+        if self._rung is not None and not self._rung.triggered:
+            self._rung.succeed()
+
+    def wait(self, timeout_s: float) -> None:
+        """Note that the daemon has nothing to do; the process that lets it take its turns does the waiting."""
+        del timeout_s
+        self.wants_to_wait = True
+
+    def until(self, time_s: float) -> Generator[simpy.Event, Any, None]:
+        """Let virtual time pass until a ring, at most until `time_s` of the shard's time."""
+        self.wants_to_wait = False
+        if not self._is_rung:
+            self._rung = self._environment.event()
+            wait_s = max(_SHORTEST_NAP_S, time_s - self._environment.now)
+            yield self._rung | self._environment.timeout(wait_s)
+            self._rung = None
+        self._is_rung = False
+
+
+@dataclass
+class Living:
+    """One device that is awake.
+
+    Args:
+        record: what it was made from, and is put back into.
+        device: the daemon.
+        flash, counter: what it writes to.
+        bell: what it waits on.
+        take_compute_s: how long what it has computed since the last call takes.
+        next_change_s: when its board reads otherwise, seconds of the shard's time.
+        began_s: Unix seconds at which the shard's time begins.
+    """
+
+    record: DeviceRecord
+    device: Device
+    flash: VirtualFlash
+    counter: VirtualFlash
+    bell: FleetBell
+    take_compute_s: Callable[[], float]
+    next_change_s: Callable[[], float]
+    began_s: float
+    turns: int = 0
+
+    def turns_of(self, environment: simpy.Environment) -> Generator[simpy.Event, Any, None]:
+        """Take turns for ever; each takes as long as what it computes."""
+        while True:
+            self.device.step()
+            self.turns += 1
+            if compute_s := self.take_compute_s():
+                self.record.compute_s += compute_s
+                yield environment.timeout(compute_s)
+            if self.bell.wants_to_wait:
+                yield from self.bell.until(self._quiet_until_s(environment.now))
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to do but to wait for another round."""
+        runners = self.device.studies.running
+        return all(
+            runner.work is None and runner.session.is_settled and not runner.session.wants_to_train
+            for runner in runners
+        )
+
+    def sleep(self) -> None:
+        """End the daemon, and put everything into the record."""
+        self.device.close()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Put into the record what a daemon leaves that is killed."""
+        for runner in self.device.studies.running:
+            runner.transport.close()
+        self.record.flash, self.record.counter = packed(self.flash.image()), packed(self.counter.image())
+        self.record.page_writes += self.flash.page_writes + self.counter.page_writes
+        self.record.spent_epsilon = self.device.ledger.spent_epsilon
+
+    def _quiet_until_s(self, now_s: float) -> float:
+        """Until when every turn would do nothing, seconds of the shard's time."""
+        quiet_s = self.device.daemon.quiet_until_s() - self.began_s
+        return min(quiet_s, self.next_change_s(), now_s + LONGEST_NAP_S)

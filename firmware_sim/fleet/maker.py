@@ -1,0 +1,146 @@
+"""Makes a device of a fleet from its record: the real `Device` over virtual hardware, with seeded randomness."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import simpy
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from device_client.config import DeviceConfig, StudyConfig
+from device_client.device import Device
+from device_client.device_ports import Connection
+from device_client.device_store import create_identity
+from device_client.ports import Graph
+from device_client.training import LocalTraining, Records, Trainer
+from firmware_sim.fleet.edge import Edge
+from firmware_sim.fleet.fidelity import EmptyTrainer, NoGraph, TimedGraph
+from firmware_sim.fleet.links import FleetTransport
+from firmware_sim.fleet.living import FleetBell, Living
+from firmware_sim.fleet.record import DeviceRecord, unpacked
+from firmware_sim.fleet.surroundings import Surroundings
+from firmware_sim.fleet.windows import Registration
+from firmware_sim.seeded_entropy import SeededEntropy
+from firmware_sim.virtual_device import VirtualHardware, virtual_device
+from fl_protocol.adapters.journal import Journal
+from fl_protocol.bundle import ModelBundle
+
+
+@dataclass(frozen=True)
+class DeviceMaker:
+    """What the devices of a shard have in common.
+
+    Args:
+        seed: of the fleet.
+        config: a device's configuration, given its name on the wire.
+        bundle: verified.
+        graph: loaded once, and used by one device at a time; None where no model is trained.
+        records: what a device has recorded when it is switched on.
+        aggregator_key: that all are pinned to.
+        began_s: Unix seconds at which the shard's time begins.
+    """
+
+    seed: str
+    config: Callable[[str], DeviceConfig]
+    bundle: ModelBundle
+    graph: Graph | None
+    records: Callable[[int], Records] | None
+    aggregator_key: Ed25519PublicKey
+    began_s: float
+
+    def start(
+        self,
+        record: DeviceRecord,
+        surroundings: Surroundings,
+        *,
+        environment: simpy.Environment,
+        edge: Edge,
+        journal: Journal,
+    ) -> tuple[Living, list[Registration]]:
+        """A device whose daemon starts: from its flash, or new, and then enrolled and granted what it was made for."""
+        record.lives += 1
+        is_new, config = not record.flash, self.config(record.name)
+        life = f"{self.seed} {record.name} {record.lives}"
+        flash, counter, bell = unpacked(record.flash), unpacked(record.counter), FleetBell(environment)
+        stopwatch = Stopwatch(surroundings.compute_s)
+
+        def connect(_wanted: Connection) -> FleetTransport:
+            return FleetTransport(environment, edge, record, surroundings.line, bell.ring)
+
+        hardware = VirtualHardware(
+            flash=flash,
+            counter_flash=counter,
+            store_key=hashlib.sha256(record.name.encode()).digest(),
+            clock=surroundings.clock,
+            board=surroundings.board,
+            entropy=SeededEntropy(life),
+            nonces=SeededEntropy(f"{life} nonces"),
+            jitter=SeededEntropy(f"{life} session"),
+            connect=connect,
+            journal=journal,
+            bell=bell,
+            trainer=self._trainer(stopwatch),
+        )
+        device = virtual_device(
+            config,
+            hardware,
+            bundle=lambda _study: self.bundle,
+            graph=lambda _bundle: self._graph(stopwatch),
+            aggregator_key=self.aggregator_key,
+        )
+        enrolled = [self._enrol(device, study) for study in config.studies] if is_new else []
+        if is_new and self.records is not None:
+            records = self.records(record.index)
+            device.add(records.x, records.y)
+        living = Living(
+            record=record,
+            device=device,
+            flash=flash,
+            counter=counter,
+            bell=bell,
+            take_compute_s=stopwatch.take,
+            next_change_s=surroundings.next_change_s,
+            began_s=self.began_s,
+        )
+        return living, enrolled
+
+    def _enrol(self, device: Device, study: StudyConfig) -> Registration:
+        """Make a device's identity in a study, and grant it."""
+        key = create_identity(device.store, study.study, SeededEntropy(f"{self.seed} {study.id} identity"))
+        device.grant(study.study)
+        return Registration(str(study.id), key.public_key().public_bytes_raw())
+
+    def _trainer(self, stopwatch: Stopwatch) -> Trainer:
+        """What does the local steps."""
+        if self.graph is not None:
+            return LocalTraining
+        return EmptyTrainer(self.bundle.manifest.train_flops, stopwatch.computed)
+
+    def _graph(self, stopwatch: Stopwatch) -> Graph:
+        """The graph, whose calls take this device's time."""
+        manifest = self.bundle.manifest
+        if self.graph is None:
+            return NoGraph(manifest.batch_size)
+        return TimedGraph(self.graph, manifest.train_flops, stopwatch.computed)
+
+
+class Stopwatch:
+    """Adds up how long computing takes.
+
+    Args:
+        compute_s: seconds that so many floating-point operations take now.
+    """
+
+    def __init__(self, compute_s: Callable[[float], float]) -> None:
+        self._compute_s, self._total_s = compute_s, 0.0
+
+    def computed(self, flop: float) -> None:
+        """Something was computed."""
+        self._total_s += self._compute_s(flop)
+
+    def take(self) -> float:
+        """How long it took since the last call."""
+        total_s, self._total_s = self._total_s, 0.0
+        return total_s

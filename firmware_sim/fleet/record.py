@@ -1,0 +1,68 @@
+"""A device while it sleeps: its flash, and some numbers. Everything else is made again from these when it wakes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from firmware_sim.virtual_flash import PAGE_BYTES, VirtualFlash
+
+Image = dict[str, tuple[int, tuple[bytes, ...]]]
+"""Files by name: length in bytes, and pages without the zeros that they end in (a preallocated file is mostly that)."""
+
+
+class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
+    """One device between two lives of its daemon.
+
+    Args:
+        index: of the device in the fleet; what is drawn for it follows from the seed and this.
+        name: on the wire.
+        profile: of its hardware.
+        flash, counter: the contents of its store, and of the ledger's counter.
+        lives: how often its daemon was started.
+        sent: messages that it has published.
+        page_writes: pages written to its flash.
+        next_s: when it wakes next by itself.
+        spent_epsilon: of its wearer's budget.
+        compute_s: how long it has computed.
+        bytes_up, bytes_down: over its radio.
+        updates: that were delivered.
+        hour: the last one in which it was counted as awake, eligible, having begun, having delivered; -1 for none.
+    """
+
+    index: int
+    name: str
+    profile: str
+    flash: Image = msgspec.field(default_factory=dict)
+    counter: Image = msgspec.field(default_factory=dict)
+    lives: int = 0
+    sent: int = 0
+    page_writes: int = 0
+    next_s: float = 0.0
+    spent_epsilon: float = 0.0
+    compute_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    updates: int = 0
+    hours: list[int] = msgspec.field(default_factory=lambda: [-1, -1, -1, -1])
+
+
+def packed(files: Mapping[str, bytes]) -> Image:
+    """Files as a record keeps them."""
+    return {
+        name: (
+            len(content),
+            tuple(bytes(content[at : at + PAGE_BYTES]).rstrip(b"\0") for at in range(0, len(content), PAGE_BYTES)),
+        )
+        for name, content in files.items()
+    }
+
+
+def unpacked(image: Image) -> VirtualFlash:
+    """A flash that holds what was packed."""
+    files = {}
+    for name, (length, pages) in image.items():
+        content = b"".join(page.ljust(PAGE_BYTES, b"\0") for page in pages)
+        files[name] = content[:length]
+    return VirtualFlash.holding(files)

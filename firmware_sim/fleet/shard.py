@@ -1,0 +1,130 @@
+"""A part of the fleet, simulated alone for one window after the other: SimPy's time, real devices, an edge of the
+broker.
+
+Which devices share a shard changes nothing: each has its own seeds, and they meet at the hub only.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Generator, Iterable
+from typing import Any
+
+import simpy
+
+from firmware_sim.fleet.diary import Diary
+from firmware_sim.fleet.edge import Edge
+from firmware_sim.fleet.living import Living
+from firmware_sim.fleet.maker import DeviceMaker
+from firmware_sim.fleet.record import DeviceRecord
+from firmware_sim.fleet.surroundings import Surroundings, World
+from firmware_sim.fleet.windows import FleetEvent, Registration, Totals, Window, WindowReport
+
+HEARD_WITHIN_S = 5.0
+"""How long a job that has nothing to do waits for the study's manifest before it ends."""
+RESTART_AFTER_S = 60.0
+"""How long after a crash the system starts the daemon again."""
+MOST_CRASHES = 5
+"""After so many crashes it does not any more."""
+
+
+class Shard:
+    """See the module docstring.
+
+    Args:
+        records: its devices; they are changed.
+        maker: makes them.
+        world: what they are in.
+    """
+
+    def __init__(self, records: Iterable[DeviceRecord], *, maker: DeviceMaker, world: World) -> None:
+        self._records = {record.name: record for record in records}
+        self._maker, self._world = maker, world
+        self._environment, self._edge = simpy.Environment(), Edge()
+        self._living: dict[str, Living] = {}
+        self._registrations: list[Registration] = []
+        self._events: list[FleetEvent] = []
+        self._crashes: dict[str, int] = {}
+        self.totals = Totals()
+        for record in self._records.values():
+            self._start_at(record, world.first_start_s(record))
+
+    def advance(self, window: Window) -> WindowReport:
+        """Simulate one window.
+
+        Args:
+            window: begins where the last one ended, or later.
+        """
+        if window.starts_s > self._environment.now:
+            self._environment.run(until=window.starts_s)
+        for message in window.down:
+            self._edge.take(message)
+        self._environment.run(until=window.ends_s)
+        registrations, self._registrations = tuple(self._registrations), []
+        events, self._events = tuple(self._events), []
+        return WindowReport(self._edge.take_uploads(), registrations, events, self._environment.peek())
+
+    @property
+    def records(self) -> list[DeviceRecord]:
+        """Its devices; those that are awake as they were when they woke."""
+        return list(self._records.values())
+
+    def _start_at(self, record: DeviceRecord, start_s: float) -> None:
+        """Have a daemon started."""
+        record.next_s = start_s
+        if start_s < float("inf"):
+            start = self._environment.timeout(max(0.0, start_s - self._environment.now))
+            start.callbacks.append(lambda _event: self._environment.process(self._life(record)))
+
+    def _life(self, record: DeviceRecord) -> Generator[simpy.Event, Any, None]:
+        """One life of a daemon: from its start until its system ends it, or it crashes."""
+        surroundings = self._world.surroundings(record, self._environment)
+        diary = Diary(record, lambda: self._environment.now, self.totals, self._events.append)
+        try:
+            living = self._started(record, surroundings, diary)
+            yield from self._turns(living, surroundings)
+            self._put_to_sleep(living, surroundings)
+        except Exception as error:
+            self._crashed(record, surroundings, diary, error)
+
+    def _started(self, record: DeviceRecord, surroundings: Surroundings, diary: Diary) -> Living:
+        """A daemon starts."""
+        self.totals.starts += 1
+        living, enrolled = self._maker.start(
+            record, surroundings, environment=self._environment, edge=self._edge, journal=diary
+        )
+        self._registrations += enrolled
+        self._living[record.name] = living
+        return living
+
+    def _turns(self, living: Living, surroundings: Surroundings) -> Generator[simpy.Event, Any, None]:
+        """Let a daemon take its turns, until there is nothing left to do for it, or its system ends it."""
+        started_s = self._environment.now
+        ends_s = started_s + surroundings.longest_run_s
+        for waiting in living.turns_of(self._environment):
+            yield waiting
+            now_s = self._environment.now
+            if ends_s < float("inf") and (
+                now_s >= ends_s or (now_s >= started_s + HEARD_WITHIN_S and living.is_done())
+            ):
+                return
+
+    def _put_to_sleep(self, living: Living, surroundings: Surroundings) -> None:
+        """A daemon ends: only its record stays."""
+        del self._living[living.record.name]
+        living.sleep()
+        surroundings.leave()
+        self.totals.turns += living.turns
+        self._start_at(living.record, surroundings.next_start_s())
+
+    def _crashed(self, record: DeviceRecord, surroundings: Surroundings, diary: Diary, error: Exception) -> None:
+        """A daemon raised what it should not have: a finding, with what leads to it."""
+        trace = "".join(traceback.format_exception(error))
+        diary.tell("crash", detail=f"{type(error).__name__}: {error}\n{trace}")
+        living = self._living.pop(record.name, None)
+        if living is not None:
+            living.abandon()
+        surroundings.leave()
+        self._crashes[record.name] = self._crashes.get(record.name, 0) + 1
+        if self._crashes[record.name] < MOST_CRASHES:
+            self._start_at(record, self._environment.now + RESTART_AFTER_S)
