@@ -18,6 +18,7 @@ No I/O, no clock; chance comes from the `random.Random` that is passed in.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -370,12 +371,14 @@ def _error(number: int, name: str) -> OSError:
     return OSError(number, os.strerror(number), name)
 
 
+@functools.lru_cache(maxsize=4096)
 def _folder_of(name: str) -> str:
     """The folder that a name is in."""
     return name.rpartition("/")[0]
 
 
-def _ancestors(name: str) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def _ancestors(name: str) -> frozenset[str]:
     """All folders that a name is in, but the root."""
     parts = name.split("/")
-    return {"/".join(parts[:end]) for end in range(1, len(parts))}
+    return frozenset("/".join(parts[:end]) for end in range(1, len(parts)))

@@ -41,8 +41,15 @@ def conversion_terms(delta: float, orders: Sequence[float] = ORDERS) -> Vector:
     """
     if not 0 < delta < 1:
         raise LocalMisuseError(f"delta: expected 0 < delta < 1, got {delta}")
+    return _conversion_terms(delta, tuple(orders))
+
+
+@functools.lru_cache(maxsize=16)
+def _conversion_terms(delta: float, orders: tuple[float, ...]) -> Vector:
+    """`conversion_terms`, computed once for each budget; nobody may write to them."""
     alpha = np.asarray(orders, np.float64)
     terms: Vector = np.log1p(-1 / alpha) - (math.log(delta) + np.log(alpha)) / (alpha - 1)
+    terms.setflags(write=False)
     return terms
 
 

@@ -7,6 +7,7 @@ round, model, device and update id it was made for.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,6 +100,7 @@ def _public_key(recipient: RecipientKeyMsg) -> PublicKey:
         raise ProtocolError(f"recipient key: not an ML-KEM-768 public key ({error})") from error
 
 
+@functools.lru_cache(maxsize=4)  # a device looks at a round's key more than once, and sealing is slow
 def check_recipient(recipient: RecipientKeyMsg) -> None:
     """Whether anything can be sealed to a manifest's recipient; runs at the device, before it charges for a round.
 
