@@ -62,7 +62,8 @@ class Scenario(Section, frozen=True, kw_only=True):
         days: virtual days after which the run ends, if its task has not ended before.
         begins: moment at which virtual time begins.
         exchange_s: how long a window is: messages take effect at its multiples (ADR 14).
-        checkpoint_hours: how often the run is put down so that it can be resumed. Every daemon is restarted then.
+        checkpoint_hours: the run is put down, so that it can be resumed, after each round that ends, but at most
+            every so many virtual hours. Every daemon is restarted then, as systems do.
         fidelity: how training is simulated.
         wire: ``off`` leaves out sealing and signatures, to see what the rest costs; only with the engine open.
         model: name of one of covey's bundles, or path of one, relative to the file.
@@ -79,7 +80,7 @@ class Scenario(Section, frozen=True, kw_only=True):
     days: Annotated[float, Meta(gt=0, le=3_700)] = 1.0
     begins: datetime.datetime = datetime.datetime(2026, 3, 2, tzinfo=datetime.timezone.utc)
     exchange_s: Annotated[float, Meta(ge=0.1, le=4.0)] = 1.0
-    checkpoint_hours: Annotated[float, Meta(gt=0)] = 24.0
+    checkpoint_hours: AtLeastZero = 0.0
     fidelity: Fidelity = "real"
     wire: Literal["on", "off"] = "on"
     model: str = "watch_cnn"
