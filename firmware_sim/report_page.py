@@ -60,9 +60,9 @@ def table_html(rows: Iterable[Sequence[str]], *, header: Sequence[str] = (), num
     return f"<table>{top}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
-def figure_html(drawing: str, caption: str) -> str:
+def figure_html(plot: str, caption: str) -> str:
     """A plot and what it shows; the caption is plain text."""
-    return f"<figure>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    return f"<figure>{plot}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def drawing() -> AbstractContextManager[None]:
