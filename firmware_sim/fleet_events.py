@@ -53,7 +53,7 @@ class EventTable:
             raise FleetError(f"event {event.event!r} of {event.device}: expected finite numbers, got {event!r}")
         if event.time_s < self._last_s:
             raise FleetError(
-                f"event {event.event!r} of {event.device}: expected a time of at least {self._last_s} s, the last one's, "
+                f"event {event.event!r} of {event.device}: expected a time not before the last one's {self._last_s} s, "
                 f"got {event.time_s} s; sort the events of a window with append_window"
             )
         self._last_s = event.time_s

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 import html
-import io
 import statistics
-from typing import TYPE_CHECKING
 
 from firmware_sim.metrics import RoundMetrics, RunMetrics
+from firmware_sim.report_page import BLUE, ORANGE, drawing, empty_axes, figure_html, note, page_html, svg, table_html
 from firmware_sim.settings import named_helpers
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_BLUE, _ORANGE, _GREY = "#2563a8", "#c2560c", "#6b7280"
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem }
-.lead { color: #4b5563; margin-top: 0 }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.5rem }
-figure { margin: 0 } figcaption { color: #4b5563; font-size: .9rem } svg { width: 100%; height: auto }
-table { border-collapse: collapse; width: 100% }
-td, th { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e5e7eb; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
-"""
 
 
 def report_html(metrics: RunMetrics) -> str:
@@ -33,22 +16,14 @@ def report_html(metrics: RunMetrics) -> str:
     Args:
         metrics: what the run measured; nothing on the page comes from anywhere else.
     """
-    import matplotlib as mpl  # noqa: PLC0415 - half a second that only a report needs
-
-    # The same metrics give the same text; letters stay letters, and a $ in a name starts no formula.
-    with mpl.rc_context(
-        {"svg.hashsalt": "covey", "svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
-    ):
+    with drawing():
         plots = _plots(metrics)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Covey run</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body>"
+    return page_html(
+        "Covey run",
         f"<h1>Covey run: {html.escape(metrics.settings.model)}</h1>{_lead(metrics)}"
         f'<div class="plots">{"".join(plots)}</div>'
-        f"<h2>Settings</h2>{_table(_settings_rows(metrics))}"
-        f"<h2>What went wrong</h2>{_table(_trouble_rows(metrics))}"
-        "</body></html>"
+        f"<h2>Settings</h2>{table_html(_settings_rows(metrics))}"
+        f"<h2>What went wrong</h2>{table_html(_trouble_rows(metrics))}",
     )
 
 
@@ -56,15 +31,17 @@ def _plots(metrics: RunMetrics) -> list[str]:
     """All plots of the page."""
     committed = [record for record in metrics.rounds if record.outcome == "committed"]
     plots = [
-        _figure(_accuracy_svg(metrics, committed), "Accuracy on people whose wrists never trained, by round."),
-        _figure(_epsilon_svg(metrics, committed), "Privacy spent by the wrist that spent most, against its budget."),
-        _figure(_loss_svg(committed), "Mean loss on the same people, by round."),
-        _figure(_bytes_svg(committed), "Bytes over the broker: sealed updates up, models down."),
-        _figure(_seconds_svg(committed), "How long rounds took, and how much of it was unmasking, by round."),
+        figure_html(_accuracy_svg(metrics, committed), "Accuracy on people whose wrists never trained, by round."),
+        figure_html(
+            _epsilon_svg(metrics, committed), "Privacy spent by the wrist that spent most, against its budget."
+        ),
+        figure_html(_loss_svg(committed), "Mean loss on the same people, by round."),
+        figure_html(_bytes_svg(committed), "Bytes over the broker: sealed updates up, models down."),
+        figure_html(_seconds_svg(committed), "How long rounds took, and how much of it was unmasking, by round."),
     ]
     if metrics.final is not None:
-        plots.append(_figure(_person_svg(metrics), "The finished model, by person (both wrists)."))
-    plots.append(_figure(_memory_svg(metrics), "Peak resident memory of each process."))
+        plots.append(figure_html(_person_svg(metrics), "The finished model, by person (both wrists)."))
+    plots.append(figure_html(_memory_svg(metrics), "Peak resident memory of each process."))
     return plots
 
 
@@ -141,112 +118,79 @@ def _trouble_rows(metrics: RunMetrics) -> list[tuple[str, str]]:
     return rows or [("nothing", "no update was refused, no round aborted, nobody complained")]
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
-    """Two columns."""
-    cells = (f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
-    return f"<table>{''.join(cells)}</table>"
-
-
-def _figure(svg: str, caption: str) -> str:
-    """A plot and what it shows."""
-    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _axes(ylabel: str, xlabel: str = "round") -> tuple[Figure, Axes]:
-    """An empty plot in the report's style."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - as above
-
-    figure = Figure(figsize=(6.2, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e7eb")
-    axes.set_axisbelow(True)
-    axes.set_ylabel(ylabel)
-    axes.set_xlabel(xlabel)
-    return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    """The drawing as inline SVG, without the XML prologue; the same metrics give the same text."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
-
-
 def _accuracy_svg(metrics: RunMetrics, rounds: list[RoundMetrics]) -> str:
     """Accuracy by round, with the finished model marked."""
-    figure, axes = _axes("accuracy, %")
+    figure, axes = empty_axes("accuracy, %")
     points = [(record.round, 100 * record.accuracy) for record in rounds if record.accuracy is not None]
-    axes.plot([x for x, _ in points], [y for _, y in points], color=_BLUE, label="after each round")
+    axes.plot([x for x, _ in points], [y for _, y in points], color=BLUE, label="after each round")
     if metrics.final is not None:
         accuracy = 100 * metrics.final.accuracy
         label = f"finished model: {accuracy:.1f} %"
-        axes.axhline(accuracy, color=_ORANGE, linestyle="--", linewidth=1, label=label)
+        axes.axhline(accuracy, color=ORANGE, linestyle="--", linewidth=1, label=label)
     axes.set_ylim(0, 100)
     axes.legend(frameon=False, loc="lower right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _epsilon_svg(metrics: RunMetrics, rounds: list[RoundMetrics]) -> str:
     """Largest epsilon by round, with the budget."""
-    figure, axes = _axes(f"ε at δ = {metrics.settings.delta:g}")
+    figure, axes = empty_axes(f"ε at δ = {metrics.settings.delta:g}")
     if metrics.settings.epsilon is None:
-        axes.text(0.5, 0.5, "no noise, so no ε", transform=axes.transAxes, ha="center", color=_GREY)
-        return _svg(figure)
-    axes.plot([r.round for r in rounds], [r.epsilon_max or 0.0 for r in rounds], color=_BLUE, label="largest spent")
-    axes.axhline(metrics.settings.epsilon, color=_ORANGE, linestyle="--", linewidth=1, label="budget")
+        note(axes, "no noise, so no ε")
+        return svg(figure)
+    axes.plot([r.round for r in rounds], [r.epsilon_max or 0.0 for r in rounds], color=BLUE, label="largest spent")
+    axes.axhline(metrics.settings.epsilon, color=ORANGE, linestyle="--", linewidth=1, label="budget")
     axes.set_ylim(0, metrics.settings.epsilon * 1.1)
     axes.legend(frameon=False, loc="lower right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _loss_svg(rounds: list[RoundMetrics]) -> str:
     """Loss by round."""
-    figure, axes = _axes("mean cross-entropy")
+    figure, axes = empty_axes("mean cross-entropy")
     points = [(record.round, record.loss) for record in rounds if record.loss is not None]
-    axes.plot([x for x, _ in points], [y for _, y in points], color=_BLUE)
+    axes.plot([x for x, _ in points], [y for _, y in points], color=BLUE)
     axes.set_ylim(bottom=0)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _bytes_svg(rounds: list[RoundMetrics]) -> str:
     """Bytes by round, both ways."""
-    figure, axes = _axes("kB in a round, all devices")
+    figure, axes = empty_axes("kB in a round, all devices")
     numbers = [record.round for record in rounds]
-    axes.step(numbers, [r.bytes_up / 1000 for r in rounds], where="mid", color=_BLUE, label="up")
-    axes.step(numbers, [r.bytes_down / 1000 for r in rounds], where="mid", color=_ORANGE, label="down")
+    axes.step(numbers, [r.bytes_up / 1000 for r in rounds], where="mid", color=BLUE, label="up")
+    axes.step(numbers, [r.bytes_down / 1000 for r in rounds], where="mid", color=ORANGE, label="down")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _seconds_svg(rounds: list[RoundMetrics]) -> str:
     """Seconds by round, and of them the unmasking."""
-    figure, axes = _axes("seconds")
-    axes.plot([r.round for r in rounds], [r.seconds for r in rounds], color=_BLUE, label="round")
+    figure, axes = empty_axes("seconds")
+    axes.plot([r.round for r in rounds], [r.seconds for r in rounds], color=BLUE, label="round")
     unmasking = [(r.round, r.unmasking_s) for r in rounds if r.unmasking_s is not None]
     if unmasking:
-        axes.plot([x for x, _ in unmasking], [y for _, y in unmasking], color=_ORANGE, label="unmasking")
+        axes.plot([x for x, _ in unmasking], [y for _, y in unmasking], color=ORANGE, label="unmasking")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _person_svg(metrics: RunMetrics) -> str:
     """Accuracy of the finished model by person."""
-    figure, axes = _axes("accuracy, %", "person")
+    figure, axes = empty_axes("accuracy, %", "person")
     by_person = metrics.final.by_person if metrics.final is not None else {}
-    bars = axes.bar(list(by_person), [100 * value for value in by_person.values()], color=_BLUE, width=0.5)
+    bars = axes.bar(list(by_person), [100 * value for value in by_person.values()], color=BLUE, width=0.5)
     axes.bar_label(bars, fmt="%.1f")
     axes.set_ylim(0, 105)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _memory_svg(metrics: RunMetrics) -> str:
     """Peak memory by process."""
-    figure, axes = _axes("MB", "")
+    figure, axes = empty_axes("MB", "")
     names = list(metrics.peak_rss_mb)
-    axes.bar(names, list(metrics.peak_rss_mb.values()), color=_BLUE, width=0.7)
+    axes.bar(names, list(metrics.peak_rss_mb.values()), color=BLUE, width=0.7)
     axes.tick_params(axis="x", labelrotation=90, labelsize=7)
-    return _svg(figure)
+    return svg(figure)

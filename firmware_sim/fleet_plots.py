@@ -1,0 +1,280 @@
+"""The plots of a simulated run, each drawn from its metrics alone; None where there is nothing to draw.
+
+Times are virtual: days since the run began, hours of the day in UTC.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from firmware_sim.fleet_metrics import Epsilons, FaultSpan, FleetHour, FleetMetrics, FleetRound, ProfileUse
+from firmware_sim.quantities import days, number
+from firmware_sim.report_page import BLUE, GREEN, GREY, ORANGE, empty_axes, stacked_axes, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_DAYS = "virtual days"
+_MANY_HOURS = 28 * 24
+"""From here on a point is the mean hour of a day: single hours of a season or a year are a smear."""
+_NARROWEST = 0.004
+"""Of a plot's width: how wide a fault is drawn at least, so that a restart of a second is seen in a week."""
+_OUTCOMES = {"committed": BLUE, "aborted": ORANGE}
+_LINES = (BLUE, ORANGE, GREEN, "#7c3aed", "#b8860b", "#0e7490")
+
+
+def participation_svg(metrics: FleetMetrics) -> str | None:
+    """Awake and eligible devices above; updates begun and delivered below, on a scale of their own."""
+    hours = _every_hour(metrics.hours)
+    if not hours:
+        return None
+    figure, (upper, lower) = stacked_axes(["devices", "devices in an hour"], _DAYS, wide=True)
+    _hour_lines(upper, lower, _over_the_run(hours), width=1 if len(hours) <= _MANY_HOURS else 24)
+    return svg(figure)
+
+
+def hour_of_day_svg(metrics: FleetMetrics) -> str | None:
+    """The mean hour of the day, for runs of at least a day."""
+    hours = _every_hour(metrics.hours)
+    if len(hours) < 24:
+        return None
+    of_day: defaultdict[int, list[FleetHour]] = defaultdict(list)
+    for hour in hours:
+        of_day[int(metrics.began_s // 3600 + hour.hour) % 24].append(hour)
+    figure, (upper, lower) = stacked_axes(["devices", "devices in an hour"], "hour of the day (UTC)")
+    means = [(float(hour), _mean(of_day[hour])) for hour in sorted(of_day)]
+    for axes, names in ((upper, ("awake", "eligible")), (lower, ("began", "delivered"))):
+        for name, colour in zip(names, (BLUE, ORANGE), strict=True):
+            xs, ys = [x for x, _ in means], [values[name] for _, values in means]
+            axes.stairs(ys, [*xs, 24.0], color=colour, label=name)
+        _from_zero(axes)
+    lower.set_xticks(range(0, 25, 3))
+    lower.set_xlim(0, 24)
+    return svg(figure)
+
+
+def rounds_svg(metrics: FleetMetrics) -> str | None:
+    """Arrived updates of each round by its outcome, against its goal; rounds in the order of their ends."""
+    rounds = sorted(metrics.rounds, key=lambda record: (record.closed_s, record.task, record.round))
+    if not rounds:
+        return None
+    figure, axes = empty_axes("updates", "round, in the order of ending")
+    # Bars with gaps as one outline: a thousand rounds stay one line of the drawing.
+    edges = [x for index in range(1, len(rounds) + 1) for x in (index - 0.4, index + 0.4)]
+    for outcome in sorted({record.outcome for record in rounds}):
+        heights = [record.arrived if record.outcome == outcome else 0 for record in rounds]
+        outline = [height for pair in zip(heights, [0] * len(heights), strict=True) for height in pair][:-1]
+        colour = _OUTCOMES.get(outcome, GREY)
+        axes.stairs(outline, edges, fill=True, color=colour, label=f"arrived, {outcome}")
+    goals = [record.goal for record in rounds]
+    middles = [index + 0.5 for index in range(len(rounds) + 1)]
+    axes.stairs(goals, middles, baseline=None, color="#111827", linewidth=1, linestyle="--", label="goal")
+    _from_zero(axes)
+    axes.locator_params(axis="x", integer=True)
+    return svg(figure)
+
+
+def accuracy_svg(metrics: FleetMetrics) -> str | None:
+    """Accuracy against virtual time, a line a task."""
+    tasks: defaultdict[str, list[FleetRound]] = defaultdict(list)
+    for record in metrics.rounds:
+        if record.accuracy is not None:
+            tasks[record.task].append(record)
+    if not tasks:
+        return None
+    figure, axes = empty_axes("accuracy, %", _DAYS)
+    for index, (task, records) in enumerate(sorted(tasks.items())):
+        records.sort(key=lambda record: record.closed_s)
+        axes.plot(
+            [days(record.closed_s) for record in records],
+            [100 * (record.accuracy or 0.0) for record in records],
+            color=_LINES[index % len(_LINES)],
+            marker="o" if len(records) <= 40 else "",
+            markersize=3,
+            label=task,
+        )
+    axes.set_ylim(0, 100)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, loc="lower right")
+    return svg(figure)
+
+
+def energy_svg(profiles: Sequence[ProfileUse]) -> str | None:
+    """Energy of a device and day, stacked; the 95th percentile marked, percent of the battery beside."""
+    if not profiles:
+        return None
+    axes, ends = _stacked_bars(
+        profiles,
+        "mWh of a device and day",
+        (("training", BLUE, [use.energy_compute_mwh for use in profiles]),
+         ("radio", ORANGE, [use.energy_radio_mwh for use in profiles]),
+         ("being awake", GREY, [use.energy_base_mwh for use in profiles])),
+    )  # fmt: skip
+    tops = [use.energy_p95_mwh for use in profiles]
+    axes.plot(tops, range(len(profiles)), "|", color="#111827", markersize=14, label="95 in 100 use less")
+    for row, use in enumerate(profiles):
+        share = "mains" if use.battery_percent_median is None else f"{number(use.battery_percent_median)} %"
+        axes.annotate(share, (max(ends[row], tops[row]), row), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.set_xlim(right=1.18 * max([*ends, *tops]) or 1.0)
+    _legend_above(axes)
+    return svg(axes.get_figure(root=True))  # type: ignore[arg-type]
+
+
+def bytes_svg(profiles: Sequence[ProfileUse]) -> str | None:
+    """Bytes of a device and day, up and down; of both, what was metered."""
+    if not profiles:
+        return None
+    scale = 1e6 if max(use.bytes_up + use.bytes_down for use in profiles) >= 1e6 else 1e3
+    axes, ends = _stacked_bars(
+        profiles,
+        f"{'MB' if scale == 1e6 else 'kB'} of a device and day",
+        (("up", BLUE, [use.bytes_up / scale for use in profiles]),
+         ("down", ORANGE, [use.bytes_down / scale for use in profiles])),
+    )  # fmt: skip
+    metered = [use.bytes_metered / scale for use in profiles]
+    axes.barh(range(len(profiles)), metered, height=0.16, color="#111827", label="of both, metered")
+    axes.set_xlim(right=1.08 * max(ends) or 1.0)
+    _legend_above(axes)
+    return svg(axes.get_figure(root=True))  # type: ignore[arg-type]
+
+
+def counts_svg(counts: dict[str, int], label: str) -> str | None:
+    """Bars by name, the largest on top."""
+    rows = sorted(counts.items(), key=lambda item: (item[1], item[0]))[-15:]
+    if not rows:
+        return None
+    figure, axes = empty_axes("", label)
+    bars = axes.barh([_short(name) for name, _ in rows], [value for _, value in rows], color=BLUE, height=0.6)
+    axes.bar_label(bars, labels=[f"{value:,}" for _, value in rows], padding=4)
+    axes.set_xlim(right=1.2 * max(value for _, value in rows) or 1.0)
+    _sideways(axes)
+    return svg(figure)
+
+
+def faults_svg(metrics: FleetMetrics) -> str | None:
+    """When each kind of fault struck, below the updates that arrived."""
+    if not metrics.faults:
+        return None
+    kinds: defaultdict[str, list[FaultSpan]] = defaultdict(list)
+    for fault in metrics.faults:
+        kinds[fault.kind].append(fault)
+    order = sorted(kinds, key=lambda kind: (min(fault.starts_s for fault in kinds[kind]), kind), reverse=True)
+    figure, (upper, lower) = stacked_axes(
+        ["delivered in an hour", ""], _DAYS, wide=True, heights=(1.6, max(0.7, 0.34 * len(order)))
+    )
+    width = days(max(metrics.virtual_s, *(fault.ends_s for fault in metrics.faults), 1.0))
+    delivered = [hour.delivered for hour in _every_hour(metrics.hours)]
+    upper.stairs(delivered, [hour / 24 for hour in range(len(delivered) + 1)], color=BLUE, fill=True)
+    for row, kind in enumerate(order):
+        spans = [
+            (days(fault.starts_s), max(days(fault.ends_s - fault.starts_s), _NARROWEST * width))
+            for fault in kinds[kind]
+        ]
+        lower.broken_barh(spans, (row - 0.3, 0.6), color=ORANGE)
+        for start, length in spans:
+            upper.axvspan(start, start + length, color=ORANGE, alpha=0.12, linewidth=0)
+    lower.set_yticks(range(len(order)), [_kind_label(kind, kinds[kind]) for kind in order])
+    lower.set_ylim(-0.6, len(order) - 0.4)
+    _sideways(lower)
+    upper.set_ylim(bottom=0)
+    lower.set_xlim(0, width)
+    return svg(figure)
+
+
+def epsilon_svg(epsilons: Epsilons | None) -> str | None:
+    """How many devices had spent how much, with the budget."""
+    if epsilons is None or not any(epsilons.counts):
+        return None
+    figure, axes = empty_axes("devices", f"ε spent, at δ = {epsilons.delta:g}")
+    axes.stairs(epsilons.counts, epsilons.edges, fill=True, color=BLUE, label="devices")
+    if epsilons.budget is not None:
+        axes.axvline(
+            epsilons.budget, color=ORANGE, linestyle="--", linewidth=1.5, label=f"budget: ε = {epsilons.budget:g}"
+        )
+    axes.set_xlim(0, 1.04 * max(epsilons.edges[-1], epsilons.budget or 0.0))
+    _from_zero(axes)
+    return svg(figure)
+
+
+def _every_hour(hours: Sequence[FleetHour]) -> list[FleetHour]:
+    """All hours from 0 to the last one; nothing happened in those that are not told."""
+    told = {hour.hour: hour for hour in hours}
+    return [
+        told.get(hour) or FleetHour(hour=hour, awake=0, eligible=0, began=0, delivered=0)
+        for hour in range(max(told, default=-1) + 1)
+    ]
+
+
+def _over_the_run(hours: Sequence[FleetHour]) -> list[tuple[float, dict[str, float]]]:
+    """Hours by their beginning in days; of long runs the mean hour of each day."""
+    if len(hours) <= _MANY_HOURS:
+        return [(hour.hour / 24, _mean([hour])) for hour in hours]
+    by_day: defaultdict[int, list[FleetHour]] = defaultdict(list)
+    for hour in hours:
+        by_day[hour.hour // 24].append(hour)
+    return [(float(day), _mean(by_day[day])) for day in sorted(by_day)]
+
+
+def _mean(hours: Sequence[FleetHour]) -> dict[str, float]:
+    """The mean of some hours."""
+    names = ("awake", "eligible", "began", "delivered")
+    return {name: sum(getattr(hour, name) for hour in hours) / len(hours) for name in names}
+
+
+def _hour_lines(upper: Axes, lower: Axes, points: list[tuple[float, dict[str, float]]], *, width: int) -> None:
+    """Steps, each as wide as so many hours."""
+    edges = [*(x for x, _ in points), points[-1][0] + width / 24]
+    for axes, names in ((upper, ("awake", "eligible")), (lower, ("began", "delivered"))):
+        for name, colour in zip(names, (BLUE, ORANGE), strict=True):
+            axes.stairs([values[name] for _, values in points], edges, color=colour, label=name)
+        _from_zero(axes)
+    lower.set_xlim(edges[0], edges[-1])
+
+
+def _stacked_bars(
+    profiles: Sequence[ProfileUse], label: str, parts: Sequence[tuple[str, str, list[float]]]
+) -> tuple[Axes, list[float]]:
+    """A bar for each profile made of parts; with where each ends."""
+    _, axes = empty_axes("", label)
+    ends = [0.0] * len(profiles)
+    for name, colour, values in parts:
+        axes.barh(range(len(profiles)), values, left=ends, color=colour, height=0.55, label=name)
+        ends = [end + value for end, value in zip(ends, values, strict=True)]
+    axes.set_yticks(range(len(profiles)), [_short(use.profile) for use in profiles])
+    axes.invert_yaxis()
+    _sideways(axes)
+    return axes, ends
+
+
+def _kind_label(kind: str, faults: Sequence[FaultSpan]) -> str:
+    """A kind of fault and whom it struck, or how often."""
+    return _short(f"{kind}: {faults[0].target}" if len(faults) == 1 else f"{kind} ({len(faults):,} times)")
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for what it names."""
+    return name if len(name) <= 36 else f"{name[:35]}…"
+
+
+def _from_zero(axes: Axes) -> None:
+    """Numbers of things: from nothing, with their names."""
+    from matplotlib.ticker import FuncFormatter  # noqa: PLC0415 - half a second that only a report needs
+
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
+
+
+def _legend_above(axes: Axes) -> None:
+    """Names of bars' parts, where no bar is."""
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, fontsize=9)
+
+
+def _sideways(axes: Axes) -> None:
+    """Bars that lie: lines for their lengths, none between them."""
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x", color="#e5e7eb")
+    axes.tick_params(axis="y", length=0)
