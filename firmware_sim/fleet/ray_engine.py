@@ -6,6 +6,7 @@ only, without its dashboard and without usage statistics.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ class RayActors:
     def __init__(self, scenario: Path, count: int) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            import ray  # noqa: PLC0415 - an extra of its own, and slow to import
+            ray: Any = importlib.import_module("ray")  # an extra of its own, and slow to import
         except ImportError as error:
             raise FleetError("the engine ray needs Ray: pip install 'covey[scale]'") from error
         self._ray, self._count = ray, count
@@ -51,7 +52,7 @@ class RayActors:
         except Exception as error:
             raise FleetError(f"Ray does not start ({error}); take --engine local") from error
         actor = ray.remote(num_cpus=1)(ShardHost)
-        self._actors = [actor.remote(scenario, number, count) for number in range(count)]
+        self._actors: list[Any] = [actor.remote(scenario, number, count) for number in range(count)]
         self._begun: list[Any] = []
 
     def start(self, starts_s: float, records: Sequence[DeviceRecord] | None) -> None:

@@ -19,6 +19,7 @@ from firmware_sim.fleet.hub import Hub
 from firmware_sim.fleet.record import DeviceRecord
 from firmware_sim.fleet.windows import Download, Totals, Upload, Window, WindowReport, added_up, merged_uploads
 from firmware_sim.fleet_events import EventTable
+from firmware_sim.fleet_metrics import FaultSpan
 from firmware_sim.memory_blobs import MemoryBlobs
 from firmware_sim.scenario.loading import LoadedScenario
 from firmware_sim.seeded_entropy import SeededEntropy
@@ -58,7 +59,8 @@ class FleetRun:
         folder: of the run; its scenario file is in it.
         engine: simulates the shards.
         told: of progress, after every window.
-        should_stop: whether to put the run down and stop.
+        should_stop: whether to stop; the run goes on where it was put down last.
+        faults: that are planned.
     """
 
     loaded: LoadedScenario
@@ -69,6 +71,7 @@ class FleetRun:
     chronicle: Chronicle = field(init=False)
     records: list[DeviceRecord] = field(default_factory=list, init=False)
     totals: Totals = field(default_factory=Totals, init=False)
+    faults: tuple[FaultSpan, ...] = ()
     now_s: float = field(default=0.0, init=False)
     peak_rss_bytes: int = field(default=0, init=False)
     _task_ended_s: float | None = field(default=None, init=False)
