@@ -47,7 +47,7 @@ class Engine(Protocol):
     def collect(self) -> list[WindowReport]:
         """What came of the window that was begun, by shard."""
 
-    def put_down(self) -> list[PutDown]:
+    def put_down(self, now_s: float) -> list[PutDown]:
         """End what runs in every shard; `start` goes on."""
 
     def close(self) -> None:
@@ -75,10 +75,10 @@ class ShardHost:
         """Simulate a window."""
         return self._shard.advance(window)
 
-    def put_down(self) -> PutDown:
+    def put_down(self, now_s: float) -> PutDown:
         """End what runs."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return PutDown(self._shard.put_down(), self._shard.totals, peak)
+        return PutDown(self._shard.put_down(now_s), self._shard.totals, peak)
 
     @property
     def _shard(self) -> Shard:
@@ -132,9 +132,9 @@ class InProcess:
         count = len(self._hosts)
         return [host.advance(addressed(window, number, count)) for number, host in enumerate(self._hosts)]
 
-    def put_down(self) -> list[PutDown]:
+    def put_down(self, now_s: float) -> list[PutDown]:
         """End what runs."""
-        return [host.put_down() for host in self._hosts]
+        return [host.put_down(now_s) for host in self._hosts]
 
     def close(self) -> None:
         """Nothing to end."""
@@ -187,10 +187,10 @@ class Processes:
         """Wait for all."""
         return self._answers()
 
-    def put_down(self) -> list[PutDown]:
+    def put_down(self, now_s: float) -> list[PutDown]:
         """End what runs."""
         for worker in self._workers:
-            worker.line.send(("put_down", ()))
+            worker.line.send(("put_down", (now_s,)))
         return self._answers()
 
     def close(self) -> None:

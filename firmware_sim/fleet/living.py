@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,7 @@ class Living:
         take_compute_s: how long what it has computed since the last call takes.
         next_change_s: when its board reads otherwise, seconds of the shard's time.
         began_s: Unix seconds at which the shard's time begins.
+        looked_after_s: when its system next looks whether it is done, seconds of the shard's time.
     """
 
     record: DeviceRecord
@@ -74,6 +76,7 @@ class Living:
     take_compute_s: Callable[[], float]
     next_change_s: Callable[[], float]
     began_s: float
+    looked_after_s: float = math.inf
     turns: int = 0
 
     def turns_of(self, environment: simpy.Environment) -> Generator[simpy.Event, Any, None]:
@@ -111,4 +114,4 @@ class Living:
     def _quiet_until_s(self, now_s: float) -> float:
         """Until when every turn would do nothing, seconds of the shard's time."""
         quiet_s = self.device.daemon.quiet_until_s() - self.began_s
-        return min(quiet_s, self.next_change_s(), now_s + LONGEST_NAP_S)
+        return min(quiet_s, self.next_change_s(), self.looked_after_s, now_s + LONGEST_NAP_S)

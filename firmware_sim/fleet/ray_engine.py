@@ -72,9 +72,9 @@ class RayActors:
         reports: list[WindowReport] = self._wait(self._begun)
         return reports
 
-    def put_down(self) -> list[PutDown]:
+    def put_down(self, now_s: float) -> list[PutDown]:
         """End what runs."""
-        left: list[PutDown] = self._wait([actor.put_down.remote() for actor in self._actors])
+        left: list[PutDown] = self._wait([actor.put_down.remote(now_s) for actor in self._actors])
         return left
 
     def close(self) -> None:

@@ -75,6 +75,7 @@ class FleetRun:
     now_s: float = field(default=0.0, init=False)
     peak_rss_bytes: int = field(default=0, init=False)
     _task_ended_s: float | None = field(default=None, init=False)
+    _hub_wakes_s: float = field(default=0.0, init=False)
     _put_down_s: float = field(default=0.0, init=False)
     _put_down_rounds: int = field(default=0, init=False)
 
@@ -122,6 +123,7 @@ class FleetRun:
         """Start hub and shards where they were put down; what is at the devices' door."""
         hub.take_up(found.hub)
         hub.start()
+        self._hub_wakes_s = found.now_s
         self.engine.start(found.now_s, found.records)
         down = hub.work((), found.now_s)
         topics = {one.topic for one in down}
@@ -135,12 +137,12 @@ class FleetRun:
         while number * every_s < ends_s:
             self.now_s = number * every_s
             self.engine.begin(Window(self.now_s, self.now_s + every_s, down))
-            down = hub.work(self._arrived(self.now_s), self.now_s)
+            down = self._work(hub)
             reports = self.engine.collect()
             self._take(hub, reports)
             if hub.is_finished:  # a while is left for the last receipts
                 ends_s = min(ends_s, self._finished_s(self.now_s) + DRAINED_AFTER_S)
-            number = self._next_number(number, reports, hub, idle=not down)
+            number = self._next_number(number, reports, idle=not down)
             self.now_s = number * every_s
             self._tell(reports)
             if self.should_stop():
@@ -176,6 +178,17 @@ class FleetRun:
         news = self.chronicle.take_news()
         self._events.append_window([*news, *(event for report in reports for event in report.events)])
 
+    def _work(self, hub: Hub) -> tuple[Download, ...]:
+        """Let the hub work, if there is something to do; what goes down."""
+        arrived = self._arrived(self.now_s)
+        if not arrived and self.now_s < self._hub_wakes_s:
+            return ()
+        down = hub.work(arrived, self.now_s)
+        # What came of that may need another look at once.
+        every_s = self.loaded.scenario.exchange_s
+        self._hub_wakes_s = self.now_s + every_s if down or arrived else hub.next_wake_s(self.now_s)
+        return down
+
     def _arrived(self, now_s: float) -> list[Upload]:
         """What has arrived at the broker by now, in order."""
         arrived = []
@@ -183,18 +196,18 @@ class FleetRun:
             arrived.append(heapq.heappop(self._in_flight))
         return arrived
 
-    def _next_number(self, number: int, reports: list[WindowReport], hub: Hub, *, idle: bool) -> int:
+    def _next_number(self, number: int, reports: list[WindowReport], *, idle: bool) -> int:
         """The next window in which something happens."""
         if not idle:
             return number + 1
         wakes_s = [report.next_s for report in reports]
         wakes_s += [one.arrives_s for one in self._in_flight[:1]]
-        next_s = min([*wakes_s, hub.next_wake_s(self.now_s)])
+        next_s = min([*wakes_s, self._hub_wakes_s])
         return max(number + 1, math.floor(next_s / self.loaded.scenario.exchange_s))
 
     def _put_down(self, hub: Hub) -> Checkpoint:
         """Put everything down durably, so that another process can go on."""
-        left = self.engine.put_down()
+        left = self.engine.put_down(self.now_s)
         self._add_up(left)
         checkpoint = Checkpoint(
             now_s=self.now_s,

@@ -18,7 +18,7 @@ from firmware_sim.fleet.living import Living
 from firmware_sim.fleet.maker import DeviceMaker
 from firmware_sim.fleet.record import DeviceRecord
 from firmware_sim.fleet.surroundings import Surroundings, World
-from firmware_sim.fleet.windows import FleetEvent, Registration, Totals, Window, WindowReport
+from firmware_sim.fleet.windows import Download, FleetEvent, Registration, Totals, Window, WindowReport
 
 HEARD_WITHIN_S = 5.0
 """How long a job that has nothing to do waits for the study's manifest before it ends."""
@@ -58,11 +58,12 @@ class Shard:
         Args:
             window: begins where the last one ended, or later.
         """
-        if window.starts_s > self._environment.now:
-            self._environment.run(until=window.starts_s)
-        for message in window.down:
-            self._edge.take(message)
-        self._environment.run(until=window.ends_s)
+        if window.down:
+            opened = self._environment.timeout(window.starts_s - self._environment.now)
+            opened.callbacks.append(lambda _event: self._take(window.down))
+        # Not `run(until=...)`, which leaves an event behind that the next window would look for.
+        while self._environment.peek() < window.ends_s:
+            self._environment.step()
         registrations, self._registrations = tuple(self._registrations), []
         events, self._events = tuple(self._events), []
         return WindowReport(
@@ -74,14 +75,22 @@ class Shard:
             len(self._living),
         )
 
-    def put_down(self) -> list[DeviceRecord]:
+    def _take(self, down: Iterable[Download]) -> None:
+        """What the hub has sent leaves the broker."""
+        for message in down:
+            self._edge.take(message)
+
+    def put_down(self, now_s: float) -> list[DeviceRecord]:
         """End every daemon that runs, and give its devices as they are; another shard goes on with them.
 
         What runs now is started again at once: a system may end and restart a daemon whenever it likes.
+
+        Args:
+            now_s: end of the last window.
         """
         for living in list(self._living.values()):
             living.sleep()
-            living.record.next_s = self._environment.now
+            living.record.next_s = now_s
         return list(self._records.values())
 
     def _start_at(self, record: DeviceRecord, start_s: float) -> None:
@@ -118,15 +127,17 @@ class Shard:
 
     def _turns(self, living: Living, surroundings: Surroundings) -> Generator[simpy.Event, Any, None]:
         """Let a daemon take its turns, until there is nothing left to do for it, or its system ends it."""
-        started_s = self._environment.now
-        ends_s = started_s + surroundings.longest_run_s
+        heard_s = self._environment.now + HEARD_WITHIN_S
+        ends_s = self._environment.now + surroundings.longest_run_s
+        if ends_s < float("inf"):
+            living.looked_after_s = min(heard_s, ends_s)
         for waiting in living.turns_of(self._environment):
             yield waiting
             now_s = self._environment.now
-            if ends_s < float("inf") and (
-                now_s >= ends_s or (now_s >= started_s + HEARD_WITHIN_S and living.is_done())
-            ):
-                return
+            if now_s >= living.looked_after_s:
+                if now_s >= ends_s or living.is_done():
+                    return
+                living.looked_after_s = min(now_s + HEARD_WITHIN_S, ends_s)
 
     def _put_to_sleep(self, living: Living, surroundings: Surroundings) -> None:
         """A daemon ends: only its record stays."""
