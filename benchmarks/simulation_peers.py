@@ -1,9 +1,9 @@
 """Flower's and Apple's simulators on the job that ours is compared with: client-rounds per second, and memory.
 
-Each run is a new process tree in the peer's own environment (``.peers``, made once). Runs of the peers alternate, so that a slow
-moment of the machine hits all. The rate is that of the median round after the warm-up, by the peer's own clock between rounds;
-starting Ray, importing torch and making data do not count. A run whose tree holds more memory than ``--memory-limit-mb`` is
-ended, and so reported. How each peer is run, and why so: docs/simulation-benchmarks.md.
+Each run is a new process tree in the peer's own environment (``.peers``, made once). Runs of the peers alternate, so
+that a slow moment of the machine hits all. The rate is that of the median round after the warm-up, by the peer's own
+clock between rounds; starting Ray, importing torch and making data do not count. A run whose tree holds more memory
+than ``--memory-limit-mb`` is ended, and so reported. How each peer is run, and why so: docs/simulation-benchmarks.md.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ def run_job(peer: str, job: Job, *, bounds: Bounds | None = None) -> Result:
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         with (
             subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=said, text=True, env=_environment(job), start_new_session=True
-        ) as process, process_tree.MemoryWatch(process.pid, every_s=LOOK_EVERY_S) as watch,
+                command, stdout=subprocess.PIPE, stderr=said, text=True, env=_environment(job), start_new_session=True
+            ) as process,
+            process_tree.MemoryWatch(process.pid, every_s=LOOK_EVERY_S) as watch,
             _Guard(process, watch, bounds) as guard,
         ):
             answer = process.stdout.read() if process.stdout else ""
@@ -139,7 +140,7 @@ def interleaved(peers: Sequence[str], jobs: Iterable[Job], *, repeats: int, boun
 
 
 def tuned(peer: str, job: Job) -> Job:
-    """The job with the workers and threads that were fastest for this peer on two cores; docs/simulation-benchmarks.md."""
+    """The job with the workers that were fastest for this peer on two cores; docs/simulation-benchmarks.md."""
     return replace(job, workers=FASTEST_WORKERS[peer][job_kind(job)])
 
 

@@ -51,7 +51,7 @@ PEERS = {
     "flower": Requirements((FLOWER, "numpy==1.26.4", "ai-edge-litert==2.3.0")),
     # With what the protocol imports: its devices are timed in the same process (`flower_secagg`).
     "flower_secagg": Requirements((FLOWER, "numpy==1.26.4", "cryptography==50.0.2", "msgspec==0.22.0")),
-    # The same torch and numpy in both, so that the two differ only in what simulates. Ray's version is Flower's own pin.
+    # The same torch and numpy in both, so that the two differ only in what simulates.
     "flower_simulation": Requirements((FLOWER_SIMULATION, "ray==2.55.1", SIMULATION_TORCH, "numpy==2.4.6")),
     "pfl": Requirements(("pfl[pytorch]==0.6.0", SIMULATION_TORCH, "numpy==2.4.6")),
 }

@@ -1,9 +1,9 @@
-"""The job in Flower's simulation runtime on Ray, through its message API; a script for the ``flower_simulation`` environment.
+"""The job in Flower's simulation runtime on Ray, by its message API; for the ``flower_simulation`` environment.
 
-As Flower's PyTorch quickstart has it: a `ClientApp` whose ``train`` function gets the arrays in a `Message` and replies with its
-own, and the message strategy `FedAvg`; `run_simulation` starts both. In Flower's favour: its actors are as many as was found
-fastest (one core's worth of resources each), evaluation is off, Ray's dashboard and log forwarding and both telemetries are
-off, every actor makes the windows of all clients before the clock runs, and the flat model of a no-op job is one array.
+As Flower's PyTorch quickstart has it: a `ClientApp` whose ``train`` function gets the arrays in a `Message` and replies
+with its own, and the message strategy `FedAvg`; `run_simulation` starts both. In Flower's favour: as many actors as was
+found fastest (each with one processor of Ray's), evaluation is off, Ray's dashboard and both telemetries are off, every
+actor makes the windows of all clients before the clock runs, and the flat model of a no-op job is one array.
 """
 
 from __future__ import annotations
@@ -117,6 +117,6 @@ def _check(job: jobs.Job, model: WatchCnn, final: ArrayRecord) -> None:
 
 
 if __name__ == "__main__":
-    import flower_simulation  # by its name, so that Ray's actors import it and its cache, not a copy sent with each call
+    import flower_simulation  # by its name: so Ray's actors import it, with its cache, and need no copy in each call
 
     jobs.main(flower_simulation.run)

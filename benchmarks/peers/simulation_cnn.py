@@ -8,7 +8,7 @@ from torch import nn
 
 
 class WatchCnn(nn.Module):
-    """Input float32 ``[B, 6, 128]``: torch convolves along the last axis, so the windows are turned once, before the clock runs."""
+    """Input float32 ``[B, 6, 128]``: torch convolves along the last axis; windows are turned before the clock runs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,12 +1,14 @@
 """What every simulator in the benchmark is asked to do: the job, its data, its model's shapes, and its arithmetic.
 
-Each peer's script imports this in its own environment, as a file beside it; so it needs nothing but numpy. Federated averaging
-(McMahan et al. 2017, arXiv 1602.05629): all clients take part in every round and weigh the same. With ``real`` each takes
-`STEPS` steps of plain SGD on batches of `BATCH_SIZE`; with ``noop`` each returns the parameters that it was given.
+Each peer's script imports this in its own environment, as a file beside it; so it needs nothing but numpy. Federated
+averaging (McMahan et al. 2017, arXiv 1602.05629): all clients take part in every round and weigh the same. With
+``real`` each takes `STEPS` steps of plain SGD on batches of `BATCH_SIZE`; with ``noop`` each returns the parameters
+that it was given.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -133,7 +135,7 @@ def round_seconds(times: Sequence[float], *, warm_up: int) -> list[float]:
     """
     if len(times) < warm_up + 2:
         raise JobError(f"{len(times)} times are too few for {warm_up} rounds of warm-up and one that counts.")
-    taken = [end - start for start, end in zip(times, times[1:], strict=False)]
+    taken = [end - start for start, end in itertools.pairwise(times)]
     if min(taken) <= 0:
         raise JobError("Every round must end after the one before it.")
     return taken[warm_up:]
