@@ -17,9 +17,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from benchmarks import process_tree
 from benchmarks.command import parser
@@ -40,14 +43,20 @@ PEERS: Mapping[str, str] = {"flower_simulation": "flower_simulation.py", "pfl": 
 """Environment and its script."""
 MEMORY_LIMIT_MB = 14_000.0
 RUN_WITHIN_S = 900.0
+FEWEST_LOOKS = 2
 LOOK_EVERY_S = 0.25  # looking costs the kernel a walk over the pages; oftener would slow what is measured
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run: client-rounds per second, its rounds' seconds, the tree's peak memory in MB of 2^20 bytes, versions."""
+    """One run: client-rounds per second, its rounds' seconds, the tree's peak memory in MB of 2^20 bytes, versions.
+
+    `cpu_ms` is what processors worked for one client-round, in all processes; others on the machine disturb it less.
+    None if the timed rounds were over between two looks.
+    """
 
     client_rounds_per_s: float
+    cpu_ms: float | None
     round_s: tuple[float, ...]
     peak_pss_mb: float
     peak_rss_mb: float
@@ -92,11 +101,20 @@ def run_job(peer: str, job: Job, *, bounds: Bounds | None = None) -> Result:
         if process.returncode:
             said.seek(0)
             raise PeerError(f"The peer {peer} failed with {process.returncode}; its last words: {_last_line(said)}")
-    return result_of(peer, job, answer, peak=watch.peak())
+    return result_of(peer, job, answer, peak=watch.peak(), looks=guard.looks)
 
 
-def result_of(peer: str, job: Job, answer: str, *, peak: process_tree.Memory) -> Result:
+def result_of(
+    peer: str, job: Job, answer: str, *, peak: process_tree.Memory, looks: Sequence[tuple[float, float]] = ()
+) -> Result:
     """What the last line of a peer's output says.
+
+    Args:
+        peer: who said it.
+        job: what it was asked for.
+        answer: its standard output.
+        peak: of its tree.
+        looks: by the peer's clock, the processor seconds that its tree had used.
 
     Raises:
         PeerError: it is no result of this job.
@@ -104,14 +122,36 @@ def result_of(peer: str, job: Job, answer: str, *, peak: process_tree.Memory) ->
     line = _last_line(answer.splitlines())
     try:
         fields = json.loads(line)
-        times = [float(time) for time in fields["times"]]
+        times = [float(each) for each in fields["times"]]
         versions = {str(name): str(version) for name, version in fields["versions"].items()}
         if len(times) != job.warm_up + job.rounds + 1:
             raise JobError(f"{len(times)} times for {job.warm_up + job.rounds} rounds")
         seconds = round_seconds(times, warm_up=job.warm_up)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise PeerError(f"The peer {peer} said {line[:80]!r} instead of its result: {error}.") from error
-    return Result(client_rounds_per_s(seconds, clients=job.clients), tuple(seconds), peak.pss_mb, peak.rss_mb, versions)
+    cpu_s = spent_between(looks, times[job.warm_up], times[-1])
+    return Result(
+        client_rounds_per_s=client_rounds_per_s(seconds, clients=job.clients),
+        cpu_ms=None if cpu_s is None else 1000 * cpu_s / (job.clients * job.rounds),
+        round_s=tuple(seconds),
+        peak_pss_mb=peak.pss_mb,
+        peak_rss_mb=peak.rss_mb,
+        versions=versions,
+    )
+
+
+def spent_between(looks: Sequence[tuple[float, float]], start: float, end: float) -> float | None:
+    """Processor seconds from start to end, straight between looks; None with fewer than two looks in between.
+
+    Args:
+        looks: pairs of time and of the seconds used until then, both rising.
+        start: a time.
+        end: a later one.
+    """
+    if sum(start <= at <= end for at, _ in looks) < FEWEST_LOOKS:
+        return None
+    times, used = zip(*looks, strict=True)
+    return float(np.interp(end, times, used) - np.interp(start, times, used))
 
 
 def interleaved(peers: Sequence[str], jobs: Iterable[Job], *, repeats: int, bounds: Bounds) -> list[dict[str, object]]:
@@ -160,10 +200,12 @@ def medians(runs: Sequence[Result]) -> dict[str, object]:
     if not runs:
         return {"runs": 0}
     rates = [run.client_rounds_per_s for run in runs]
+    cpu_ms = [run.cpu_ms for run in runs if run.cpu_ms is not None]
     return {
         "runs": len(runs),
         "client_rounds_per_s": statistics.median(rates),
         "all_client_rounds_per_s": rates,
+        "cpu_ms": statistics.median(cpu_ms) if cpu_ms else None,
         "peak_pss_mb": max(run.peak_pss_mb for run in runs),
         "peak_rss_mb": max(run.peak_rss_mb for run in runs),
         "versions": runs[0].versions,
@@ -176,7 +218,7 @@ class _Guard:
     def __init__(self, process: subprocess.Popen[str], watch: process_tree.MemoryWatch, bounds: Bounds) -> None:
         self._process, self._watch, self._bounds = process, watch, bounds
         self.reason: str | None = None
-        self._tree: set[int] = {process.pid}
+        self.looks: list[tuple[float, float]] = []
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -191,14 +233,17 @@ class _Guard:
             self._end()
 
     def _run(self) -> None:
-        for _ in range(int(self._bounds.within_s / LOOK_EVERY_S)):
-            if self._done.wait(LOOK_EVERY_S):
-                return None
+        deadline = time.monotonic() + self._bounds.within_s
+        while not self._done.wait(LOOK_EVERY_S):
+            # A peer's times are of the same clock: Linux has one that is monotonic for all processes.
+            self.looks.append((time.perf_counter(), process_tree.cpu_s(self._process.pid)))
             if (held := self._watch.peak().pss_mb) > self._bounds.memory_mb:
                 self.reason = f"it held {held:.0f} MB, more than the {self._bounds.memory_mb:.0f} MB it may"
-                return self._end()
-        self.reason = f"it had not ended within {self._bounds.within_s:g} s"
-        return self._end()
+            elif time.monotonic() > deadline:
+                self.reason = f"it had not ended within {self._bounds.within_s:g} s"
+            if self.reason:
+                self._end()
+                return
 
     def _end(self) -> None:
         """Every process of the tree: those of Ray are in sessions of their own."""

@@ -78,8 +78,14 @@ def test_an_impossible_job_is_refused(fields: dict[str, object], message: str) -
 
 def test_warm_up_is_left_out_and_the_median_round_decides() -> None:
     job = Job("noop", clients=100, rounds=3, warm_up=2)
-    result = result_of("pfl", job, answer([0.0, 50.0, 60.0, 60.5, 62.5, 63.5]), peak=PEAK)
-    assert result == Result(100.0, (0.5, 2.0, 1.0), 200.0, 300.0, {"flwr": "1.41.0"})
+    looks = [(50.0, 40.0), (60.0, 41.0), (62.0, 44.0), (64.0, 48.0)]
+    result = result_of("pfl", job, answer([0.0, 50.0, 60.0, 60.5, 62.5, 63.5]), peak=PEAK, looks=looks)
+    assert result == Result(100.0, 1000 * (47.0 - 41.0) / 300, (0.5, 2.0, 1.0), 200.0, 300.0, {"flwr": "1.41.0"})
+
+
+def test_processor_time_of_rounds_between_two_looks_is_not_guessed() -> None:
+    assert simulation_peers.spent_between([(0.0, 0.0), (2.0, 1.0), (4.0, 2.0)], 1.0, 3.0) is None
+    assert simulation_peers.spent_between([], 1.0, 3.0) is None
 
 
 @pytest.mark.parametrize("said", ["", "nothing of the kind", "[1]", '{"versions": {}}', answer([0.0, 1.0, 2.0])])
@@ -109,10 +115,12 @@ def test_a_peer_that_does_not_do_the_job_is_noticed() -> None:
 
 def test_repeats_are_summed_up_by_their_median_rate_and_highest_memory() -> None:
     runs = [
-        Result(rate, (1.0,), pss, 2 * pss, {"pfl": "0.6.0"}) for rate, pss in ((3.0, 10.0), (1.0, 30.0), (2.0, 20.0))
+        Result(rate, rate / 10, (1.0,), pss, 2 * pss, {"pfl": "0.6.0"})
+        for rate, pss in ((3.0, 10.0), (1.0, 30.0), (2.0, 20.0))
     ]
     found = medians(runs)
     assert (found["client_rounds_per_s"], found["peak_pss_mb"], found["peak_rss_mb"]) == (2.0, 30.0, 60.0)
+    assert found["cpu_ms"] == pytest.approx(0.2)
     assert medians([]) == {"runs": 0}
 
 
