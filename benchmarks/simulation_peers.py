@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -154,8 +154,24 @@ def spent_between(looks: Sequence[tuple[float, float]], start: float, end: float
     return float(np.interp(end, times, used) - np.interp(start, times, used))
 
 
-def interleaved(peers: Sequence[str], jobs: Iterable[Job], *, repeats: int, bounds: Bounds) -> list[dict[str, object]]:
-    """One record for each job and peer; a peer that fails at a job is not asked for it again."""
+def interleaved(
+    peers: Sequence[str],
+    jobs: Iterable[Job],
+    *,
+    repeats: int,
+    bounds: Bounds,
+    fit: Callable[[str, Job], Job] | None = None,
+) -> list[dict[str, object]]:
+    """One record for each job and peer; a peer that fails at a job is not asked for it again.
+
+    Args:
+        peers: names in `PEERS`; they take turns.
+        jobs: one after the other.
+        repeats: turns of each peer at each job.
+        bounds: when a run is given up.
+        fit: makes the job into the peer's; `tuned` if not given.
+    """
+    fit = fit or tuned
     records = []
     for job in jobs:
         runs: dict[str, list[Result]] = {peer: [] for peer in peers}
@@ -165,7 +181,7 @@ def interleaved(peers: Sequence[str], jobs: Iterable[Job], *, repeats: int, boun
                 if peer in failures:
                     continue
                 try:
-                    runs[peer].append(run_job(peer, tuned(peer, job), bounds=bounds))
+                    runs[peer].append(run_job(peer, fit(peer, job), bounds=bounds))
                 except (PeerError, PeerMissingError) as error:
                     failures[peer] = str(error)
                 print(
@@ -173,7 +189,7 @@ def interleaved(peers: Sequence[str], jobs: Iterable[Job], *, repeats: int, boun
                     file=sys.stderr,
                 )
         for peer in peers:
-            records.append({"peer": peer, "job": asdict(tuned(peer, job)), **medians(runs[peer])})
+            records.append({"peer": peer, "job": asdict(fit(peer, job)), **medians(runs[peer])})
             if peer in failures:
                 records[-1]["failure"] = failures[peer]
     return records
@@ -276,11 +292,15 @@ def main() -> None:
     options.add_argument("--clients", type=int, action="append", help="may be repeated; 100 unless given")
     options.add_argument("--rounds", type=int, default=5, help="timed rounds of each run")
     options.add_argument("--repeats", type=int, default=3, help="runs of each peer and job")
+    options.add_argument(
+        "--workers", type=int, action="append", help="instead of what was found fastest; may be repeated"
+    )
     options.add_argument("--memory-limit-mb", type=float, default=MEMORY_LIMIT_MB)
     arguments = options.parse_args()
     modes = arguments.mode or [*MODES, "million"]
     try:
         jobs = [make_job(mode, clients, arguments.rounds) for mode in modes for clients in arguments.clients or [100]]
+        jobs = [replace(job, workers=workers) for job in jobs for workers in arguments.workers or [job.workers]]
     except JobError as error:
         raise SystemExit(str(error)) from error
     records = interleaved(
@@ -288,6 +308,7 @@ def main() -> None:
         jobs,
         repeats=arguments.repeats,
         bounds=Bounds(memory_mb=arguments.memory_limit_mb),
+        fit=(lambda _, job: job) if arguments.workers else tuned,
     )
     if arguments.json:
         print(json.dumps({"processor": cpu_name(), "cores": os.cpu_count(), "runs": records}, indent=1))
