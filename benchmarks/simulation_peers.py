@@ -207,7 +207,7 @@ def job_kind(job: Job) -> str:
 
 FASTEST_WORKERS: Mapping[str, Mapping[str, int]] = {
     "flower_simulation": {"real": 2, "noop": 2, "million": 2},
-    "pfl": {"real": 2, "noop": 2, "million": 2},
+    "pfl": {"real": 2, "noop": 1, "million": 2},
 }
 
 
