@@ -205,6 +205,7 @@ def job_kind(job: Job) -> str:
     return "real" if job.mode == "real" else "noop" if job.parameters < 100_000 else "million"
 
 
+# pfl's no-op: adding up over two processes costs more than it saves. Its others were not decided on a busy machine.
 FASTEST_WORKERS: Mapping[str, Mapping[str, int]] = {
     "flower_simulation": {"real": 2, "noop": 2, "million": 2},
     "pfl": {"real": 2, "noop": 1, "million": 2},
