@@ -19,6 +19,8 @@ STAMP = "covey-peer.sha256"
 INSTALL_WITHIN_S = 1800.0
 IS_3_11 = sys.version_info[:2] == (3, 11)
 FLOWER = "flwr==1.41.0"
+FLOWER_SIMULATION = "flwr[simulation]==1.41.0"
+SIMULATION_TORCH = "torch==2.13.0"
 
 
 class PeerMissingError(Exception):
@@ -49,6 +51,9 @@ PEERS = {
     "flower": Requirements((FLOWER, "numpy==1.26.4", "ai-edge-litert==2.3.0")),
     # With what the protocol imports: its devices are timed in the same process (`flower_secagg`).
     "flower_secagg": Requirements((FLOWER, "numpy==1.26.4", "cryptography==50.0.2", "msgspec==0.22.0")),
+    # The same torch and numpy in both, so that the two differ only in what simulates.
+    "flower_simulation": Requirements((FLOWER_SIMULATION, "ray==2.55.1", SIMULATION_TORCH, "numpy==2.4.6")),
+    "pfl": Requirements(("pfl[pytorch]==0.6.0", SIMULATION_TORCH, "numpy==2.4.6")),
 }
 """Name (also the script's and the folder's) and what its environment holds."""
 
