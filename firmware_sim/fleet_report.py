@@ -6,7 +6,7 @@ import datetime
 import html
 import shlex
 
-from firmware_sim.fleet_lead import FIDELITY, lead_sentences
+from firmware_sim.fleet_lead import FIDELITY, count_of_days, lead_sentences
 from firmware_sim.fleet_metrics import FleetMetrics
 from firmware_sim.fleet_plots import (
     accuracy_svg,
@@ -23,7 +23,9 @@ from firmware_sim.quantities import amount, count, duration, number
 from firmware_sim.report_page import drawing, figure_html, page_html, table_html
 
 _MOST_ROWS = 50
-"""Of faults and crashes; all of them are in fleet.json."""
+"""Of failed rounds and crashes; all of them are in fleet.json."""
+_MOST_OF_A_KIND = 5
+"""More faults of a kind than these share a line."""
 
 
 def fleet_report_html(metrics: FleetMetrics) -> str:
@@ -130,7 +132,7 @@ def _cost(metrics: FleetMetrics) -> str:
         for use in metrics.profiles
     ]
     after = table_html(rows, header=header, numbers=range(1, 9)) if rows else ""
-    return _section("What it cost a wearer", figures, otherwise="No device was simulated.", after=after)
+    return _section("What it cost a wearer", figures, otherwise="No device's use was measured.", after=after)
 
 
 def _kept_away(metrics: FleetMetrics) -> str:
@@ -155,14 +157,25 @@ def _faults(metrics: FleetMetrics) -> str:
         "wider than they were.",
         wide=True,
     )
-    faults = sorted(metrics.faults, key=lambda fault: (fault.starts_s, fault.kind, fault.target))
-    rows = [
-        (fault.kind, fault.target, _moment(fault.starts_s), duration(fault.ends_s - fault.starts_s), fault.detail)
-        for fault in faults[:_MOST_ROWS]
-    ]
+    rows = [row for kind in sorted({fault.kind for fault in metrics.faults}) for row in _fault_rows(metrics, kind)]
     header = ("fault", "whom it struck", "began", "lasted", "")
-    after = table_html(rows, header=header) + _more(len(faults), "faults") if rows else ""
+    after = table_html(rows, header=header) if rows else ""
     return _section("Faults and attacks", [plot], otherwise="No fault was injected, and nobody attacked.", after=after)
+
+
+def _fault_rows(metrics: FleetMetrics, kind: str) -> list[tuple[str, ...]]:
+    """A line for each fault of a kind, or one for many."""
+    faults = sorted((f for f in metrics.faults if f.kind == kind), key=lambda fault: (fault.starts_s, fault.target))
+    if len(faults) <= _MOST_OF_A_KIND:
+        return [
+            (kind, fault.target, _moment(fault.starts_s), duration(fault.ends_s - fault.starts_s), fault.detail)
+            for fault in faults
+        ]
+    targets = {fault.target for fault in faults}
+    whom = faults[0].target if len(targets) == 1 else f"{len(targets):,} of them"
+    times = f"{_moment(faults[0].starts_s)} to {_moment(faults[-1].starts_s)}"
+    together_s = sum(fault.ends_s - fault.starts_s for fault in faults)
+    return [(kind, whom, times, f"{duration(together_s)} in all", f"{len(faults):,} times")]
 
 
 def _privacy(metrics: FleetMetrics) -> str:
@@ -175,7 +188,7 @@ def _privacy(metrics: FleetMetrics) -> str:
             f"than {number(metrics.epsilons.edges[most + 1])}."
         )
     otherwise = (
-        "No device was charged an ε: the run trained without noise, so no privacy is claimed."
+        "No device was charged an ε, so no privacy is claimed."
         if metrics.epsilons is None
         else "No device had spent any ε in the end."
     )
@@ -226,7 +239,7 @@ def _run_rows(metrics: FleetMetrics) -> list[tuple[str, str]]:
         ("fidelity", f"{metrics.fidelity}: {FIDELITY[metrics.fidelity]}"),
         ("devices", f"{metrics.devices:,}"),
         ("virtual beginning", f"{began:%Y-%m-%d %H:%M:%S} UTC"),
-        ("virtual time", f"{duration(metrics.virtual_s)}; planned: {number(metrics.days)} days"),
+        ("virtual time", f"{duration(metrics.virtual_s)}; planned: {count_of_days(metrics.days)}"),
         ("the simulation took", f"{duration(metrics.wall_s)}{speed}; {amount(metrics.peak_rss_bytes)} of memory"),
     ]
 
