@@ -54,7 +54,10 @@ def compare(
     for caution in comparison.cautions:
         typer.echo(caution)
     settings = [(entry.key, entry.a or "-", entry.b or "-") for entry in comparison.settings]
-    say_table("Set differently" if settings else "Nothing was set differently", ("key", *comparison.names), settings)
+    if settings:
+        say_table("Set differently", ("key", *comparison.names), settings)
+    else:
+        typer.echo("Nothing was set differently: the runs have the same scenario and the same seed.")
     say_table("Measured", ("part", "", *comparison.names, "difference", "ratio"), table_rows(comparison, none="-"))
     if out is not None:
         _write(out, comparison_html(comparison))

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from firmware_sim.errors import FleetError
-from firmware_sim.fleet_lead import FIDELITY
+from firmware_sim.fleet_lead import FIDELITY, count_of_days
 from firmware_sim.fleet_metrics import FleetMetrics, ProfileUse
-from firmware_sim.quantities import number
+from firmware_sim.quantities import duration, number
 
 _DAY_S = 86_400.0
 _LEVELS = tuple(range(5, 100, 5))
@@ -123,13 +123,14 @@ def table_rows(comparison: Comparison, *, none: str) -> list[tuple[str, ...]]:
 
 def _cautions(a: FleetMetrics, b: FleetMetrics, names: tuple[str, str]) -> Iterable[str]:
     """Why the runs' numbers may not be comparable."""
+    if a.fidelity == b.fidelity:
+        yield FIDELITY[a.fidelity]
+    else:
+        yield from (f"{name}: {FIDELITY[run.fidelity]}" for run, name in zip((a, b), names, strict=True))
+        yield f"The fidelities differ ({a.fidelity}, {b.fidelity}), so times to an accuracy do not compare."
     for run, name in ((a, names[0]), (b, names[1])):
-        if run.fidelity != "real":
-            yield f"{name}: {FIDELITY[run.fidelity]}"
         if run.virtual_s < 0.999 * run.days * _DAY_S:
-            yield f"{name} ended after {number(round(run.virtual_s / _DAY_S, 2))} of {number(run.days)} days."
-    if a.fidelity != b.fidelity:
-        yield f"The fidelities differ ({a.fidelity}, {b.fidelity}): times to an accuracy do not compare."
+            yield f"{name} ended after {duration(run.virtual_s)} of {count_of_days(run.days)}."
     if a.covey != b.covey:
         yield f"The runs are of different versions of covey ({a.covey}, {b.covey})."
 
@@ -183,10 +184,12 @@ def _round_numbers(run: FleetMetrics) -> dict[str, float | None]:
 def _times_to_accuracy(a: FleetMetrics, b: FleetMetrics) -> Iterable[Quantity]:
     """For each task and accuracy that a run reached: when, in days since its beginning."""
     for task in sorted({record.task for run in (a, b) for record in run.rounds}):
-        for percent in _LEVELS:
-            days_a, days_b = (_days_to(run, task, percent) for run in (a, b))
-            if days_a is not None or days_b is not None:
-                yield Quantity("days to accuracy", f"{task}: {percent} %", days_a, days_b)
+        first = [_days_to(run, task, 0) for run in (a, b)]
+        days = {percent: [_days_to(run, task, percent) for run in (a, b)] for percent in _LEVELS}
+        reached = [percent for percent in _LEVELS if days[percent] != [None, None]]
+        at_once = [percent for percent in reached if days[percent] == first]
+        for percent in reached[max(0, len(at_once) - 1) :]:  # of what the first models had, the best alone
+            yield Quantity("days to accuracy", f"{task}: {percent} %", *days[percent])
 
 
 def _days_to(run: FleetMetrics, task: str, percent: int) -> float | None:
@@ -206,7 +209,7 @@ def _use_by_profile(a: FleetMetrics, b: FleetMetrics) -> Iterable[Quantity]:
     for profile in sorted(of_a.keys() | of_b.keys()):
         one, other = of_a.get(profile, {}), of_b.get(profile, {})
         for name in one or other:
-            yield Quantity(profile, name, one.get(name), other.get(name))
+            yield Quantity(f"profile {profile}", name, one.get(name), other.get(name))
 
 
 def _use(use: ProfileUse) -> dict[str, float | None]:

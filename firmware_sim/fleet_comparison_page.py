@@ -19,7 +19,8 @@ def comparison_html(comparison: Comparison) -> str:
     return page_html(
         f"Covey simulations: {title}",
         f'<h1>Simulations: {html.escape(title)}</h1><p class="lead">{html.escape(_lead(comparison))}</p>'
-        f"<h2>What was set differently</h2>{_settings(comparison)}{_parts(comparison)}",
+        f"<h2>What was set differently</h2>{_settings(comparison)}"
+        f'<div class="aligned">{_parts(comparison)}</div>',
     )
 
 
