@@ -21,11 +21,14 @@ _LEAST_DAYS = 2.0
 """Shorter runs are drawn over hours."""
 _MANY_HOURS = 28 * 24
 """From here on a point is the mean hour of a day: single hours of a season or a year are a smear."""
+_MANY_ROUNDS = 200
+"""More rounds than these touch each other."""
 _NARROWEST = 0.004
 """Of a plot's width: how wide a fault is drawn at least, so that a restart of a second is seen in a week."""
 _OUTCOMES = {"committed": BLUE, "aborted": ORANGE}
 _SEVERAL = 5
 """Faults of a kind that are each marked among the arrivals; more of them only below."""
+_MOST_REASONS = 15
 _THICKNESS = 0.6
 _LINES = (BLUE, ORANGE, GREEN, "#7c3aed", "#b8860b", "#0e7490")
 
@@ -62,13 +65,17 @@ def rounds_svg(metrics: FleetMetrics) -> str | None:
     if not rounds:
         return None
     figure, axes = empty_axes("updates", "round, in the order of ending")
-    # Bars with gaps as one outline: a thousand rounds stay one line of the drawing.
-    edges = [x for index in range(1, len(rounds) + 1) for x in (index - 0.4, index + 0.4)]
+    gap = 0.1 if len(rounds) <= _MANY_ROUNDS else 0.0
+    # Bars and the gaps between them as one outline: a thousand rounds stay one line of the drawing.
+    edges = [x for index in range(1, len(rounds) + 1) for x in (index - 0.5 + gap, index + 0.5 - gap)]
     for outcome in sorted({record.outcome for record in rounds}):
         heights = [record.arrived if record.outcome == outcome else 0 for record in rounds]
-        outline = [height for pair in zip(heights, [0] * len(heights), strict=True) for height in pair][:-1]
-        colour = _OUTCOMES.get(outcome, GREY)
-        axes.stairs(outline, edges, fill=True, color=colour, label=f"arrived, {outcome}")
+        colour, label = _OUTCOMES.get(outcome, GREY), f"arrived, {outcome}"
+        if gap:
+            outline = [height for pair in zip(heights, [0] * len(heights), strict=True) for height in pair][:-1]
+            axes.stairs(outline, edges, fill=True, color=colour, label=label)
+        else:
+            axes.stairs(heights, [*edges[::2], edges[-1]], fill=True, color=colour, label=label)
     goals = [record.goal for record in rounds]
     middles = [index + 0.5 for index in range(len(rounds) + 1)]
     axes.stairs(goals, middles, baseline=None, color="#111827", linewidth=1, linestyle="--", label="goal")
@@ -144,14 +151,15 @@ def bytes_svg(profiles: Sequence[ProfileUse]) -> str | None:
 
 
 def counts_svg(counts: dict[str, int], label: str) -> str | None:
-    """Bars by name, the largest on top."""
-    rows = sorted(counts.items(), key=lambda item: (item[1], item[0]))[-15:]
+    """Bars by name, the largest on top; of many names those of the largest."""
+    happened = ((name, value) for name, value in counts.items() if value)
+    rows = sorted(happened, key=lambda item: (item[1], item[0]))[-_MOST_REASONS:]
     if not rows:
         return None
     figure, axes = empty_axes("", label)
     bars = axes.barh([_short(name) for name, _ in rows], [value for _, value in rows], color=BLUE, height=_THICKNESS)
     axes.bar_label(bars, labels=[f"{value:,}" for _, value in rows], padding=4)
-    axes.set_xlim(right=1.2 * max(value for _, value in rows) or 1.0)
+    axes.set_xlim(right=1.2 * max(value for _, value in rows))
     axes.locator_params(axis="x", nbins=5, integer=True)
     axes.set_ylim(*_room_for(len(rows)))
     _sideways(axes)

@@ -1,14 +1,16 @@
-"""The report of a simulation: it answers in the run's own numbers, says what was not trained, and reads well when empty."""
+"""A simulation's report: it answers in the run's own numbers, tells what was not trained, and reads well when empty."""
 
 from __future__ import annotations
 
 import functools
 import html
 import re
+from collections.abc import Callable
 
 import pytest
 from msgspec.structs import replace
 
+from firmware_sim.fleet_lead import lead_sentences
 from firmware_sim.fleet_metrics import (
     Crash,
     Epsilons,
@@ -17,6 +19,17 @@ from firmware_sim.fleet_metrics import (
     FleetHour,
     FleetMetrics,
     FleetRound,
+)
+from firmware_sim.fleet_plots import (
+    accuracy_svg,
+    bytes_svg,
+    counts_svg,
+    energy_svg,
+    epsilon_svg,
+    faults_svg,
+    hour_of_day_svg,
+    participation_svg,
+    rounds_svg,
 )
 from firmware_sim.fleet_report import fleet_report_html
 from tests.enrolments import broken_copy
@@ -78,7 +91,8 @@ def check_fidelity_is_told(page: str, fidelity: Fidelity) -> None:
 
 @pytest.mark.parametrize("fidelity", ["real", "recorded", "surrogate", "noop"])
 def test_the_fidelity_is_always_told(fidelity: Fidelity) -> None:
-    check_fidelity_is_told(fleet_report_html(replace(SMALL, fidelity=fidelity)), fidelity)
+    rounds_alone = replace(SMALL, fidelity=fidelity, hours=(), profiles=(), epsilons=None)
+    check_fidelity_is_told(fleet_report_html(rounds_alone), fidelity)
 
 
 def test_a_report_that_calls_every_run_trained_is_caught() -> None:
@@ -100,40 +114,68 @@ def with_use(**changes: object) -> FleetMetrics:
     return replace(SMALL, profiles=(replace(SMALL.profiles[0], **changes),))
 
 
+def with_epsilons(**changes: object) -> FleetMetrics:
+    return replace(SMALL, epsilons=replace(SMALL.epsilons, **changes))
+
+
+HANG = FaultSpan(kind="hang", starts_s=4000.0, ends_s=9000.0, target="device-1")
+
+
+def energy(metrics: FleetMetrics) -> str | None:
+    return energy_svg(metrics.profiles)
+
+
+def traffic(metrics: FleetMetrics) -> str | None:
+    return bytes_svg(metrics.profiles)
+
+
+def spent(metrics: FleetMetrics) -> str | None:
+    return epsilon_svg(metrics.epsilons)
+
+
 @pytest.mark.parametrize(
-    "changed",
+    ("plot", "changed"),
     [
-        with_round(arrived=3),
-        with_round(goal=3),
-        with_round(outcome="aborted"),
-        with_round(accuracy=0.9),
-        with_round(closed_s=20_000.0),
-        with_hour(awake=3),
-        with_hour(eligible=3),
-        with_hour(began=3),
-        with_hour(delivered=3),
-        with_use(energy_compute_mwh=9.0),
-        with_use(energy_radio_mwh=9.0),
-        with_use(energy_base_mwh=9.0),
-        with_use(energy_p95_mwh=9.0),
-        with_use(bytes_up=500_000.0),
-        with_use(bytes_down=500_000.0),
-        with_use(bytes_metered=50_000.0),
-        replace(SMALL, blocked={"battery": 4}),
-        replace(SMALL, refused={"round_closed": 4}),
-        replace(SMALL, declined={"coin": 4}),
-        replace(SMALL, faults=(FaultSpan(kind="hang", starts_s=4000.0, ends_s=9000.0, target="device-1"),)),
-        replace(SMALL, epsilons=Epsilons(budget=3.0, delta=1e-5, edges=(0.0, 0.5, 1.0, 1.5), counts=(2, 14, 5))),
-        replace(SMALL, epsilons=Epsilons(budget=2.0, delta=1e-5, edges=(0.0, 0.5, 1.0, 1.5), counts=(2, 13, 5))),
+        (rounds_svg, with_round(arrived=3)),
+        (rounds_svg, with_round(goal=3)),
+        (rounds_svg, with_round(outcome="aborted")),
+        (accuracy_svg, with_round(accuracy=0.9)),
+        (accuracy_svg, with_round(closed_s=20_000.0)),
+        (participation_svg, with_hour(awake=3)),
+        (participation_svg, with_hour(eligible=3)),
+        (participation_svg, with_hour(began=3)),
+        (participation_svg, with_hour(delivered=3)),
+        (energy, with_use(energy_compute_mwh=9.0)),
+        (energy, with_use(energy_radio_mwh=9.0)),
+        (energy, with_use(energy_base_mwh=9.0)),
+        (energy, with_use(energy_p95_mwh=9.0)),
+        (traffic, with_use(bytes_up=500_000.0)),
+        (traffic, with_use(bytes_down=500_000.0)),
+        (traffic, with_use(bytes_metered=50_000.0)),
+        (faults_svg, replace(SMALL, faults=(HANG,))),
+        (spent, with_epsilons(counts=(2, 14, 5))),
+        (spent, with_epsilons(budget=2.0)),
     ],
 )
-def test_the_plots_are_drawn_from_the_metrics(changed: FleetMetrics) -> None:
+def test_the_plots_are_drawn_from_the_metrics(
+    plot: Callable[[FleetMetrics], str | None], changed: FleetMetrics
+) -> None:
     """Labels of axes may stay; the drawn lines must not."""
+    assert lines_of(plot(SMALL)) != lines_of(plot(changed))
 
-    def drawn(page: str) -> list[str]:
-        return re.findall(r'<path d="([^"]+)"|<use [^>]*(x="[^"]+" y="[^"]+")', page)
 
-    assert drawn(page_of_a_few_hours()) != drawn(fleet_report_html(changed))
+def lines_of(drawn: str | None) -> list[tuple[str, str]]:
+    """What a plot shows, its letters aside."""
+    return re.findall(r'<path d="([^"]+)"|<use [^>]*(x="[^"]+" y="[^"]+")', drawn or "")
+
+
+def test_reasons_are_drawn_by_their_counts() -> None:
+    drawn = counts_svg({"battery": 4, "network": 1}, "times")
+    assert lines_of(drawn) != lines_of(counts_svg({"battery": 4, "network": 2}, "times"))
+    assert drawn is not None
+    assert drawn.index("network") < drawn.index("battery")  # from below
+    alone = replace(EMPTY, virtual_s=60.0, refused={"round_closed": 1234})
+    assert "1,234" in words_of(fleet_report_html(alone))
 
 
 def test_the_same_metrics_give_the_same_text() -> None:
@@ -155,62 +197,68 @@ def test_an_empty_run_is_told_in_sentences_and_draws_nothing() -> None:
     assert not re.search(r"\bnan\b|\binf\b|None", text)
 
 
+BARE = replace(EMPTY, devices=20, virtual_s=86_400.0)
+"""A day of which nothing was measured."""
+NOTHING_USED = replace(
+    SMALL.profiles[0], energy_compute_mwh=0.0, energy_radio_mwh=0.0, energy_base_mwh=0.0, energy_p95_mwh=0.0,
+    bytes_up=0.0, bytes_down=0.0,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "changed",
     [
-        replace(SMALL, rounds=()),
-        replace(SMALL, rounds=tuple(replace(record, accuracy=None) for record in SMALL.rounds)),
-        replace(SMALL, rounds=tuple(replace(record, outcome="aborted", arrived=0) for record in SMALL.rounds)),
-        replace(SMALL, hours=SMALL.hours[:1], virtual_s=3000.0),
-        replace(SMALL, hours=SMALL.hours[-1:]),
-        replace(SMALL, hours=(), faults=WEEK.faults),
-        replace(SMALL, profiles=()),
-        with_use(bytes_up=0.0, bytes_down=0.0, energy_compute_mwh=0.0, energy_radio_mwh=0.0, energy_p95_mwh=0.0),
-        replace(SMALL, blocked={"battery": 0}, deliveries={}),
-        replace(SMALL, epsilons=Epsilons(budget=None, delta=1e-5, edges=(0.0, 1.0), counts=(0,))),
-        replace(SMALL, epsilons=Epsilons(budget=None, delta=1e-5, edges=(0.0, 1.0), counts=(7,))),
-        replace(SMALL, text="", wall_s=0.0),
+        replace(BARE, rounds=SMALL.rounds[:1]),
+        replace(BARE, rounds=tuple(replace(record, accuracy=None) for record in SMALL.rounds)),
+        replace(BARE, rounds=tuple(replace(record, outcome="aborted", arrived=0) for record in SMALL.rounds)),
+        replace(BARE, hours=SMALL.hours[:1], virtual_s=3000.0),
+        replace(BARE, hours=SMALL.hours[-1:]),
+        replace(BARE, faults=WEEK.faults),
+        replace(BARE, profiles=(NOTHING_USED,)),
+        replace(BARE, blocked={"battery": 0}),
+        replace(BARE, epsilons=Epsilons(budget=None, delta=1e-5, edges=(0.0, 1.0), counts=(0,))),
+        replace(BARE, epsilons=Epsilons(budget=None, delta=1e-5, edges=(0.0, 1.0), counts=(7,))),
+        replace(BARE, devices=1, deliveries={"delivered": 1}),
     ],
     ids=[
-        *("no round", "no accuracy", "all aborted", "one hour", "a late hour", "faults without hours", "no profile"),
-        *("nothing used", "counts of none", "no spending", "no budget", "no scenario"),
+        *("one round", "no accuracy", "all aborted", "one hour", "a late hour", "faults without hours"),
+        *("nothing used", "counts of none", "no spending", "no budget", "one of each"),
     ],
 )
 @pytest.mark.filterwarnings("error")
 def test_a_part_that_is_empty_reads_well(changed: FleetMetrics) -> None:
-    assert not re.search(r"\bnan\b|\binf\b|None|\b1 \w+s were\b", words_of(fleet_report_html(changed)))
+    assert not re.search(r"\bnan\b|\binf\b|None|\b1 \w+s |\b1 \w+ were\b", words_of(fleet_report_html(changed)))
 
 
 def test_a_run_that_was_stopped_says_so() -> None:
-    text = words_of(fleet_report_html(replace(SMALL, virtual_s=7200.0)))
+    text = " ".join(lead_sentences(replace(SMALL, virtual_s=7200.0)))
     assert "20 devices were simulated for 2 hours, of 0.25 days planned." in text
 
 
 def test_hours_that_are_not_told_count_as_none() -> None:
-    whole = [
-        replace(hour, awake=0, eligible=0, began=0, delivered=0) if hour.hour == 2 else hour for hour in SMALL.hours
-    ]
-    told = [hour for hour in SMALL.hours if hour.hour != 2]
-    assert fleet_report_html(replace(SMALL, hours=tuple(whole))) == fleet_report_html(replace(SMALL, hours=tuple(told)))
+    nobody = {"awake": 0, "eligible": 0, "began": 0, "delivered": 0}
+    whole = tuple(replace(hour, **nobody) if hour.hour == 2 else hour for hour in SMALL.hours)
+    told = tuple(hour for hour in SMALL.hours if hour.hour != 2)
+    lines = [lines_of(participation_svg(replace(SMALL, hours=hours))) for hours in (whole, told, SMALL.hours)]
+    assert lines[0] == lines[1]
+    assert lines[0] != lines[2]
 
 
 def test_hours_of_the_day_are_the_worlds_not_the_runs() -> None:
     hours = tuple(FleetHour(hour=hour, awake=hour % 24, eligible=0, began=0, delivered=0) for hour in range(48))
-    of_midnight = fleet_report_html(replace(EMPTY, hours=hours, virtual_s=172_800.0))
-    of_six = fleet_report_html(replace(EMPTY, hours=hours, virtual_s=172_800.0, began_s=EMPTY.began_s + 6 * 3600))
-    paths = [re.findall(r'<path d="([^"]+)"', page) for page in (of_midnight, of_six)]
-    assert paths[0] != paths[1]
-    assert len(paths[0]) == len(paths[1])
+    at_midnight = replace(EMPTY, hours=hours, virtual_s=172_800.0)
+    at_six = replace(at_midnight, began_s=at_midnight.began_s + 6 * 3600)
+    later = tuple(replace(hour, awake=(hour.awake + 6) % 24) for hour in hours)
+    assert lines_of(hour_of_day_svg(at_midnight)) != lines_of(hour_of_day_svg(at_six))
+    assert lines_of(hour_of_day_svg(at_midnight)) == lines_of(hour_of_day_svg(replace(at_six, hours=later)))
 
 
 def test_a_year_is_drawn_by_days_and_stays_small() -> None:
     hours = tuple(FleetHour(hour=hour, awake=9, eligible=5, began=2, delivered=1) for hour in range(24 * 365))
-    rounds = tuple(
-        replace(SMALL.rounds[0], round=number, opened_s=3600.0 * number, closed_s=3600.0 * (number + 1))
-        for number in range(24 * 365)
-    )
-    page = fleet_report_html(replace(SMALL, days=365.0, virtual_s=365 * 86_400.0, hours=hours, rounds=rounds))
-    assert len(page) < 1_500_000
+    rounds = tuple(replace(SMALL.rounds[0], round=number, closed_s=3600.0 * number) for number in range(24 * 365))
+    year = replace(SMALL, days=365.0, virtual_s=365 * 86_400.0, hours=hours, rounds=rounds)
+    drawn = [plot(year) or "" for plot in (participation_svg, rounds_svg)]
+    assert all(0 < len(text) < 700_000 for text in drawn), [len(text) for text in drawn]
 
 
 def test_a_crash_is_told_with_the_command_that_runs_it_again() -> None:
@@ -221,7 +269,7 @@ def test_a_crash_is_told_with_the_command_that_runs_it_again() -> None:
 
 def test_many_crashes_and_failed_rounds_are_cut_and_counted() -> None:
     crash, record = WEEK.crashes[0], replace(SMALL.rounds[0], outcome="aborted")
-    text = words_of(fleet_report_html(replace(SMALL, crashes=(crash,) * 73, rounds=(record,) * 54)))
+    text = words_of(fleet_report_html(replace(BARE, crashes=(crash,) * 73, rounds=(record,) * 54)))
     assert text.count("covey-fleet replay") == 50
     assert "23 more crashes are in fleet.json." in text
     assert "4 more rounds are in fleet.json." in text
@@ -271,4 +319,4 @@ def test_profiles_are_told_one_by_one() -> None:
     text = words_of(page_of_the_week())
     assert "phone-mid-range 41,000 17,220 0.21 % 23.9 49.3 mWh 131 kB 893 kB 310 kB" in text
     mains = replace(WEEK.profiles[0], battery_percent_median=None)
-    assert "smartwatch 38,000 15,960 mains" in words_of(fleet_report_html(replace(WEEK, profiles=(mains,), hours=())))
+    assert "smartwatch 38,000 15,960 mains" in words_of(fleet_report_html(replace(BARE, profiles=(mains,))))
