@@ -11,7 +11,6 @@ import typer
 from aggregator.command_line import say_table
 from firmware_sim.errors import FleetError
 from firmware_sim.fleet_metrics import FleetMetrics
-from firmware_sim.metrics import RunMetrics
 from fl_protocol.adapters.files import write_atomic
 
 T = TypeVar("T")
@@ -33,7 +32,8 @@ def report(
 
         text = fleet_report_html(read_metrics(folder / _SIMULATED, FleetMetrics))
     else:
-        from firmware_sim.report import report_html  # noqa: PLC0415 - as above
+        from firmware_sim.metrics import RunMetrics  # noqa: PLC0415 - help needs no database
+        from firmware_sim.report import report_html  # noqa: PLC0415
 
         text = report_html(read_metrics(folder / _LIVE, RunMetrics))
     _write(folder / "report.html", text)

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from firmware_sim.errors import FleetError
 from firmware_sim.fleet_metrics import Epsilons, FaultSpan, FleetHour, FleetMetrics, FleetRound, ProfileUse
 from firmware_sim.quantities import number
 from firmware_sim.report_page import BLUE, GREEN, GREY, ORANGE, RULE, empty_axes, stacked_axes, svg
@@ -205,6 +206,9 @@ def epsilon_svg(epsilons: Epsilons | None) -> str | None:
     """How many devices had spent how much, with the budget."""
     if epsilons is None or not any(epsilons.counts):
         return None
+    if len(epsilons.edges) != len(epsilons.counts) + 1:
+        bins = len(epsilons.counts)
+        raise FleetError(f"epsilons of {bins} bins: expected {bins + 1} edges, got {len(epsilons.edges)}")
     figure, axes = empty_axes("devices", f"ε spent, at δ = {epsilons.delta:g}")
     axes.stairs(epsilons.counts, epsilons.edges, fill=True, color=BLUE, label="devices")
     if epsilons.budget is not None:

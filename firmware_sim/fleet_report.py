@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import html
+import math
 import shlex
 
 from firmware_sim.fleet_lead import FIDELITY, count_of_days, lead_sentences
@@ -180,19 +181,21 @@ def _fault_rows(metrics: FleetMetrics, kind: str) -> list[tuple[str, ...]]:
 
 def _privacy(metrics: FleetMetrics) -> str:
     """Budgets of the devices."""
-    caption = ""
-    if metrics.epsilons is not None and any(metrics.epsilons.counts):
-        most = max(i for i, value in enumerate(metrics.epsilons.counts) if value)
+    epsilons = metrics.epsilons
+    drawn, caption = epsilon_svg(epsilons), ""
+    if epsilons is not None and drawn is not None:
+        most = max(edge for edge, value in zip(epsilons.edges[1:], epsilons.counts, strict=True) if value)
+        # A bound is rounded up: rounded down it would claim more privacy than there was.
         caption = (
-            f"ε that devices had spent in the end: {count(sum(metrics.epsilons.counts), 'device')}, none of them more "
-            f"than {number(metrics.epsilons.edges[most + 1])}."
+            f"ε that devices had spent in the end: {count(sum(epsilons.counts), 'device')}, none of them more than "
+            f"{math.ceil(1000 * most) / 1000:g}."
         )
     otherwise = (
         "No device was charged an ε, so no privacy is claimed."
-        if metrics.epsilons is None
+        if epsilons is None
         else "No device had spent any ε in the end."
     )
-    return _section("Privacy", [_plot(epsilon_svg(metrics.epsilons), caption)], otherwise=otherwise)
+    return _section("Privacy", [_plot(drawn, caption)], otherwise=otherwise)
 
 
 def _crashes(metrics: FleetMetrics) -> str:

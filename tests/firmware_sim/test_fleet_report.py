@@ -6,10 +6,13 @@ import functools
 import html
 import re
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 from msgspec.structs import replace
 
+from firmware_sim import fleet_report
+from firmware_sim.errors import FleetError
 from firmware_sim.fleet_lead import lead_sentences
 from firmware_sim.fleet_metrics import (
     Crash,
@@ -259,6 +262,30 @@ def test_a_year_is_drawn_by_days_and_stays_small() -> None:
     year = replace(SMALL, days=365.0, virtual_s=365 * 86_400.0, hours=hours, rounds=rounds)
     drawn = [plot(year) or "" for plot in (participation_svg, rounds_svg)]
     assert all(0 < len(text) < 700_000 for text in drawn), [len(text) for text in drawn]
+
+
+def check_bound_of_epsilon(module: ModuleType) -> None:
+    """What the page says that no device exceeded is no less than what devices may have spent."""
+    epsilons = Epsilons(budget=8.0, delta=1e-5, edges=(0.0, 1.5, 2.6434, 4.0), counts=(1, 9, 0))
+    told = re.search(
+        r"10 devices, none of them more than (\S+)\.", module.fleet_report_html(replace(BARE, epsilons=epsilons))
+    )
+    assert told is not None
+    assert 2.6434 <= float(told[1]) <= 2.645
+
+
+def test_the_bound_of_epsilon_is_not_rounded_down() -> None:
+    check_bound_of_epsilon(fleet_report)
+    with pytest.raises(AssertionError):
+        check_bound_of_epsilon(
+            broken_copy("firmware_sim.fleet_report", ("math.ceil(1000 * most)", "round(1000 * most)"))
+        )
+
+
+def test_bins_of_epsilon_that_do_not_fit_are_told() -> None:
+    epsilons = Epsilons(budget=8.0, delta=1e-5, edges=(0.0, 1.5), counts=(1, 9))
+    with pytest.raises(FleetError, match="epsilons of 2 bins: expected 3 edges, got 2"):
+        fleet_report_html(replace(BARE, epsilons=epsilons))
 
 
 def test_a_crash_is_told_with_the_command_that_runs_it_again() -> None:
