@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from aggregator.command_line import make_app, run_app
+from firmware_sim import cli_scenarios
 from firmware_sim.cli_fleet_reports import add_report_commands
 from firmware_sim.errors import FleetError, SettingsError
 from firmware_sim.settings import BrokerChoice, DemoSettings, Engine, named_helpers
@@ -36,6 +37,8 @@ Examples:
 
   covey-fleet demo --resume runs/2026-01-31-1200    go on with a run that was stopped
 
+  covey-fleet run first-round                       simulate a fleet in virtual time; scenarios lists them
+
   covey-fleet report runs/2026-01-31-1200           draw its report again
 
   covey-fleet compare runs/week runs/winter         set two simulated runs side by side
@@ -45,6 +48,8 @@ Exit codes: 0 done, 1 error, 2 usage, 130 stopped before the end (resume it).
 _STOPPED = 130
 
 app = make_app("covey-fleet", _HELP)
+app.command()(cli_scenarios.run)
+app.command("scenarios")(cli_scenarios.scenarios_command)
 add_report_commands(app)
 
 

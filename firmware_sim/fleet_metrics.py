@@ -12,7 +12,7 @@ accuracy from a calibrated curve; ``noop``: nothing is learned. Only ``real`` co
 
 
 class FleetRound(msgspec.Struct, frozen=True, kw_only=True):
-    """One round of a task; `accuracy` and `loss` are of the model it made. Times: seconds since the virtual beginning."""
+    """One round of a task; `accuracy` and `loss` are of the model it made. Times are seconds since the beginning."""
 
     task: str
     round: int
@@ -61,7 +61,7 @@ class ProfileUse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FaultSpan(msgspec.Struct, frozen=True, kw_only=True):
-    """A fault or an attack: seconds since the beginning, what kind, whom it struck (``fleet``, ``broker``, a device, ...)."""
+    """A fault or an attack: seconds since the beginning, its kind, whom it struck (``fleet``, ``broker``, a device)."""
 
     kind: str
     starts_s: float

@@ -47,3 +47,11 @@ class MemoryBlobs:
     def stored(self) -> Iterator[StoredBlob]:
         """What there is, and since when."""
         return iter([StoredBlob(name, written_s) for name, (_, written_s) in self._blobs.items()])
+
+    def kept(self) -> dict[str, tuple[bytes, float]]:
+        """Everything, for `restore`: content, and Unix seconds since which it is there, by name."""
+        return dict(self._blobs)
+
+    def restore(self, kept: dict[str, tuple[bytes, float]]) -> None:
+        """Be as another one was."""
+        self._blobs = dict(kept)

@@ -29,7 +29,7 @@ class RememberingKey(Ed25519PublicKey):
                 self._known.clear()
             self._known[bytes(signature)] = bytes(data)
 
-    def public_bytes(self, encoding: Encoding, format: PublicFormat) -> bytes:  # noqa: A002 - the library's name
+    def public_bytes(self, encoding: Encoding, format: PublicFormat) -> bytes:
         """As the key itself."""
         return self._key.public_bytes(encoding, format)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import pickle
 from collections import deque
 
 from fl_protocol.transport import Connected, Delivery, Disconnected, Received, TransportEvent
@@ -52,6 +53,14 @@ class VirtualBroker:
                 session.offer(topic, payload)
         for client in list(self._clients):
             client.deliver(topic, payload)
+
+    def kept_state(self) -> bytes:
+        """What it keeps while nobody is connected, for `restore` of another one in the same program."""
+        return pickle.dumps((self.retained, self._sessions))
+
+    def restore(self, state: bytes) -> None:
+        """Go on from what another one has kept. Only of bytes that this program has written: they are a pickle."""
+        self.retained, self._sessions = pickle.loads(state)  # noqa: S301 - see above
 
     def restart(self, *, keep_retained: bool, keep_sessions: bool = False) -> None:
         """Cut every connection, as a broker that was killed does; the clients reconnect by themselves."""

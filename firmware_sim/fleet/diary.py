@@ -1,4 +1,4 @@
-"""What a device tells its journal, as the fleet counts it: totals by hour and by reason, and the events worth a line."""
+"""What a device tells its journal, as the fleet counts it: totals by hour and reason, and the events worth a line."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import event
@@ -17,12 +17,13 @@ from aggregator.helper.helper_store import HelperDatabase, HelperStore
 from aggregator.helper.key_ring import Helper, KeyTerms
 from aggregator.helper.service import HelperLimits, HelperService
 from aggregator.intake import IntakeLimits
-from aggregator.rounds import Phase
+from aggregator.rounds import Phase, RoundState
 from aggregator.service import AggregatorService
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.blobs import Blobs
 from aggregator.store.database import Database
 from aggregator.task_creation import create_task
+from firmware_sim.errors import FleetError
 from firmware_sim.fleet.windows import Download, Registration, Upload
 from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
@@ -67,6 +68,25 @@ class HubSettings:
         }
 
 
+class HubState(NamedTuple):
+    """What a hub is beside its databases, picklable: how often each process was started, and what the broker keeps."""
+
+    lives: dict[str, int]
+    broker: bytes
+
+
+class _RunningHelper(NamedTuple):
+    """A helper at work, and its connection."""
+
+    service: HelperService
+    transport: VirtualTransport
+
+    def kill(self) -> None:
+        """What SIGKILL leaves: its store as the last transaction left it, and the broker's session."""
+        self.transport.close()
+        self.service.store.close()
+
+
 @dataclass
 class Hub:
     """See the module docstring.
@@ -74,23 +94,23 @@ class Hub:
     Args:
         folder: for databases.
         settings: see there.
-        blobs: large values, given the clock.
+        blobs: large values.
         journal: of the aggregator.
+        clock: which it sets.
     """
 
     folder: Path
     settings: HubSettings
     blobs: Blobs
     journal: Journal
-    clock: VirtualClock = field(init=False)
+    clock: VirtualClock
     _down: list[Download] = field(default_factory=list, init=False)
     _busy_until_s: float = field(default=0.0, init=False)
-    _helpers: dict[str, HelperService] = field(default_factory=dict, init=False)
+    _helpers: dict[str, _RunningHelper] = field(default_factory=dict, init=False)
     _lives: dict[str, int] = field(default_factory=dict, init=False)
     _service: AggregatorService | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.clock = VirtualClock(self.settings.began_s)
         self.broker = HubBroker(self.settings.tenant, self._down.append)
         self.store = self._open_store()
 
@@ -111,12 +131,30 @@ class Hub:
             self._service.store.close()
             self._service = None
 
+    def put_down(self) -> HubState:
+        """End aggregator and helpers, and say what is to be kept beside the databases; `start` goes on."""
+        self.kill()
+        for helper in self._helpers.values():
+            helper.kill()
+        self._helpers.clear()
+        self.broker.restart(keep_retained=True, keep_sessions=True)
+        return HubState(dict(self._lives), self.broker.kept_state())
+
+    def take_up(self, state: HubState) -> None:
+        """Go on from what was put down, before `start`."""
+        self._lives = dict(state.lives)
+        self.broker.restore(state.broker)
+
+    def retained(self) -> tuple[Download, ...]:
+        """What a device that connects finds at the broker."""
+        return tuple(Download("", topic, payload) for topic, payload in self.broker.for_devices())
+
     def register(self, registrations: Sequence[Registration]) -> None:
         """Enrol devices with the aggregator and with every helper."""
         if registrations:
             self.store.devices.add_all(registrations, self.clock.now_s())
             for helper in self._helpers.values():
-                helper.store.devices.add_all(self.settings.tenant, registrations)
+                helper.service.store.devices.add_all(self.settings.tenant, registrations)
 
     def work(self, uploads: Iterable[Upload], now_s: float) -> tuple[Download, ...]:
         """Take what arrived, do what is due, and say what goes down.
@@ -140,8 +178,8 @@ class Hub:
     def next_wake_s(self, now_s: float) -> float:
         """When it has to look around again by itself, seconds since the virtual beginning."""
         every_s = BUSY_EVERY_S if now_s < self._busy_until_s else IDLE_EVERY_S
-        deadlines = [state.deadline_s - self.settings.began_s for state in self._states() if state.deadline_s]
-        return min([now_s + every_s, *(deadline_s for deadline_s in deadlines if deadline_s > now_s)])
+        deadlines_s = [state.deadline_s - self.settings.began_s for state in self._states() if state.deadline_s]
+        return min([now_s + every_s, *(deadline_s for deadline_s in deadlines_s if deadline_s > now_s)])
 
     @property
     def is_finished(self) -> bool:
@@ -154,10 +192,10 @@ class Hub:
         """End everything."""
         self.kill()
         for helper in self._helpers.values():
-            helper.store.close()
+            helper.kill()
         self.store.close()
 
-    def _states(self) -> list[Any]:
+    def _states(self) -> list[RoundState]:
         """Where the tasks stand."""
         coordinator = self._service.coordinator if self._service is not None else None
         return [runner.state for runner in coordinator.tasks.values()] if coordinator is not None else []
@@ -165,16 +203,19 @@ class Hub:
     def _step_until_quiet(self) -> None:
         """Let everybody work until nothing is left to do at this moment."""
         for _ in range(_MOST_STEPS):
-            busy = False
-            for service in [*self._helpers.values(), *([self._service] if self._service is not None else [])]:
-                service.step()
-            busy = self.broker.has_events or (
-                self._service is not None
-                and (self._service.worker.wants_to_commit or self._service.worker.waits_for_commit)
-            )
-            if not busy:
+            for helper in self._helpers.values():
+                helper.service.step()
+            if self._service is not None:
+                self._service.step()
+            if not self._is_busy:
                 return
-        raise AssertionError("the aggregator never came to rest")
+        raise FleetError(f"the aggregator did not come to rest after {_MOST_STEPS} steps at one moment")
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether somebody has something to do now."""
+        worker = self._service.worker if self._service is not None else None
+        return self.broker.has_events or (worker is not None and (worker.wants_to_commit or worker.waits_for_commit))
 
     def _start_aggregator(self) -> None:
         life = self._life("aggregator")
@@ -199,10 +240,11 @@ class Hub:
         settings, life = self.settings, self._life(name)
         database = HelperDatabase(self.folder / f"{name}.db")
         _trust_the_disk(database.engine)
+        transport = VirtualTransport(self.broker, session=name, manual_acknowledgement=True)
         service = HelperService(
             Helper(name, f"operator-of-{name}", settings.key_of(name)),
             studies=[Study(settings.tenant, settings.key_of("aggregator").public_key())],
-            transports={settings.tenant: VirtualTransport(self.broker, session=name, manual_acknowledgement=True)},
+            transports={settings.tenant: transport},
             store=HelperStore(database),
             journal=self.journal,
             entropy=SeededEntropy(life),
@@ -212,7 +254,7 @@ class Hub:
             wait=lambda _longest_s: None,
         )
         service.start()
-        self._helpers[name] = service
+        self._helpers[name] = _RunningHelper(service, transport)
 
     def _open_store(self) -> AggregatorStore:
         """A connection to the database."""
@@ -238,8 +280,8 @@ class HubBroker(VirtualBroker):
     def __init__(self, tenant: str, hand_on: Callable[[Download], None]) -> None:
         super().__init__()
         self._hand_on = hand_on
-        self._round = round_topic(tenant, "x").removesuffix("x")
-        self._model = self._round.removesuffix("round/") + "model/"
+        rounds = round_topic(tenant, "x").removesuffix("x")
+        self._retained_for = rounds, rounds.removesuffix("round/") + "model/"
         self._down = down_filter(tenant, "x").removesuffix("x/+")
 
     @property
@@ -247,13 +289,17 @@ class HubBroker(VirtualBroker):
         """Whether somebody has messages that were not taken."""
         return any(client.has_events for client in self._clients)
 
+    def for_devices(self) -> list[tuple[str, bytes]]:
+        """What is retained for devices, by topic."""
+        return [(topic, payload) for topic, payload in self.retained.items() if topic.startswith(self._retained_for)]
+
     def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
         """Deliver, keep, and hand on."""
         if topic.startswith(self._down):
             self._hand_on(Download(topic.removeprefix(self._down).split("/")[0], topic, payload))
             return
         super().publish(topic, payload, retain=retain)
-        if retain and topic.startswith((self._round, self._model)):
+        if retain and topic.startswith(self._retained_for):
             self._hand_on(Download("", topic, payload))
 
 

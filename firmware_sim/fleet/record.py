@@ -12,6 +12,25 @@ Image = dict[str, tuple[int, tuple[bytes, ...]]]
 """Files by name: length in bytes, and pages without the zeros that they end in (a preallocated file is mostly that)."""
 
 
+class Energy(msgspec.Struct, kw_only=True, array_like=True):
+    """What a device has used for Covey since the beginning.
+
+    Args:
+        compute_mwh, radio_mwh, base_mwh: for training, the radio, being awake.
+        battery_percent: of its battery; None on the mains.
+    """
+
+    compute_mwh: float = 0.0
+    radio_mwh: float = 0.0
+    base_mwh: float = 0.0
+    battery_percent: float | None = None
+
+    @property
+    def parts(self) -> tuple[float, float, float]:
+        """All that adds up."""
+        return self.compute_mwh, self.radio_mwh, self.base_mwh
+
+
 class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
     """One device between two lives of its daemon.
 
@@ -26,9 +45,10 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
         next_s: when it wakes next by itself.
         spent_epsilon: of its wearer's budget.
         compute_s: how long it has computed.
-        bytes_up, bytes_down: over its radio.
+        bytes_up, bytes_down: over its radio; of both, `bytes_metered` over a network that is paid by volume.
         updates: that were delivered.
-        hour: the last one in which it was counted as awake, eligible, having begun, having delivered; -1 for none.
+        energy: that it has used.
+        hours: the last ones in which it was counted as awake, eligible, having begun, having delivered; -1 for none.
     """
 
     index: int
@@ -44,7 +64,9 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
     compute_s: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    bytes_metered: int = 0
     updates: int = 0
+    energy: Energy = msgspec.field(default_factory=Energy)
     hours: list[int] = msgspec.field(default_factory=lambda: [-1, -1, -1, -1])
 
 

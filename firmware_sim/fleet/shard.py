@@ -35,19 +35,22 @@ class Shard:
         records: its devices; they are changed.
         maker: makes them.
         world: what they are in.
+        starts_s: where its time begins, in a run that is resumed.
     """
 
-    def __init__(self, records: Iterable[DeviceRecord], *, maker: DeviceMaker, world: World) -> None:
+    def __init__(
+        self, records: Iterable[DeviceRecord], *, maker: DeviceMaker, world: World, starts_s: float = 0.0
+    ) -> None:
         self._records = {record.name: record for record in records}
         self._maker, self._world = maker, world
-        self._environment, self._edge = simpy.Environment(), Edge()
+        self._environment, self._edge = simpy.Environment(starts_s), Edge()
         self._living: dict[str, Living] = {}
         self._registrations: list[Registration] = []
         self._events: list[FleetEvent] = []
         self._crashes: dict[str, int] = {}
         self.totals = Totals()
         for record in self._records.values():
-            self._start_at(record, world.first_start_s(record))
+            self._start_at(record, record.next_s if record.lives else world.first_start_s(record))
 
     def advance(self, window: Window) -> WindowReport:
         """Simulate one window.
@@ -62,11 +65,23 @@ class Shard:
         self._environment.run(until=window.ends_s)
         registrations, self._registrations = tuple(self._registrations), []
         events, self._events = tuple(self._events), []
-        return WindowReport(self._edge.take_uploads(), registrations, events, self._environment.peek())
+        return WindowReport(
+            self._edge.take_uploads(),
+            registrations,
+            events,
+            self._environment.peek(),
+            self.totals.starts,
+            len(self._living),
+        )
 
-    @property
-    def records(self) -> list[DeviceRecord]:
-        """Its devices; those that are awake as they were when they woke."""
+    def put_down(self) -> list[DeviceRecord]:
+        """End every daemon that runs, and give its devices as they are; another shard goes on with them.
+
+        What runs now is started again at once: a system may end and restart a daemon whenever it likes.
+        """
+        for living in list(self._living.values()):
+            living.sleep()
+            living.record.next_s = self._environment.now
         return list(self._records.values())
 
     def _start_at(self, record: DeviceRecord, start_s: float) -> None:
@@ -74,7 +89,11 @@ class Shard:
         record.next_s = start_s
         if start_s < float("inf"):
             start = self._environment.timeout(max(0.0, start_s - self._environment.now))
-            start.callbacks.append(lambda _event: self._environment.process(self._life(record)))
+            start.callbacks.append(lambda _event: self._begin_life(record))
+
+    def _begin_life(self, record: DeviceRecord) -> None:
+        """Let a daemon live."""
+        self._environment.process(self._life(record))
 
     def _life(self, record: DeviceRecord) -> Generator[simpy.Event, Any, None]:
         """One life of a daemon: from its start until its system ends it, or it crashes."""

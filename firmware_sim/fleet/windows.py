@@ -82,12 +82,16 @@ class WindowReport:
         registrations: devices that enrolled.
         events: what happened, in any order.
         next_s: when something happens next by itself; infinity for never.
+        starts: daemons that were started so far.
+        awake: devices whose daemon runs now.
     """
 
     up: tuple[Upload, ...]
     registrations: tuple[Registration, ...]
     events: tuple[FleetEvent, ...]
     next_s: float
+    starts: int = 0
+    awake: int = 0
 
 
 class Totals(msgspec.Struct, kw_only=True):

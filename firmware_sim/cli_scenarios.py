@@ -1,0 +1,188 @@
+"""``covey-fleet run`` and ``covey-fleet scenarios``: fleets in virtual time."""
+
+from __future__ import annotations
+
+import datetime
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from firmware_sim.errors import SettingsError
+
+if TYPE_CHECKING:
+    from firmware_sim.fleet.run import Progress as RunProgress
+    from firmware_sim.fleet.simulation import RunResult
+    from firmware_sim.fleet_metrics import FleetMetrics
+    from firmware_sim.scenario.loading import LoadedScenario
+
+_STOPPED = 130
+_DAY_S = 86_400.0
+
+
+def run(
+    scenarios: Annotated[
+        list[Path] | None, typer.Argument(help="Scenario files, or names of those that come with covey.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the run; default: runs/, its name and the time.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the scenario's.")] = None,
+    engine: Annotated[str, typer.Option(help="local: processes of this machine; ray: Ray actors.")] = "local",
+    shards: Annotated[int, typer.Option(min=1, help="Parts that are simulated at the same time.")] = 2,
+    resume: Annotated[Path | None, typer.Option(help="Folder of a run that was stopped or killed.")] = None,
+) -> None:
+    """Simulate a fleet: real devices on virtual hardware, the real aggregator, in virtual time.
+
+    Examples:
+      covey-fleet run first-round                       one that comes with covey
+
+      covey-fleet run my.toml --seed 7 --shards 4       one of your own
+
+      covey-fleet run --resume runs/first-round-...     go on where a run was put down
+    """
+    if engine not in {"local", "ray"}:
+        raise SettingsError(f"--engine: expected local or ray, got {engine}")
+    if bool(scenarios) == bool(resume):
+        raise SettingsError("expected scenarios, or --resume and the folder of a run")
+    if out is not None and len(scenarios or []) > 1:
+        raise SettingsError("--out: expected one scenario with it; leave it out for several")
+    from firmware_sim.fleet.simulation import begin_run, resumed_run  # noqa: PLC0415 - help needs no database
+    from firmware_sim.scenario.loading import load_scenario  # noqa: PLC0415
+
+    console = Console()
+    if resume is not None:
+        _simulate(console, resume, resumed_run(resume), engine=engine, shards=shards)
+        return
+    loaded = [load_scenario(path) for path in scenarios or []]  # all of them before the first is run
+    for one in loaded:
+        folder = out or _new_folder(one.scenario.name)
+        _simulate(console, folder, begin_run(folder, one, seed=seed), engine=engine, shards=shards)
+
+
+def scenarios_command() -> None:
+    """List the scenarios that come with covey."""
+    from aggregator.command_line import say_table  # noqa: PLC0415 - as above
+    from firmware_sim.scenario.loading import load_scenario, shipped_scenarios  # noqa: PLC0415
+
+    loaded = [load_scenario(path) for path in shipped_scenarios()]
+    rows = [
+        (one.path.stem, one.scenario.devices, f"{one.scenario.days:g}", one.scenario.fidelity, one.scenario.about)
+        for one in loaded
+    ]
+    say_table("Scenarios", ("name", "devices", "days", "fidelity", "about"), rows)
+
+
+def _new_folder(name: str) -> Path:
+    """Where a run of a scenario goes."""
+    return Path("runs") / f"{name}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"  # noqa: DTZ005 - a name
+
+
+def _simulate(console: Console, folder: Path, loaded: LoadedScenario, *, engine: str, shards: int) -> None:
+    """Simulate one scenario, and say what came out."""
+    from firmware_sim.fleet.simulation import simulate  # noqa: PLC0415 - as above
+
+    scenario = loaded.scenario
+    _say(
+        console, f"Scenario:   {scenario.name}: {scenario.devices} devices, {scenario.days:g} days, {scenario.fidelity}"
+    )
+    _say(console, f"Run folder: {folder}")
+    with _shown(console) as told, _stopped_by_signals() as should_stop:
+        result = simulate(
+            folder,
+            loaded,
+            engine="ray" if engine == "ray" else "local",
+            shards=min(shards, scenario.devices),
+            told=told,
+            should_stop=should_stop,
+        )
+    _tell(console, folder, result)
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[Callable[[RunProgress], None]]:
+    """A bar: how far, rounds, devices woken a second, virtual over real time, and when it will be done."""
+    columns = (
+        TextColumn("{task.fields[what]}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rates]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("run", total=None, what="starting", rates="")
+        first: list[tuple[float, float, int]] = []
+
+        def told(progress: RunProgress) -> None:
+            now_s = time.monotonic()
+            if not first:
+                first.append((now_s, progress.now_s, progress.starts))
+            began_s, virtual_s, starts = first[0]
+            elapsed_s = max(1e-3, now_s - began_s)
+            rates = f"{(progress.starts - starts) / elapsed_s:,.0f} wakes/s, "
+            rates += f"{(progress.now_s - virtual_s) / elapsed_s:,.0f} x real time, {progress.awake} awake"
+            what = f"day {progress.now_s / _DAY_S:.2f}, round {progress.committed}/{progress.rounds}"
+            # Whichever ends it first: the time, or the rounds.
+            share = max(progress.now_s / progress.duration_s, progress.committed / progress.rounds)
+            bar.update(task, total=1.0, completed=min(1.0, share), what=what, rates=rates)
+
+        yield told
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[Callable[[], bool]]:
+    """Whether somebody wants it to stop: after the window that is simulated now."""
+    stopped: list[int] = []
+    before = {
+        one: signal.signal(one, lambda number, _frame: stopped.append(number))
+        for one in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield lambda: bool(stopped)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell(console: Console, folder: Path, result: RunResult) -> None:
+    """What came out, and where it is."""
+    if result.metrics is None:
+        _say(console, f"Stopped; go on with: covey-fleet run --resume {folder}")
+        raise typer.Exit(_STOPPED)
+    for line in _summary(result.metrics):
+        _say(console, line)
+    for name in ("report.html", "fleet.json", "events.csv"):
+        _say(console, f"  {folder / name}")
+
+
+def _summary(metrics: FleetMetrics) -> list[str]:
+    """The result in a few lines."""
+    committed = [one for one in metrics.rounds if one.outcome == "committed"]
+    delivered = metrics.deliveries.get("delivered", 0)
+    lines = [
+        f"Rounds:     {len(committed)} committed, {len(metrics.rounds) - len(committed)} aborted, in "
+        f"{metrics.virtual_s / _DAY_S:.2f} virtual days; {delivered:,} updates delivered",
+        f"Simulation: {metrics.wall_s:.1f} s, {metrics.virtual_s / max(metrics.wall_s, 1e-3):,.0f} times real time, "
+        f"{metrics.peak_rss_bytes / 2**20:,.0f} MiB",
+    ]
+    accuracies = [one.accuracy for one in committed if one.accuracy is not None]
+    if accuracies:
+        lines.append(f"Accuracy:   {100 * accuracies[-1]:.1f} % ({metrics.fidelity})")
+    if metrics.crashes:
+        first = metrics.crashes[0]
+        lines.append(
+            f"Crashes:    {len(metrics.crashes)}; the first: {first.device}, {first.error}; see it again with "
+            f"covey-fleet replay {metrics.seed} {first.device} --scenario ..."
+        )
+    return lines
+
+
+def _say(console: Console, text: str) -> None:
+    """A line as it is."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

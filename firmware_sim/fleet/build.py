@@ -1,0 +1,165 @@
+"""From a scenario to hub and shards. What is made here follows from the scenario alone, in whichever process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec.structs import replace as with_fields
+
+from aggregator.store.blobs import Blobs
+from aggregator.task_file import write_task
+from device_client.config import (
+    DeviceConfig,
+    DeviceSection,
+    PrivacyConfig,
+    RecordsConfig,
+    StudyConfig,
+)
+from firmware_sim.fleet.hub import Hub, HubSettings
+from firmware_sim.fleet.maker import DeviceMaker
+from firmware_sim.fleet.record import DeviceRecord
+from firmware_sim.fleet.shard import Shard
+from firmware_sim.fleet.surroundings import IdealWorld
+from firmware_sim.remembering_key import RememberingKey
+from firmware_sim.scenario.loading import TASK, LoadedScenario, load_scenario
+from firmware_sim.virtual_device import VirtualClock
+from fl_protocol.adapters.journal import Journal
+from fl_protocol.adapters.tflite_graph import TfliteGraph
+from fl_protocol.broker_config import BrokerConfig
+from fl_protocol.helper_config import HelperPin
+from fl_protocol.signing import public_key_hex
+
+TENANT = "fleet"
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Which devices a shard has; small, and picklable: it goes to another process.
+
+    Args:
+        scenario: path of its file, as the run's folder keeps it.
+        number: of the shard, from 0.
+        count: of shards.
+        records: the devices of a run that is resumed; else they are new.
+    """
+
+    scenario: Path
+    number: int
+    count: int
+    records: tuple[DeviceRecord, ...] | None = None
+    starts_s: float = 0.0
+
+
+def hub_settings(loaded: LoadedScenario) -> HubSettings:
+    """The hub of a scenario."""
+    scenario = loaded.scenario
+    return HubSettings(
+        seed=str(scenario.seed),
+        tenant=TENANT,
+        began_s=scenario.began_s,
+        helpers=tuple(f"helper-{chr(ord('a') + index)}" for index in range(scenario.helpers)),
+        minimum_cohort=max(2, loaded.task.minimum_cohort),
+    )
+
+
+def build_hub(
+    loaded: LoadedScenario,
+    folder: Path,
+    *,
+    clock: VirtualClock,
+    blobs: Blobs,
+    journal: Journal,
+    resumed: bool = False,
+) -> Hub:
+    """A hub with its task, not started yet.
+
+    Args:
+        loaded: the scenario.
+        folder: for databases.
+        clock: virtual time, which the hub sets.
+        blobs: the aggregator's.
+        journal: the aggregator's.
+        resumed: whether the databases are there already.
+
+    Raises:
+        ConfigError, BundleError: the task cannot be created.
+    """
+    hub = Hub(folder, hub_settings(loaded), blobs, journal, clock)
+    if resumed:
+        return hub
+    path = folder / "task.toml"
+    given = with_fields(loaded.task, bundle=str(loaded.bundle_path.resolve()), publisher_key=loaded.publisher_key)
+    path.write_text(write_task(given), encoding="utf-8")
+    hub.create_task(path)
+    return hub
+
+
+def build_shard(spec: ShardSpec) -> Shard:
+    """A shard, in the process that simulates it."""
+    loaded = load_scenario(spec.scenario)
+    records = spec.records if spec.records is not None else new_records(loaded, spec.number, spec.count)
+    world = IdealWorld(loaded.scenario.began_s)
+    return Shard(records, maker=device_maker(loaded), world=world, starts_s=spec.starts_s)
+
+
+def new_records(loaded: LoadedScenario, number: int, count: int) -> tuple[DeviceRecord, ...]:
+    """The devices of one shard of so many, dealt out in turn, as they come from the shop."""
+    indices = range(number, loaded.scenario.devices, count)
+    return tuple(DeviceRecord(index=index, name=device_name(index), profile="mains") for index in indices)
+
+
+def device_name(index: int) -> str:
+    """What a device is called on the wire."""
+    return f"device-{index:07d}"
+
+
+def index_of(name: str) -> int:
+    """The device that is called so."""
+    return int(name.rpartition("-")[2])
+
+
+def device_maker(loaded: LoadedScenario) -> DeviceMaker:
+    """What the devices of a scenario have in common."""
+    scenario, settings = loaded.scenario, hub_settings(loaded)
+    return DeviceMaker(
+        seed=str(scenario.seed),
+        config=_config_of(loaded),
+        bundle=loaded.bundle,
+        graph=TfliteGraph.of_bundle(loaded.bundle) if scenario.fidelity == "real" else None,
+        records=None,
+        aggregator_key=RememberingKey(settings.key_of("aggregator").public_key()),
+        began_s=scenario.began_s,
+    )
+
+
+def _config_of(loaded: LoadedScenario) -> Callable[[str], DeviceConfig]:
+    """A device's configuration, given its name on the wire; nothing else differs."""
+    scenario, privacy = loaded.scenario, loaded.scenario.privacy
+    study = StudyConfig(
+        tenant=TENANT,
+        task=TASK,
+        broker=BrokerConfig("virtual", 1),
+        bundle="virtual",
+        publisher_key="virtual",
+        aggregator_key="virtual",
+        helpers=tuple(
+            HelperPin(name=one.name, operator=one.operator, key=public_key_hex(one.key))
+            for one in hub_settings(loaded).pinned_helpers().values()
+        ),
+    )
+    common = DeviceConfig(
+        studies=(study,),
+        device=DeviceSection(store="virtual", store_key="virtual"),
+        privacy=PrivacyConfig(
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            period_days=privacy.period_days,
+            minimum_noise_multiplier=privacy.minimum_noise_multiplier,
+            minimum_cohort=privacy.minimum_cohort,
+        ),
+        eligibility=scenario.eligibility,
+        records=RecordsConfig(held_out_fraction=0.0),
+    )
+    return lambda name: with_fields(common, studies=(with_fields(study, id=name),))

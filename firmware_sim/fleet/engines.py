@@ -1,0 +1,241 @@
+"""Where shards are simulated: in this process, or in processes of this machine. Ray is in
+`firmware_sim.fleet.ray_engine`.
+
+Every engine gives the same bytes: what a shard does follows from its devices and from what it is handed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import resource
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from firmware_sim.errors import FleetError
+from firmware_sim.fleet.build import ShardSpec, build_shard, index_of
+from firmware_sim.fleet.record import DeviceRecord
+from firmware_sim.fleet.shard import Shard
+from firmware_sim.fleet.windows import Download, Totals, Window, WindowReport
+from fl_protocol.errors import ConfigError
+
+_END_WITHIN_S = 10.0
+
+
+class PutDown(NamedTuple):
+    """What a shard leaves: its devices, what it counted, and how much memory its process took at most."""
+
+    records: list[DeviceRecord]
+    totals: Totals
+    peak_rss_bytes: int
+
+
+class Engine(Protocol):
+    """Simulates all shards of a fleet."""
+
+    def start(self, starts_s: float, records: Sequence[DeviceRecord] | None) -> None:
+        """Make the shards: new, or of a run that is resumed at `starts_s`."""
+
+    def begin(self, window: Window) -> None:
+        """Let all shards simulate a window; `collect` waits for them."""
+
+    def collect(self) -> list[WindowReport]:
+        """What came of the window that was begun, by shard."""
+
+    def put_down(self) -> list[PutDown]:
+        """End what runs in every shard; `start` goes on."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+class ShardHost:
+    """One shard and the commands that an engine gives it; the same in this process and in any other.
+
+    Args:
+        scenario: path of the run's scenario file.
+        number: of the shard.
+        count: of shards.
+    """
+
+    def __init__(self, scenario: Path, number: int, count: int) -> None:
+        self._spec = ShardSpec(scenario, number, count)
+        self._made: Shard | None = None
+
+    def start(self, starts_s: float, records: tuple[DeviceRecord, ...] | None) -> None:
+        """Make the shard."""
+        self._made = build_shard(replace(self._spec, records=records, starts_s=starts_s))
+
+    def advance(self, window: Window) -> WindowReport:
+        """Simulate a window."""
+        return self._shard.advance(window)
+
+    def put_down(self) -> PutDown:
+        """End what runs."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return PutDown(self._shard.put_down(), self._shard.totals, peak)
+
+    @property
+    def _shard(self) -> Shard:
+        """The shard, once `start` has made it."""
+        if self._made is None:
+            raise FleetError("a shard was asked to work before it was made")
+        return self._made
+
+
+def dealt(records: Sequence[DeviceRecord] | None, number: int, count: int) -> tuple[DeviceRecord, ...] | None:
+    """A shard's devices: in turn, as `firmware_sim.fleet.build.new_records` deals them."""
+    return None if records is None else tuple(one for one in records if one.index % count == number)
+
+
+def addressed(window: Window, number: int, count: int) -> Window:
+    """A window without what is meant for other shards' devices."""
+    return replace(window, down=tuple(one for one in window.down if not one.device or shard_of(one, count) == number))
+
+
+def shard_of(message: Download, count: int) -> int:
+    """Which shard has the device that a message is for."""
+    return index_of(message.device) % count
+
+
+class InProcess:
+    """All shards in this process, one after the other.
+
+    Args:
+        scenario: path of the run's scenario file.
+        count: of shards.
+    """
+
+    def __init__(self, scenario: Path, *, count: int = 1) -> None:
+        self._hosts = [ShardHost(scenario, number, count) for number in range(count)]
+        self._window: Window | None = None
+
+    def start(self, starts_s: float, records: Sequence[DeviceRecord] | None) -> None:
+        """Make the shards."""
+        for number, host in enumerate(self._hosts):
+            host.start(starts_s, dealt(records, number, len(self._hosts)))
+
+    def begin(self, window: Window) -> None:
+        """Note the window."""
+        self._window = window
+
+    def collect(self) -> list[WindowReport]:
+        """Simulate it."""
+        if self._window is None:
+            raise FleetError("a window was collected that was not begun")
+        window, self._window = self._window, None
+        count = len(self._hosts)
+        return [host.advance(addressed(window, number, count)) for number, host in enumerate(self._hosts)]
+
+    def put_down(self) -> list[PutDown]:
+        """End what runs."""
+        return [host.put_down() for host in self._hosts]
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+@dataclass
+class _Worker:
+    """A process that simulates one shard, and the line to it."""
+
+    process: BaseProcess
+    line: Connection
+
+
+@dataclass
+class Processes:
+    """Each shard in a process of its own on this machine.
+
+    Args:
+        scenario: path of the run's scenario file.
+        count: of shards.
+    """
+
+    scenario: Path
+    count: int
+    _workers: list[_Worker] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked copy of open databases and threads would not be safe
+        for number in range(self.count):
+            mine, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, self.scenario, number, self.count), name=f"shard-{number}", daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append(_Worker(process, mine))
+
+    def start(self, starts_s: float, records: Sequence[DeviceRecord] | None) -> None:
+        """Make the shards."""
+        for number, worker in enumerate(self._workers):
+            worker.line.send(("start", (starts_s, dealt(records, number, self.count))))
+        self._answers()
+
+    def begin(self, window: Window) -> None:
+        """Let all simulate it."""
+        for number, worker in enumerate(self._workers):
+            worker.line.send(("advance", (addressed(window, number, self.count),)))
+
+    def collect(self) -> list[WindowReport]:
+        """Wait for all."""
+        return self._answers()
+
+    def put_down(self) -> list[PutDown]:
+        """End what runs."""
+        for worker in self._workers:
+            worker.line.send(("put_down", ()))
+        return self._answers()
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._workers:
+            with contextlib.suppress(OSError):
+                worker.line.close()
+        for worker in self._workers:
+            worker.process.join(_END_WITHIN_S)
+            if worker.process.is_alive():
+                worker.process.kill()
+
+    def _answers(self) -> list[Any]:
+        """An answer of every process. Raises FleetError, ConfigError."""
+        return [self._answer(number, worker) for number, worker in enumerate(self._workers)]
+
+    def _answer(self, number: int, worker: _Worker) -> Any:
+        """What a process says."""
+        try:
+            answer, failure = worker.line.recv()
+        except EOFError as error:
+            code = worker.process.exitcode
+            raise FleetError(
+                f"the process of shard {number} died (exit code {code}); is the memory full? The run can be resumed"
+            ) from error
+        if isinstance(failure, ConfigError):
+            raise failure
+        if failure is not None:
+            raise FleetError(f"shard {number} failed: {failure}")
+        return answer
+
+
+def _serve(line: Connection, scenario: Path, number: int, count: int) -> None:
+    """A process that simulates one shard, until the line is closed."""
+    host = ShardHost(scenario, number, count)
+    while True:
+        try:
+            command, arguments = line.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            line.send((getattr(host, command)(*arguments), None))
+        except KeyboardInterrupt:
+            return
+        except ConfigError as error:
+            line.send((None, error))
+        except Exception:
+            line.send((None, traceback.format_exc()))

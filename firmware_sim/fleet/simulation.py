@@ -1,0 +1,126 @@
+"""A run's folder and what is in it: begin a run, go on with one, and leave metrics and a report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from firmware_sim.errors import FleetError
+from firmware_sim.fleet.engines import Engine, InProcess, Processes
+from firmware_sim.fleet.measuring import accuracy_on_curve, metrics_of
+from firmware_sim.fleet.run import FleetRun, Progress
+from firmware_sim.fleet_metrics import FleetMetrics
+from firmware_sim.fleet_report import fleet_report_html
+from firmware_sim.scenario.loading import LoadedScenario, load_scenario
+from fl_protocol.adapters.files import write_atomic
+
+SCENARIO, METRICS, REPORT, _TIMES = "scenario.toml", "fleet.json", "report.html", "wall.json"
+EngineName = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: whether at its end, and what it measured; None for one that was stopped before."""
+
+    finished: bool
+    metrics: FleetMetrics | None
+
+
+def begin_run(folder: Path, loaded: LoadedScenario, *, seed: int | None = None) -> LoadedScenario:
+    """Make the folder of a new run; the scenario as it is kept there. Raises FleetError, ConfigError.
+
+    Args:
+        folder: new.
+        loaded: what is to be run.
+        seed: instead of the file's.
+    """
+    try:
+        folder.mkdir(parents=True)
+        text = loaded.text if seed is None else with_seed(loaded.text, seed)
+        if loaded.scenario.model.endswith(".covey"):
+            (folder / Path(loaded.scenario.model).name).write_bytes(loaded.bundle_path.read_bytes())
+            text = text.replace(loaded.scenario.model, Path(loaded.scenario.model).name)
+        write_atomic(folder / SCENARIO, text.encode(), mode=0o644)
+    except FileExistsError:
+        raise FleetError(f"{folder} exists; give another folder with --out, or go on with --resume {folder}") from None
+    except OSError as error:
+        raise FleetError(f"the folder {folder} cannot be made ({error.strerror})") from error
+    return load_scenario(folder / SCENARIO)
+
+
+def with_seed(text: str, seed: int) -> str:
+    """A scenario's text with another seed."""
+    lines = [line for line in text.splitlines() if not line.replace(" ", "").startswith("seed=")]
+    return "\n".join([f"seed = {seed}", *lines]) + "\n"
+
+
+def resumed_run(folder: Path) -> LoadedScenario:
+    """The scenario of a run that is to go on. Raises FleetError, ConfigError."""
+    if not (folder / SCENARIO).exists():
+        raise FleetError(f"{folder} holds no run of a scenario: expected {SCENARIO} in it")
+    if (folder / METRICS).exists():
+        raise FleetError(f"the run in {folder} is at its end; its report is {folder / REPORT}")
+    return load_scenario(folder / SCENARIO)
+
+
+def make_engine(name: EngineName, scenario: Path, shards: int) -> Engine:
+    """What simulates the shards. Raises FleetError."""
+    if name == "ray":
+        from firmware_sim.fleet.ray_engine import RayActors  # noqa: PLC0415 - an extra of its own
+
+        return RayActors(scenario, shards)
+    return InProcess(scenario) if shards == 1 else Processes(scenario, shards)
+
+
+def simulate(
+    folder: Path,
+    loaded: LoadedScenario,
+    *,
+    engine: EngineName,
+    shards: int,
+    told: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+) -> RunResult:
+    """Run, or go on with, what is in a folder; write metrics and report when it is at its end.
+
+    Raises:
+        FleetError, ConfigError: it cannot be run.
+    """
+    began_s = time.monotonic()
+    earlier_s = _earlier_s(folder)
+    simulates = make_engine(engine, folder / SCENARIO, shards)
+    try:
+        run = FleetRun(loaded, folder, simulates, told=told, should_stop=should_stop)
+        finished = run.run()
+    finally:
+        simulates.close()
+        wall_s = earlier_s + time.monotonic() - began_s
+        write_atomic(folder / _TIMES, json.dumps({"wall_s": wall_s}).encode(), mode=0o644)
+    if not finished:
+        return RunResult(finished=False, metrics=None)
+    metrics = metrics_of(run, accuracies=_accuracies(run), wall_s=wall_s)
+    write_atomic(folder / METRICS, msgspec.json.format(msgspec.json.encode(metrics), indent=1), mode=0o644)
+    write_atomic(folder / REPORT, fleet_report_html(metrics).encode(), mode=0o644)
+    return RunResult(finished=True, metrics=metrics)
+
+
+def _accuracies(run: FleetRun) -> list[tuple[float | None, float | None]]:
+    """Accuracy and loss after each round, as the scenario's fidelity has them."""
+    scenario = run.loaded.scenario
+    if scenario.fidelity == "surrogate":
+        return accuracy_on_curve(scenario.surrogate, run.chronicle.rounds)
+    return [(None, None)] * len(run.chronicle.rounds)
+
+
+def _earlier_s(folder: Path) -> float:
+    """How long earlier sessions of the run took."""
+    try:
+        return float(json.loads((folder / _TIMES).read_text(encoding="utf-8"))["wall_s"])
+    except (OSError, ValueError, KeyError):
+        return 0.0

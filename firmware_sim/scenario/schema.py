@@ -1,0 +1,103 @@
+"""Every key of a scenario file, with its default (docs/scenarios.md says the same for readers)."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from device_client.config import EligibilityConfig
+from firmware_sim.fleet_metrics import Fidelity
+from fl_protocol.messages import Name
+
+AtLeastOne = Annotated[int, Meta(ge=1)]
+Positive = Annotated[float, Meta(gt=0)]
+AtLeastZero = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """A table of the file."""
+
+
+class Privacy(Section, frozen=True, kw_only=True):
+    """``[privacy]``: each wearer's budget at record level.
+
+    Args:
+        epsilon, delta: of a period.
+        period_days: length of a period; without it there is one for ever.
+        minimum_noise_multiplier, minimum_cohort: floors.
+    """
+
+    epsilon: Positive = 3.0
+    delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
+    period_days: Annotated[float, Meta(ge=1)] | None = None
+    minimum_noise_multiplier: AtLeastZero = 0.0
+    minimum_cohort: AtLeastOne = 1
+
+
+class Curve(Section, frozen=True, kw_only=True):
+    """``[surrogate]``: accuracy after n updates in all, floor + (ceiling − floor)·(1 − exp(−n / updates)).
+
+    Args:
+        floor, ceiling: accuracy of the first model, and the one that training comes near to.
+        updates: after so many, 63 % of the way is gone.
+    """
+
+    floor: Share = 0.14
+    ceiling: Share = 0.84
+    updates: Positive = 400.0
+
+
+class Scenario(Section, frozen=True, kw_only=True):
+    """A whole file.
+
+    Args:
+        name: of the scenario; its runs are called after it.
+        about: a sentence or two for people.
+        seed: of everything; the same seed gives the same bytes.
+        devices: how many.
+        days: virtual days after which the run ends, if its task has not ended before.
+        begins: moment at which virtual time begins.
+        exchange_s: how long a window is: messages take effect at its multiples (ADR 14).
+        checkpoint_hours: the run is put down, so that it can be resumed, after each round that ends, but at most
+            every so many virtual hours. Every daemon is restarted then, as systems do.
+        fidelity: how training is simulated.
+        wire: ``off`` leaves out sealing and signatures, to see what the rest costs; only with the engine open.
+        model: name of one of covey's bundles, or path of one, relative to the file.
+        publisher_key: of a bundle that is given by its path, 64 hex digits.
+        task: the aggregator's task file, without name, bundle and key (docs/tasks.md).
+        helpers: of secure aggregation; none with the engine open.
+        recorded: with the fidelity ``recorded``: folder of the run whose accuracy by round is played back.
+    """
+
+    name: Name
+    about: str = ""
+    seed: Annotated[int, Meta(ge=0, le=2**62)] = 1
+    devices: Annotated[int, Meta(ge=1, le=10_000_000)]
+    days: Annotated[float, Meta(gt=0, le=3_700)] = 1.0
+    begins: datetime.datetime = datetime.datetime(2026, 3, 2, tzinfo=datetime.timezone.utc)
+    exchange_s: Annotated[float, Meta(ge=0.1, le=4.0)] = 1.0
+    checkpoint_hours: AtLeastZero = 0.0
+    fidelity: Fidelity = "real"
+    wire: Literal["on", "off"] = "on"
+    model: str = "watch_cnn"
+    publisher_key: str | None = None
+    task: dict[str, Any]
+    helpers: Annotated[int, Meta(ge=0, le=8)] = 0
+    privacy: Privacy = Privacy()
+    eligibility: EligibilityConfig = EligibilityConfig()
+    surrogate: Curve = Curve()
+    recorded: str | None = None
+
+    @property
+    def began_s(self) -> float:
+        """Unix seconds of the virtual beginning."""
+        return self.begins.timestamp()
+
+    @property
+    def duration_s(self) -> float:
+        """Virtual seconds of the whole run."""
+        return self.days * 86_400.0
