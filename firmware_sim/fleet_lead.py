@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from firmware_sim.fleet_metrics import Fidelity, FleetMetrics, ProfileUse
 from firmware_sim.quantities import amount, count, duration, number
 
+_DAY_S = 86_400.0
 FIDELITY: dict[Fidelity, str] = {
     "real": "Every update was trained: LiteRT ran every step.",
     "recorded": "No model was trained: accuracy is, round by round, what an earlier real run had.",
@@ -33,7 +34,7 @@ def _length(metrics: FleetMetrics) -> str:
     """How long the study took."""
     fleet = count(metrics.devices, "device")
     took = f"{fleet} {'was' if metrics.devices == 1 else 'were'} simulated for {duration(metrics.virtual_s)}"
-    if metrics.virtual_s < 0.999 * 86_400 * metrics.days:
+    if metrics.virtual_s < 0.999 * _DAY_S * metrics.days:
         took += f", of {count_of_days(metrics.days)} planned"
     committed = [record for record in metrics.rounds if record.outcome == "committed"]
     if not committed:
@@ -85,14 +86,17 @@ def _cost(metrics: FleetMetrics) -> str:
     sentences = [_battery(metrics)] if any(use.battery_percent_median is not None for use in metrics.profiles) else []
     dearest = max(metrics.profiles, key=lambda use: (use.energy_p95_mwh, use.profile))
     traffic = sorted(metrics.profiles, key=lambda use: (_traffic(use), use.profile))
-    sentences.append(
-        f"The worst 5 % of {dearest.profile} devices used more than {number(dearest.energy_p95_mwh)} mWh a day."
-    )
+    if dearest.energy_p95_mwh:
+        sentences.append(
+            f"The worst 5 % of {dearest.profile} devices used more than {number(dearest.energy_p95_mwh)} mWh a day."
+        )
     least, most = traffic[0], traffic[-1]
     means = amount(_traffic(most))
     if amount(_traffic(least)) != means:
         means = f"between {amount(_traffic(least))} ({least.profile}) and {means} ({most.profile})"
     sentences.append(f"Devices sent and received {means} a day on average.")
+    if metrics.virtual_s < _DAY_S:
+        sentences.append(f"These costs of a day are extrapolated from {duration(metrics.virtual_s)}.")
     return " ".join(sentences)
 
 

@@ -128,7 +128,7 @@ def energy_svg(profiles: Sequence[ProfileUse]) -> str | None:
     for row, use in enumerate(profiles):
         share = "mains" if use.battery_percent_median is None else f"{number(use.battery_percent_median)} %"
         axes.annotate(share, (max(ends[row], tops[row]), row), xytext=(6, 0), textcoords="offset points", va="center")
-    axes.set_xlim(right=1.18 * max([*ends, *tops]) or 1.0)
+    axes.set_xlim(0, 1.18 * max([*ends, *tops]) or 1.0)
     _legend_above(axes)
     return svg(axes.get_figure(root=True))  # type: ignore[arg-type]
 

@@ -238,6 +238,14 @@ def test_a_run_that_was_stopped_says_so() -> None:
     assert "20 devices were simulated for 2 hours, of 0.25 days planned." in text
 
 
+def test_a_day_that_was_extrapolated_and_energy_that_was_none_are_told() -> None:
+    hours = " ".join(lead_sentences(SMALL))
+    assert "used more than 18.5 mWh a day. " in hours
+    assert "These costs of a day are extrapolated from 6 hours." in hours
+    assert "extrapolated" not in " ".join(lead_sentences(WEEK))
+    assert "worst 5 %" not in " ".join(lead_sentences(replace(SMALL, profiles=(NOTHING_USED,))))
+
+
 def test_hours_that_are_not_told_count_as_none() -> None:
     nobody = {"awake": 0, "eligible": 0, "began": 0, "delivered": 0}
     whole = tuple(replace(hour, **nobody) if hour.hour == 2 else hour for hour in SMALL.hours)
