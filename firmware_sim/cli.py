@@ -8,16 +8,15 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 
 from aggregator.command_line import make_app, run_app
 from firmware_sim import cli_scenarios
+from firmware_sim.cli_fleet_reports import add_report_commands
 from firmware_sim.errors import FleetError, SettingsError
 from firmware_sim.settings import BrokerChoice, DemoSettings, Engine, named_helpers
 from firmware_sim.watch_data import default_cache, load_recordings
-from fl_protocol.adapters.files import write_atomic
 from fl_protocol.errors import CoveyError
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ Examples:
 
   covey-fleet report runs/2026-01-31-1200           draw its report again
 
+  covey-fleet compare runs/week runs/winter         set two simulated runs side by side
+
 Exit codes: 0 done, 1 error, 2 usage, 130 stopped before the end (resume it).
 """
 _STOPPED = 130
@@ -49,6 +50,7 @@ _STOPPED = 130
 app = make_app("covey-fleet", _HELP)
 app.command()(cli_scenarios.run)
 app.command("scenarios")(cli_scenarios.scenarios_command)
+add_report_commands(app)
 
 
 def main() -> None:
@@ -149,23 +151,6 @@ def _engine(settings: DemoSettings) -> str:
         return "open: the aggregator sees each update"
     unmasked = f"sums of at least {settings.minimum_cohort} are unmasked by {named_helpers(settings.operators)}"
     return f"secure: updates are masked; {unmasked}"
-
-
-@app.command()
-def report(folder: Path) -> None:
-    """Draw a run's report.html again from its metrics.json."""
-    from firmware_sim.metrics import RunMetrics  # noqa: PLC0415 - as above
-    from firmware_sim.report import report_html  # noqa: PLC0415
-
-    source = folder / "metrics.json"
-    try:
-        metrics = msgspec.json.decode(source.read_bytes(), type=RunMetrics)
-        write_atomic(folder / "report.html", report_html(metrics).encode(), mode=0o644)
-    except OSError as error:
-        raise FleetError(f"{folder} holds no run that can be reported: {error.strerror}") from error
-    except msgspec.DecodeError as error:
-        raise FleetError(f"{source} cannot be read ({error})") from error
-    typer.echo(str(folder / "report.html"))
 
 
 def _summary(console: Console, folder: RunFolder, metrics: RunMetrics) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from firmware_sim.fleet_metrics import Fidelity, FleetMetrics, ProfileUse
-from firmware_sim.quantities import amount, count, days, duration, number
+from firmware_sim.quantities import amount, count, duration, number
 
+_DAY_S = 86_400.0
 FIDELITY: dict[Fidelity, str] = {
     "real": "Every update was trained: LiteRT ran every step.",
     "recorded": "No model was trained: accuracy is, round by round, what an earlier real run had.",
@@ -17,6 +18,8 @@ FIDELITY: dict[Fidelity, str] = {
 
 def lead_sentences(metrics: FleetMetrics) -> list[str]:
     """The answers, the fidelity first; each entry is a sentence or a few, as plain text."""
+    if not metrics.virtual_s:
+        return [FIDELITY[metrics.fidelity], "The run ended before any virtual time had passed.", trouble(metrics)]
     return [
         FIDELITY[metrics.fidelity],
         _length(metrics),
@@ -30,21 +33,19 @@ def lead_sentences(metrics: FleetMetrics) -> list[str]:
 def _length(metrics: FleetMetrics) -> str:
     """How long the study took."""
     fleet = count(metrics.devices, "device")
-    short = metrics.virtual_s < 0.999 * 86_400 * metrics.days
-    planned = f" of the {count_of_days(metrics.days)} that were planned" if short else ""
-    took = f"{fleet} were simulated for {duration(metrics.virtual_s)}{planned}"
-    if metrics.devices == 1:
-        took = took.replace("were simulated", "was simulated", 1)
+    took = f"{fleet} {'was' if metrics.devices == 1 else 'were'} simulated for {duration(metrics.virtual_s)}"
+    if metrics.virtual_s < 0.999 * _DAY_S * metrics.days:
+        took += f", of {count_of_days(metrics.days)} planned"
     committed = [record for record in metrics.rounds if record.outcome == "committed"]
     if not committed:
         return f"{took}; no round was committed."
     first = min(record.opened_s for record in metrics.rounds)
     last = max(record.closed_s for record in committed)
-    of_all = f" of {len(metrics.rounds):,}" if len(committed) < len(metrics.rounds) else ""
-    rounds = count(len(committed), "round")
+    all_rounds = len(metrics.rounds)
+    number_of_all = f"{len(committed):,} of {count(all_rounds, 'round')}" if len(committed) < all_rounds else ""
     return (
         f"{took}. From the first round's opening to the last commit the study took {duration(last - first)}: "
-        f"{rounds}{of_all} {'was' if len(committed) == 1 and not of_all else 'were'} committed."
+        f"{number_of_all or count(all_rounds, 'round')} {'was' if len(committed) == 1 else 'were'} committed."
     )
 
 
@@ -61,7 +62,7 @@ def _accuracy(metrics: FleetMetrics) -> str:
     last = {task: (closed_s, accuracy) for task, closed_s, accuracy in measured}
     return " ".join(
         f"{'Accuracy' if len(last) == 1 else f'Accuracy of {task}'} was {100 * accuracy:.1f} % after "
-        f"{number(round(days(closed_s), 2))} days."
+        f"{duration(closed_s)}."
         for task, (closed_s, accuracy) in last.items()
     )
 
@@ -85,14 +86,17 @@ def _cost(metrics: FleetMetrics) -> str:
     sentences = [_battery(metrics)] if any(use.battery_percent_median is not None for use in metrics.profiles) else []
     dearest = max(metrics.profiles, key=lambda use: (use.energy_p95_mwh, use.profile))
     traffic = sorted(metrics.profiles, key=lambda use: (_traffic(use), use.profile))
-    sentences.append(
-        f"The worst 5 % of {dearest.profile} devices used more than {number(dearest.energy_p95_mwh)} mWh a day."
-    )
+    if dearest.energy_p95_mwh:
+        sentences.append(
+            f"The worst 5 % of {dearest.profile} devices used more than {number(dearest.energy_p95_mwh)} mWh a day."
+        )
     least, most = traffic[0], traffic[-1]
     means = amount(_traffic(most))
-    if _traffic(least) < _traffic(most):
+    if amount(_traffic(least)) != means:
         means = f"between {amount(_traffic(least))} ({least.profile}) and {means} ({most.profile})"
     sentences.append(f"Devices sent and received {means} a day on average.")
+    if metrics.virtual_s < _DAY_S:
+        sentences.append(f"These costs of a day are extrapolated from {duration(metrics.virtual_s)}.")
     return " ".join(sentences)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime
 import html
+import math
 import shlex
 
-from firmware_sim.fleet_lead import FIDELITY, lead_sentences
+from firmware_sim.fleet_lead import FIDELITY, count_of_days, lead_sentences
 from firmware_sim.fleet_metrics import FleetMetrics
 from firmware_sim.fleet_plots import (
     accuracy_svg,
@@ -23,7 +24,9 @@ from firmware_sim.quantities import amount, count, duration, number
 from firmware_sim.report_page import drawing, figure_html, page_html, table_html
 
 _MOST_ROWS = 50
-"""Of faults and crashes; all of them are in fleet.json."""
+"""Of failed rounds and crashes; all of them are in fleet.json."""
+_MOST_OF_A_KIND = 5
+"""More faults of a kind than these share a line."""
 
 
 def fleet_report_html(metrics: FleetMetrics) -> str:
@@ -130,7 +133,7 @@ def _cost(metrics: FleetMetrics) -> str:
         for use in metrics.profiles
     ]
     after = table_html(rows, header=header, numbers=range(1, 9)) if rows else ""
-    return _section("What it cost a wearer", figures, otherwise="No device was simulated.", after=after)
+    return _section("What it cost a wearer", figures, otherwise="No device's use was measured.", after=after)
 
 
 def _kept_away(metrics: FleetMetrics) -> str:
@@ -155,31 +158,44 @@ def _faults(metrics: FleetMetrics) -> str:
         "wider than they were.",
         wide=True,
     )
-    faults = sorted(metrics.faults, key=lambda fault: (fault.starts_s, fault.kind, fault.target))
-    rows = [
-        (fault.kind, fault.target, _moment(fault.starts_s), duration(fault.ends_s - fault.starts_s), fault.detail)
-        for fault in faults[:_MOST_ROWS]
-    ]
+    rows = [row for kind in sorted({fault.kind for fault in metrics.faults}) for row in _fault_rows(metrics, kind)]
     header = ("fault", "whom it struck", "began", "lasted", "")
-    after = table_html(rows, header=header) + _more(len(faults), "faults") if rows else ""
+    after = table_html(rows, header=header) if rows else ""
     return _section("Faults and attacks", [plot], otherwise="No fault was injected, and nobody attacked.", after=after)
+
+
+def _fault_rows(metrics: FleetMetrics, kind: str) -> list[tuple[str, ...]]:
+    """A line for each fault of a kind, or one for many."""
+    faults = sorted((f for f in metrics.faults if f.kind == kind), key=lambda fault: (fault.starts_s, fault.target))
+    if len(faults) <= _MOST_OF_A_KIND:
+        return [
+            (kind, fault.target, _moment(fault.starts_s), duration(fault.ends_s - fault.starts_s), fault.detail)
+            for fault in faults
+        ]
+    targets = {fault.target for fault in faults}
+    whom = faults[0].target if len(targets) == 1 else f"{len(targets):,} of them"
+    times = f"{_moment(faults[0].starts_s)} to {_moment(faults[-1].starts_s)}"
+    together_s = sum(fault.ends_s - fault.starts_s for fault in faults)
+    return [(kind, whom, times, f"{duration(together_s)} in all", f"{len(faults):,} times")]
 
 
 def _privacy(metrics: FleetMetrics) -> str:
     """Budgets of the devices."""
-    caption = ""
-    if metrics.epsilons is not None and any(metrics.epsilons.counts):
-        most = max(i for i, value in enumerate(metrics.epsilons.counts) if value)
+    epsilons = metrics.epsilons
+    drawn, caption = epsilon_svg(epsilons), ""
+    if epsilons is not None and drawn is not None:
+        most = max(edge for edge, value in zip(epsilons.edges[1:], epsilons.counts, strict=True) if value)
+        # A bound is rounded up: rounded down it would claim more privacy than there was.
         caption = (
-            f"ε that devices had spent in the end: {count(sum(metrics.epsilons.counts), 'device')}, none of them more "
-            f"than {number(metrics.epsilons.edges[most + 1])}."
+            f"ε that devices had spent in the end: {count(sum(epsilons.counts), 'device')}, none of them more than "
+            f"{math.ceil(1000 * most) / 1000:g}."
         )
     otherwise = (
-        "No device was charged an ε: the run trained without noise, so no privacy is claimed."
-        if metrics.epsilons is None
+        "No device was charged an ε, so no privacy is claimed."
+        if epsilons is None
         else "No device had spent any ε in the end."
     )
-    return _section("Privacy", [_plot(epsilon_svg(metrics.epsilons), caption)], otherwise=otherwise)
+    return _section("Privacy", [_plot(drawn, caption)], otherwise=otherwise)
 
 
 def _crashes(metrics: FleetMetrics) -> str:
@@ -226,7 +242,7 @@ def _run_rows(metrics: FleetMetrics) -> list[tuple[str, str]]:
         ("fidelity", f"{metrics.fidelity}: {FIDELITY[metrics.fidelity]}"),
         ("devices", f"{metrics.devices:,}"),
         ("virtual beginning", f"{began:%Y-%m-%d %H:%M:%S} UTC"),
-        ("virtual time", f"{duration(metrics.virtual_s)}; planned: {number(metrics.days)} days"),
+        ("virtual time", f"{duration(metrics.virtual_s)}; planned: {count_of_days(metrics.days)}"),
         ("the simulation took", f"{duration(metrics.wall_s)}{speed}; {amount(metrics.peak_rss_bytes)} of memory"),
     ]
 

@@ -32,8 +32,3 @@ def duration(seconds: float) -> str:
         if seconds >= 1.5 * length_s:
             return f"{number(round(seconds / length_s, 1))} {noun}s"
     return f"{number(round(seconds, 1))} seconds"
-
-
-def days(seconds: float) -> float:
-    """Seconds as days of 24 hours."""
-    return seconds / _DAY_S
