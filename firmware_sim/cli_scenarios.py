@@ -66,6 +66,28 @@ def run(
         _simulate(console, folder, begin_run(folder, one, seed=seed), engine=engine, shards=shards)
 
 
+def replay(
+    seed: Annotated[int, typer.Argument(help="The run's seed.")],
+    device: Annotated[str, typer.Argument(help="Name of the device, such as device-0000012.")],
+    scenario: Annotated[Path, typer.Option(help="The run's scenario: its folder's scenario.toml.")],
+    until_crash: Annotated[bool, typer.Option(help="Stop when it has crashed.")] = True,
+) -> None:
+    """Simulate a run again, exactly as it was, and tell everything that one device did.
+
+    The whole fleet is simulated, since what a device is sent depends on the others.
+
+    Example: covey-fleet replay 1 device-0000012 --scenario runs/bad-firmware-.../scenario.toml
+    """
+    from firmware_sim.fleet.simulation import replayed  # noqa: PLC0415 - as above
+
+    console = Console()
+    for event in replayed(scenario, seed=seed, device=device):
+        detail = event.detail if event.event == "crash" else event.detail[:400]
+        _say(console, f"{event.time_s:14.3f} s  {event.event:22}  {detail}")
+        if event.event == "crash" and until_crash:
+            return
+
+
 def scenarios_command() -> None:
     """List the scenarios that come with covey."""
     from aggregator.command_line import say_table  # noqa: PLC0415 - as above

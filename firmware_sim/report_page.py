@@ -22,9 +22,9 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 2
 .lead { color: #4b5563; margin-top: 0 }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: 1.5rem }
 figure { margin: 0 } figure.wide { grid-column: 1 / -1 } .none { color: #4b5563; margin: 0 }
-.aligned td.n, .aligned th.n { width: 13% } .plots + table { margin-top: 1rem } pre, code { font-size: .85rem; overflow-x: auto } details { margin-top: .4rem }
-figcaption { color: #4b5563; font-size: .9rem } svg { width: 100%; height: auto }
-table { border-collapse: collapse; width: 100% }
+.aligned td.n, .aligned th.n { width: 13% } .plots + table { margin-top: 1rem } pre, code { font-size: .85rem;
+overflow-x: auto } details { margin-top: .4rem } figcaption { color: #4b5563; font-size: .9rem } svg { width: 100%;
+height: auto } table { border-collapse: collapse; width: 100% }
 td, th { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e5e7eb; vertical-align: top }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 """

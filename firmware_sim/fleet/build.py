@@ -43,6 +43,8 @@ class ShardSpec:
         number: of the shard, from 0.
         count: of shards.
         records: the devices of a run that is resumed; else they are new.
+        starts_s: where such a run goes on.
+        traced: name of a device of which every event is told.
     """
 
     scenario: Path
@@ -50,6 +52,7 @@ class ShardSpec:
     count: int
     records: tuple[DeviceRecord, ...] | None = None
     starts_s: float = 0.0
+    traced: str = ""
 
 
 def hub_settings(loaded: LoadedScenario) -> HubSettings:
@@ -101,7 +104,7 @@ def build_shard(spec: ShardSpec) -> Shard:
     loaded = load_scenario(spec.scenario)
     records = spec.records if spec.records is not None else new_records(loaded, spec.number, spec.count)
     world = IdealWorld(loaded.scenario.began_s)
-    return Shard(records, maker=device_maker(loaded), world=world, starts_s=spec.starts_s)
+    return Shard(records, maker=device_maker(loaded), world=world, starts_s=spec.starts_s, traced=spec.traced)
 
 
 def new_records(loaded: LoadedScenario, number: int, count: int) -> tuple[DeviceRecord, ...]:

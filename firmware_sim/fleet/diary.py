@@ -34,12 +34,20 @@ class Diary:
         now_s: seconds of the shard's time; the device's own clock may be wrong.
         totals: the shard's, which are counted up.
         add: takes events.
+        tells_all: whether every event becomes a line of the table, with all that was told of it.
     """
 
     def __init__(
-        self, record: DeviceRecord, now_s: Callable[[], float], totals: Totals, add: Callable[[FleetEvent], None]
+        self,
+        record: DeviceRecord,
+        now_s: Callable[[], float],
+        totals: Totals,
+        add: Callable[[FleetEvent], None],
+        *,
+        tells_all: bool = False,
     ) -> None:
         self._record, self._now_s, self._totals, self._add = record, now_s, totals, add
+        self._tells_all = tells_all
         self._count_hour(_AWAKE, totals.awake_hours)
 
     def write(self, event: str, /, *, at_s: float, **fields: Any) -> None:
@@ -62,7 +70,10 @@ class Diary:
                     _count(totals.blocked, rule)
                 if not fields["blocked"]:
                     self._count_hour(_ELIGIBLE, totals.eligible_hours)
-        if event in _TOLD:
+        if self._tells_all:
+            about = ", ".join(f"{name}={value}" for name, value in sorted(fields.items()))
+            self.tell(event, round_number=int(fields.get("round") or 0), detail=about)
+        elif event in _TOLD:
             value = fields.get("epsilon")
             self.tell(
                 event,

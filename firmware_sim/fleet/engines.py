@@ -61,10 +61,11 @@ class ShardHost:
         scenario: path of the run's scenario file.
         number: of the shard.
         count: of shards.
+        traced: name of a device of which every event is told.
     """
 
-    def __init__(self, scenario: Path, number: int, count: int) -> None:
-        self._spec = ShardSpec(scenario, number, count)
+    def __init__(self, scenario: Path, number: int, count: int, *, traced: str = "") -> None:
+        self._spec = ShardSpec(scenario, number, count, traced=traced)
         self._made: Shard | None = None
 
     def start(self, starts_s: float, records: tuple[DeviceRecord, ...] | None) -> None:
@@ -109,10 +110,11 @@ class InProcess:
     Args:
         scenario: path of the run's scenario file.
         count: of shards.
+        traced: name of a device of which every event is told.
     """
 
-    def __init__(self, scenario: Path, *, count: int = 1) -> None:
-        self._hosts = [ShardHost(scenario, number, count) for number in range(count)]
+    def __init__(self, scenario: Path, *, count: int = 1, traced: str = "") -> None:
+        self._hosts = [ShardHost(scenario, number, count, traced=traced) for number in range(count)]
         self._window: Window | None = None
 
     def start(self, starts_s: float, records: Sequence[DeviceRecord] | None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,16 @@ from firmware_sim.fleet.chronicle import Chronicle
 from firmware_sim.fleet.engines import Engine, PutDown
 from firmware_sim.fleet.hub import Hub
 from firmware_sim.fleet.record import DeviceRecord
-from firmware_sim.fleet.windows import Download, Totals, Upload, Window, WindowReport, added_up, merged_uploads
+from firmware_sim.fleet.windows import (
+    Download,
+    FleetEvent,
+    Totals,
+    Upload,
+    Window,
+    WindowReport,
+    added_up,
+    merged_uploads,
+)
 from firmware_sim.fleet_events import EventTable
 from firmware_sim.fleet_metrics import FaultSpan
 from firmware_sim.memory_blobs import MemoryBlobs
@@ -61,6 +70,7 @@ class FleetRun:
         told: of progress, after every window.
         should_stop: whether to stop; the run goes on where it was put down last.
         faults: that are planned.
+        heard: told of every event, in the order of the table.
     """
 
     loaded: LoadedScenario
@@ -68,12 +78,14 @@ class FleetRun:
     engine: Engine
     told: Callable[[Progress], None] = lambda progress: None
     should_stop: Callable[[], bool] = lambda: False
+    faults: tuple[FaultSpan, ...] = ()
+    heard: Callable[[FleetEvent], None] = lambda event: None
     chronicle: Chronicle = field(init=False)
     records: list[DeviceRecord] = field(default_factory=list, init=False)
     totals: Totals = field(default_factory=Totals, init=False)
-    faults: tuple[FaultSpan, ...] = ()
     now_s: float = field(default=0.0, init=False)
     peak_rss_bytes: int = field(default=0, init=False)
+    finished: bool = field(default=False, init=False)
     _task_ended_s: float | None = field(default=None, init=False)
     _hub_wakes_s: float = field(default=0.0, init=False)
     _put_down_s: float = field(default=0.0, init=False)
@@ -81,15 +93,20 @@ class FleetRun:
 
     def run(self) -> bool:
         """Simulate; whether the run came to its end. Raises ConfigError, FleetError."""
+        for _ in self.steps():
+            pass
+        return self.finished
+
+    def steps(self) -> Iterator[None]:
+        """As `run`, one window at a time."""
         hub, down = self._begin()
         try:
-            finished = self._windows(hub, down)
-            if finished:
+            yield from self._windows(hub, down)
+            if self.finished:
                 self._put_down(hub)
         finally:
             self._events.close()
             hub.close()
-        return finished
 
     def _begin(self) -> tuple[Hub, tuple[Download, ...]]:
         """A hub and shards: new, or as they were put down."""
@@ -129,8 +146,8 @@ class FleetRun:
         topics = {one.topic for one in down}
         return (*(one for one in hub.retained() if one.topic not in topics), *down)
 
-    def _windows(self, hub: Hub, down: tuple[Download, ...]) -> bool:
-        """One window after the other; whether the end was reached."""
+    def _windows(self, hub: Hub, down: tuple[Download, ...]) -> Iterator[None]:
+        """One window after the other, until the end or until it should stop."""
         scenario = self.loaded.scenario
         every_s, ends_s = scenario.exchange_s, scenario.duration_s
         number = round(self.now_s / every_s)
@@ -145,12 +162,12 @@ class FleetRun:
             number = self._next_number(number, reports, idle=not down)
             self.now_s = number * every_s
             self._tell(reports)
+            yield
             if self.should_stop():
-                return False
+                return
             if self._is_to_be_put_down() and not hub.is_finished:
                 down = self._go_on(hub, self._put_down(hub))
-        self.now_s = min(self.now_s, ends_s)
-        return True
+        self.now_s, self.finished = min(self.now_s, ends_s), True
 
     def _finished_s(self, now_s: float) -> float:
         """When the task ended."""
@@ -175,8 +192,10 @@ class FleetRun:
         for upload in merged_uploads(reports):
             heapq.heappush(self._in_flight, upload)
         hub.register(sorted(one for report in reports for one in report.registrations))
-        news = self.chronicle.take_news()
-        self._events.append_window([*news, *(event for report in reports for event in report.events)])
+        news = [*self.chronicle.take_news(), *(event for report in reports for event in report.events)]
+        self._events.append_window(news)
+        for event in news:
+            self.heard(event)
 
     def _work(self, hub: Hub) -> tuple[Download, ...]:
         """Let the hub work, if there is something to do; what goes down."""

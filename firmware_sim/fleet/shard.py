@@ -36,11 +36,19 @@ class Shard:
         maker: makes them.
         world: what they are in.
         starts_s: where its time begins, in a run that is resumed.
+        traced: name of a device of which every event is told; empty for none.
     """
 
     def __init__(
-        self, records: Iterable[DeviceRecord], *, maker: DeviceMaker, world: World, starts_s: float = 0.0
+        self,
+        records: Iterable[DeviceRecord],
+        *,
+        maker: DeviceMaker,
+        world: World,
+        starts_s: float = 0.0,
+        traced: str = "",
     ) -> None:
+        self._traced = traced
         self._records = {record.name: record for record in records}
         self._maker, self._world = maker, world
         self._environment, self._edge = simpy.Environment(starts_s), Edge()
@@ -107,7 +115,13 @@ class Shard:
     def _life(self, record: DeviceRecord) -> Generator[simpy.Event, Any, None]:
         """One life of a daemon: from its start until its system ends it, or it crashes."""
         surroundings = self._world.surroundings(record, self._environment)
-        diary = Diary(record, lambda: self._environment.now, self.totals, self._events.append)
+        diary = Diary(
+            record,
+            lambda: float(self._environment.now),
+            self.totals,
+            self._events.append,
+            tells_all=record.name == self._traced,
+        )
         try:
             living = self._started(record, surroundings, diary)
             yield from self._turns(living, surroundings)

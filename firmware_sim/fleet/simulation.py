@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,9 +13,11 @@ from typing import Literal
 import msgspec
 
 from firmware_sim.errors import FleetError
+from firmware_sim.fleet.build import device_name
 from firmware_sim.fleet.engines import Engine, InProcess, Processes
 from firmware_sim.fleet.measuring import accuracy_on_curve, metrics_of
 from firmware_sim.fleet.run import FleetRun, Progress
+from firmware_sim.fleet.windows import FleetEvent
 from firmware_sim.fleet_metrics import FleetMetrics
 from firmware_sim.fleet_report import fleet_report_html
 from firmware_sim.scenario.loading import LoadedScenario, load_scenario
@@ -108,6 +111,23 @@ def simulate(
     write_atomic(folder / METRICS, msgspec.json.format(msgspec.json.encode(metrics), indent=1), mode=0o644)
     write_atomic(folder / REPORT, fleet_report_html(metrics).encode(), mode=0o644)
     return RunResult(finished=True, metrics=metrics)
+
+
+def replayed(scenario: Path, *, seed: int, device: str) -> Iterator[FleetEvent]:
+    """Everything that one device of a run does, as it is simulated once more. Raises FleetError, ConfigError."""
+    loaded = load_scenario(scenario)
+    names = {device_name(0), device_name(loaded.scenario.devices - 1)}
+    if not min(names) <= device <= max(names):
+        raise FleetError(f"device {device}: expected one from {min(names)} to {max(names)}")
+    with tempfile.TemporaryDirectory() as folder:
+        kept = begin_run(Path(folder) / "run", loaded, seed=seed)
+        found: list[FleetEvent] = []
+        engine = InProcess(kept.path, traced=device)
+        run = FleetRun(kept, kept.path.parent, engine, heard=lambda event: found.append(event))
+        for _ in run.steps():
+            mine = [event for event in found if event.device == device]
+            found.clear()
+            yield from mine
 
 
 def _accuracies(run: FleetRun) -> list[tuple[float | None, float | None]]:
