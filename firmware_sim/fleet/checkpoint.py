@@ -15,7 +15,7 @@ from firmware_sim.errors import FleetError
 from firmware_sim.fleet.chronicle import Chronicle
 from firmware_sim.fleet.hub import HubState
 from firmware_sim.fleet.record import DeviceRecord
-from firmware_sim.fleet.windows import Totals, Upload
+from firmware_sim.fleet.windows import Download, Totals, Upload
 from fl_protocol.adapters.files import fsync_folder
 
 _FOLDER, _OLD, _NEW, _STATE = "checkpoint", "checkpoint.old", "checkpoint.new", "state.pickle"
@@ -33,6 +33,7 @@ class Checkpoint:
         hub: beside its databases.
         blobs: of the aggregator.
         in_flight: uploads that have not arrived.
+        held: answers that no device has seen.
         events_bytes: how long the table of events is.
     """
 
@@ -43,6 +44,7 @@ class Checkpoint:
     hub: HubState
     blobs: dict[str, tuple[bytes, float]]
     in_flight: list[Upload]
+    held: tuple[Download, ...]
     events_bytes: int
 
 

@@ -87,6 +87,7 @@ class FleetRun:
     peak_rss_bytes: int = field(default=0, init=False)
     finished: bool = field(default=False, init=False)
     _task_ended_s: float | None = field(default=None, init=False)
+    _held: tuple[Download, ...] = field(default=(), init=False)
     _hub_wakes_s: float = field(default=0.0, init=False)
     _put_down_s: float = field(default=0.0, init=False)
     _put_down_rounds: int = field(default=0, init=False)
@@ -131,7 +132,7 @@ class FleetRun:
     def _take_over(self, found: Checkpoint) -> None:
         """Everything but hub and shards as it was."""
         self.chronicle, self._earlier, self.now_s = found.chronicle, found.totals, found.now_s
-        self._in_flight = found.in_flight
+        self._in_flight, self._held = found.in_flight, found.held
         self._note_put_down()
         self._blobs.restore(found.blobs)
         self._events = EventTable(self.folder / EVENTS, keep_bytes=found.events_bytes)
@@ -154,7 +155,9 @@ class FleetRun:
         while number * every_s < ends_s:
             self.now_s = number * every_s
             self.engine.begin(Window(self.now_s, self.now_s + every_s, down))
-            down = self._work(hub)
+            # What was for single devices when the run was put down waits until they are connected again.
+            held, self._held = self._held, ()
+            down = (*held, *self._work(hub))
             reports = self.engine.collect()
             self._take(hub, reports)
             if hub.is_finished:  # a while is left for the last receipts
@@ -166,6 +169,7 @@ class FleetRun:
             if self.should_stop():
                 return
             if self._is_to_be_put_down() and not hub.is_finished:
+                self._held = tuple(one for one in down if one.device)
                 down = self._go_on(hub, self._put_down(hub))
         self.now_s, self.finished = min(self.now_s, ends_s), True
 
@@ -236,6 +240,7 @@ class FleetRun:
             hub=hub.put_down(),
             blobs=self._blobs.kept(),
             in_flight=self._in_flight,
+            held=self._held,
             events_bytes=self._events.flushed_bytes(),
         )
         write_checkpoint(self.folder, checkpoint)

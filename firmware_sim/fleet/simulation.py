@@ -123,7 +123,7 @@ def replayed(scenario: Path, *, seed: int, device: str) -> Iterator[FleetEvent]:
         kept = begin_run(Path(folder) / "run", loaded, seed=seed)
         found: list[FleetEvent] = []
         engine = InProcess(kept.path, traced=device)
-        run = FleetRun(kept, kept.path.parent, engine, heard=lambda event: found.append(event))
+        run = FleetRun(kept, kept.path.parent, engine, heard=found.append)
         for _ in run.steps():
             mine = [event for event in found if event.device == device]
             found.clear()
