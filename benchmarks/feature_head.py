@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.motion import rotation
+from firmware_sim.sensors.motion import rotation
 from device_client.ports import Float32, Labels
 from device_client.training import Records
 from firmware_sim.bundles import bundle_and_publisher
