@@ -23,6 +23,7 @@ from fl_protocol.model_manifest import BundleManifest
 
 HELD_OUT = (9, 10)
 _AT = re.compile(r"^(.*) - at `\$([^`]*)`$", re.DOTALL)
+_OWN = re.compile(r"^([a-z_]+): ")
 
 
 def sensors_config(table: Mapping[str, Any]) -> SensorsConfig:
@@ -34,7 +35,7 @@ def sensors_config(table: Mapping[str, Any]) -> SensorsConfig:
     try:
         return msgspec.convert(table, SensorsConfig)
     except msgspec.ValidationError as error:
-        raise SettingsError(_said(str(error), table)) from error
+        raise SettingsError(_said(str(error))) from error
 
 
 def make_sensor(config: SensorsConfig, manifest: BundleManifest, seed: int, *, cache: Path | None = None) -> Sensor:
@@ -84,13 +85,13 @@ def _mislabelled(sensor: Sensor, config: SensorsConfig, labels: int, seed: int) 
     if config.confusion is not None:
         if len(config.confusion) != labels:
             raise SettingsError(
-                f"sensors.confusion: expected {labels} rows, one for each label of the model, got {len(config.confusion)}"
+                f"sensors.confusion: expected {labels} rows, one for each label, got {len(config.confusion)}"
             )
         return LabelNoise(sensor, np.array(config.confusion), seed)
     return LabelNoise(sensor, symmetric(labels, config.label_noise), seed) if config.label_noise else sensor
 
 
-def _said(message: str, table: Mapping[str, Any]) -> str:
+def _said(message: str) -> str:
     """An error of msgspec with the key and the value."""
     found = _AT.match(message)
     what, inside = (found[1], found[2]) if found else (message, "")
@@ -99,25 +100,30 @@ def _said(message: str, table: Mapping[str, Any]) -> str:
     if unknown:
         known = ", ".join(_keys_at(path))
         return f"sensors{inside}.{unknown[1]}: there is no such key; expected one of {known}"
-    value = _value_at(table, path)
-    came = "" if ", got" in what or isinstance(value, Mapping) else f", got {value!r}"
-    return f"sensors{inside}: {what[:1].lower()}{what[1:]}{came}"
+    if own := _OWN.match(what):  # of a __post_init__, for which msgspec names the table only
+        return f"sensors{inside}.{what}" if own[1] in _keys_at(path) else f"sensors{inside}: {what}"
+    if "enum value" in what:
+        what = f"{what}, expected one of {', '.join(sorted(_choices_at(path)))}"
+    return f"sensors{inside}: {what[:1].lower()}{what[1:]}"
 
 
 def _keys_at(path: str) -> list[str]:
     """The keys of a table below ``[sensors]``."""
+    return sorted(field.encode_name for field in _type_at(path).fields)
+
+
+def _choices_at(path: str) -> tuple[str, ...]:
+    """The values that a key may have which has a few."""
+    choices: tuple[str, ...] = _type_at(path).values
+    return choices
+
+
+def _type_at(path: str) -> Any:
+    """msgspec's description of what is at a path such as ``drift[0].amplitude``."""
     info: Any = msgspec.inspect.type_info(SensorsConfig)
     for name in filter(None, re.sub(r"\[[^]]*\]", "", path).split(".")):
         info = next(field.type for field in info.fields if field.encode_name == name)
         if isinstance(info, msgspec.inspect.UnionType):
             info = next(one for one in info.types if isinstance(one, msgspec.inspect.StructType))
         info = getattr(info, "item_type", info)
-    return sorted(field.encode_name for field in info.fields)
-
-
-def _value_at(table: Mapping[str, Any], path: str) -> Any:
-    """What the file has at a path such as ``drift[0].amplitude``."""
-    value: Any = table
-    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
-        value = value[int(index)] if index else value[name]
-    return value
+    return info

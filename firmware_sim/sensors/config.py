@@ -40,8 +40,8 @@ class DriftConfig(Section, frozen=True, kw_only=True):
             raise ValueError(f'ends_day: expected none with form = "jump", got {self.ends_day:g}')
         if self.form == "linear" and not (self.ends_day is not None and self.begins_day < self.ends_day <= MOST_DAYS):
             raise ValueError(
-                f'ends_day: expected a day after begins_day ({self.begins_day:g}) and at most {MOST_DAYS:g} with form = "linear", '
-                f"got {self.ends_day}"
+                f"ends_day: expected a day after begins_day ({self.begins_day:g}) and at most {MOST_DAYS:g} with "
+                f'form = "linear", got {self.ends_day}'
             )
 
 
@@ -95,7 +95,9 @@ class SensorsConfig(Section, frozen=True, kw_only=True):
         if self.dirichlet_alpha is not None:
             require_within("dirichlet_alpha", self.dirichlet_alpha, 0.001, 10_000.0)
         if self.held_out is not None and self.kind != "replay":
-            raise ValueError(f'held_out: expected only with kind = "replay", got {list(self.held_out)} with "{self.kind}"')
+            raise ValueError(
+                f'held_out: expected only with kind = "replay", got {list(self.held_out)} with "{self.kind}"'
+            )
         if self.confusion is not None:
             self._check_confusion(self.confusion)
 
@@ -106,5 +108,6 @@ class SensorsConfig(Section, frozen=True, kw_only=True):
         for number, row in enumerate(rows):
             if len(row) != len(rows) or not all(0 <= one <= 1 for one in row) or not math.isclose(math.fsum(row), 1):
                 raise ValueError(
-                    f"confusion: expected {len(rows)} numbers from 0 to 1 that sum to 1 in row {number}, got {list(row)}"
+                    f"confusion: expected {len(rows)} numbers from 0 to 1 that sum to 1 in row {number}, "
+                    f"got {list(row)}"
                 )

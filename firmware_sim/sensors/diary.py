@@ -92,7 +92,8 @@ class Diary:
         weight = likes * np.exp(self.season_strength * np.cos(2 * math.pi * turn))
         cumulative = np.cumsum(weight, axis=1)
         chosen = (cumulative <= chance[:, None] * cumulative[:, -1:]).sum(axis=1)
-        return np.minimum(chosen, self.labels - 1).astype(np.int64)
+        labels: Int64 = np.minimum(chosen, self.labels - 1).astype(np.int64)
+        return labels
 
 
 _NOTHING = (np.zeros(0),) * 4

@@ -44,7 +44,7 @@ class Drift(Sensor):
             return told
         x, done = told.records.x.astype(np.float64), self.done(told.at_s)
         mean = x.mean(axis=1, keepdims=True)
-        moved = mean + (self.amplitude ** done)[:, None, None] * (x - mean)
+        moved = mean + (self.amplitude**done)[:, None, None] * (x - mean)
         axis = stream(self.seed, Purpose.DRIFT, device).normal(size=3)
         seats = [seat_of(x.shape[-1], axis, math.radians(self.turn_degrees) * share) for share in done.tolist()]
         turned = moved @ np.stack(seats).transpose(0, 2, 1)

@@ -19,7 +19,8 @@ def rotation(axis: NDArray[np.float64] | NDArray[np.int_], radians: float) -> Sa
 
 
 def seat_of(channels: int, axis: NDArray[np.float64], radians: float) -> Samples:
-    """The rotation [channels, channels] of a device: each three channels are one sensor's axes; others stay.
+    """The rotation [channels, channels] of a device: each three channels are one sensor's axes. With a number of
+    channels that three does not divide, nothing is turned.
 
     Args:
         channels: such as 6, of an accelerometer and a gyroscope.

@@ -18,7 +18,7 @@ from firmware_sim.errors import SettingsError
 from firmware_sim.sensors.diary import Diary, Entries
 from firmware_sim.sensors.draws import Purpose, stream
 from firmware_sim.sensors.sensor import Float64, Int64, Recorded, Sensor
-from firmware_sim.sensors.wearer import Variation, Wearer, straight_wearer, warped_time, wearer_of, window_draws
+from firmware_sim.sensors.wearer import USUAL, Variation, Wearer, straight_wearer, warped_time, wearer_of, window_draws
 from firmware_sim.watch_data import CHANNELS, LABELS, PEOPLE, Recording, all_wrists, windows_of
 from fl_protocol.model_manifest import BundleManifest, InputSchema
 
@@ -41,7 +41,7 @@ class ReplaySensor(Sensor):
     schema: InputSchema
     diary: Diary
     held_out_people: tuple[int, ...] = (9, 10)
-    variation: Variation = Variation()
+    variation: Variation = USUAL
     _reels: list[Reel] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -50,8 +50,8 @@ class ReplaySensor(Sensor):
         shortest = min(int(reel.lengths.min()) for reel in reels)
         if self.schema.shape[0] > shortest // 2:
             raise SettingsError(
-                f"the model's windows have {self.schema.shape[0]} samples; kind = \"replay\" has recordings for up to "
-                f"{shortest // 2}: use another model, or kind = \"synthetic\""
+                f'the model\'s windows have {self.schema.shape[0]} samples; kind = "replay" has recordings for up to '
+                f'{shortest // 2}: use another model, or kind = "synthetic"'
             )
         object.__setattr__(self, "_reels", reels)
 
@@ -119,7 +119,8 @@ class Reel:
         speed = np.gradient(at, axis=1)
         x[:, :, 3:] *= speed[:, :, None]  # rates of rotation rise with the tempo
         mean = self.means[label][:, None, :]
-        return mean + wearer.reach * (x - mean)
+        wider: Float64 = mean + wearer.reach * (x - mean)
+        return wider
 
 
 def _reel(recordings: list[Recording]) -> Reel:
@@ -143,9 +144,9 @@ def require_replayable(manifest: BundleManifest, held_out_people: tuple[int, ...
     schema, names = manifest.input, manifest.label.names
     if schema.shape[1:] != (CHANNELS,) or schema.sampling_rate_hz != HZ or names != LABELS:
         raise SettingsError(
-            f'sensors.kind = "replay": expected a model for windows of {CHANNELS} channels at {HZ:g} Hz with the labels '
-            f"{', '.join(LABELS)}; this one takes {schema.shape} at {schema.sampling_rate_hz:g} Hz with the labels "
-            f"{', '.join(names) or 'none'}: use such a model, or another kind"
+            f'sensors.kind = "replay": expected a model for windows of {CHANNELS} channels at {HZ:g} Hz with the '
+            f"labels {', '.join(LABELS)}; this one takes {schema.shape} at {schema.sampling_rate_hz:g} Hz with the "
+            f"labels {', '.join(names) or 'none'}: use such a model, or another kind"
         )
     if not held_out_people or not set(held_out_people) < set(PEOPLE):
         raise SettingsError(

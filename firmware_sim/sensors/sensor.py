@@ -43,7 +43,8 @@ class Sensor(Protocol):
 
         Args:
             device: its number in the fleet, from 0.
-            from_s, to_s: virtual seconds since a midnight; nothing was recorded before 0.
+            from_s: virtual seconds since a midnight; nothing was recorded before 0.
+            to_s: the same, at least `from_s`.
         """
 
     @abstractmethod

@@ -4,8 +4,8 @@ A label is a motion with a frequency, three harmonics on every channel and a pos
 model that was trained in one run makes sense in the next. A person does it at their own tempo and size, with
 deviations of their own in every harmonic (`Variation.style`), and with a watch of their own (`wearer`).
 
-Frequencies, sizes and deviations are our estimate: rhythmic movements of limbs at 0.5 to 2 Hz. It is a task to learn, not a
-model of the human body, and nothing about people follows from it.
+Frequencies, sizes and deviations are our estimate: rhythmic movements of limbs at 0.5 to 2 Hz. It is a task to
+learn, not a model of the human body, and nothing about people follows from it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from device_client.training import Records
 from firmware_sim.errors import SettingsError
 from firmware_sim.sensors.diary import Diary, Entries
 from firmware_sim.sensors.draws import Purpose, stream
-from firmware_sim.sensors.sensor import Float64, Recorded, Sensor
-from firmware_sim.sensors.wearer import Variation, Wearer, warped_time, wearer_of, window_draws
+from firmware_sim.sensors.sensor import Float64, Int64, Recorded, Sensor
+from firmware_sim.sensors.wearer import USUAL, Variation, Wearer, warped_time, wearer_of, window_draws
 from fl_protocol.model_manifest import BundleManifest, InputSchema
 
 HARMONICS = 3
@@ -46,7 +46,7 @@ class SyntheticSensor(Sensor):
 
     schema: InputSchema
     diary: Diary
-    variation: Variation = Variation()
+    variation: Variation = USUAL
     _motions: Motions = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -102,12 +102,13 @@ class Motions:
         size = np.sqrt(np.mean(self.waves**2, axis=(0, 1)))
         return Motions(self.hz, self.posture, self.waves + style * size * random.normal(size=self.waves.shape))
 
-    def at(self, label: np.ndarray, time_s: Float64, phase: Float64, reach: float) -> Float64:
+    def at(self, label: Int64, time_s: Float64, phase: Float64, reach: float) -> Float64:
         """Windows [n, samples, channels] of labels [n] at moments [n, samples], begun at a phase [n] of the period."""
         angle = 2 * math.pi * (self.hz[label][:, None] * time_s + phase[:, None])
         angles = angle[:, :, None] * np.arange(1, HARMONICS + 1)
         waves = np.concatenate([np.cos(angles), np.sin(angles)], axis=2)
-        return self.posture[label][:, None, :] + reach * (waves @ self.waves[label])
+        moved: Float64 = self.posture[label][:, None, :] + reach * (waves @ self.waves[label])
+        return moved
 
 
 def _motions_of(labels: int, schema: InputSchema) -> Motions:
@@ -132,7 +133,7 @@ def require_synthesisable(manifest: BundleManifest) -> None:
     schema, label = manifest.input, manifest.label
     if len(schema.shape) != 2 or schema.sampling_rate_hz <= 0 or label.kind != "class":
         raise SettingsError(
-            'sensors.kind = "synthetic": expected a model for windows [samples, channels] over time that tells '
-            f"classes apart; this one takes {schema.shape} at {schema.sampling_rate_hz:g} Hz and predicts {label.kind}: "
-            'use such a model, or kind = "none"'
+            'sensors.kind = "synthetic": expected a model for windows [samples, channels] over time that '
+            f"tells classes apart; this one takes {schema.shape} at {schema.sampling_rate_hz:g} Hz and predicts "
+            f'{label.kind}: use such a model, or kind = "none"'
         )

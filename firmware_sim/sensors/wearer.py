@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from device_client.ports import Float32
 from firmware_sim.sensors.draws import Purpose, stream
 from firmware_sim.sensors.motion import seat_of
 from firmware_sim.sensors.sensor import Float64
 from fl_protocol.model_manifest import InputSchema
 
-WINDOW_DRAWS = 8
+WINDOW_DRAWS = 6
 """Uniform numbers that are drawn for a window."""
 UNKNOWN_UNIT = 0.03
 NOISE = {"g": 0.02, "rad/s": 0.05}
@@ -30,6 +31,16 @@ BIAS = {"g": 0.02, "rad/s": 0.02}
 """Standard deviation of a channel's offset, by unit."""
 LONGEST_GAP = 0.25
 """Of a window, that a drop-out lasts."""
+
+
+def require_within(name: str, value: float, lowest: float, highest: float) -> None:
+    """Refuse a number outside its range, and one that is none.
+
+    Raises:
+        ValueError: the text names key, value and what is allowed.
+    """
+    if not lowest <= value <= highest:
+        raise ValueError(f"{name}: expected a number from {lowest:g} to {highest:g}, got {value:g}")
 
 
 class Variation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -64,14 +75,7 @@ class Variation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             require_within(name, getattr(self, name), 0.0, limits.get(name, 100.0))
 
 
-def require_within(name: str, value: float, lowest: float, highest: float) -> None:
-    """Refuse a number outside its range, and one that is none.
-
-    Raises:
-        ValueError: the text names key, value and what is allowed.
-    """
-    if not lowest <= value <= highest:
-        raise ValueError(f"{name}: expected a number from {lowest:g} to {highest:g}, got {value:g}")
+USUAL = Variation()
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Wearer:
     noise: Float64
     dropout: float
 
-    def measured(self, motion: Float64, chance: Float64, jitter: Float64) -> Float64:
+    def measured(self, motion: Float64, chance: Float64, jitter: Float32) -> Float64:
         """What this wearer's watch measures of motions, [n, samples, channels].
 
         Args:
@@ -154,11 +158,14 @@ def warped_time(wearer: Wearer, chance: Float64, samples: int) -> Float64:
     swing, phase = wearer.warp * (2 * chance[:, :1] - 1), 2 * math.pi * chance[:, 1:2]
     turns = 2 * math.pi / samples
     # the integral of pace · (1 + swing · cos(turns · t + phase)): never backwards, as swing is below 1
-    return wearer.pace * (at + swing / turns * (np.sin(turns * at + phase) - np.sin(phase)))
+    moments: Float64 = wearer.pace * (at + swing / turns * (np.sin(turns * at + phase) - np.sin(phase)))
+    return moments
 
 
-def window_draws(seed: int, person: int, days: list[int], numbers: list[int], shape: tuple[int, ...]) -> tuple[Float64, Float64]:
-    """Uniform [n, `WINDOW_DRAWS`] and standard normal [n, *shape] numbers of windows, known by person, day and number."""
+def window_draws(
+    seed: int, person: int, days: list[int], numbers: list[int], shape: tuple[int, ...]
+) -> tuple[Float64, Float32]:
+    """Uniform [n, `WINDOW_DRAWS`] and normal [n, *shape] numbers of windows, known by person, day and number."""
     chance, jitter = np.zeros((len(days), WINDOW_DRAWS)), np.zeros((len(days), *shape), np.float32)
     for row, (day, number) in enumerate(zip(days, numbers, strict=True)):
         random = stream(seed, Purpose.WINDOW, person, day, number)
