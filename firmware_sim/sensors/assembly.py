@@ -119,7 +119,7 @@ def _choices_at(path: str) -> tuple[str, ...]:
 
 
 def _type_at(path: str) -> Any:
-    """msgspec's description of what is at a path such as ``drift[0].amplitude``."""
+    """The description, of msgspec, of what is at a path such as ``drift[0].amplitude``."""
     info: Any = msgspec.inspect.type_info(SensorsConfig)
     for name in filter(None, re.sub(r"\[[^]]*\]", "", path).split(".")):
         info = next(field.type for field in info.fields if field.encode_name == name)

@@ -4,7 +4,7 @@ A label is a motion with a frequency, three harmonics on every channel and a pos
 model that was trained in one run makes sense in the next. A person does it at their own tempo and size, with
 deviations of their own in every harmonic (`Variation.style`), and with a watch of their own (`wearer`).
 
-Frequencies, sizes and deviations are our estimate: rhythmic movements of limbs at 0.5 to 2 Hz. It is a task to
+Frequencies, sizes and deviations are our estimate: rhythmic movements of limbs at 0.7 to 1.3 Hz. It is a task to
 learn, not a model of the human body, and nothing about people follows from it.
 """
 
@@ -24,13 +24,15 @@ from firmware_sim.sensors.wearer import USUAL, Variation, Wearer, warped_time, w
 from fl_protocol.model_manifest import BundleManifest, InputSchema
 
 HARMONICS = 3
-SLOWEST_HZ, FASTEST_HZ = 0.5, 2.0
+SLOWEST_HZ, FASTEST_HZ = 0.7, 1.3
 SIZE = {"g": 0.3, "rad/s": 1.5}
 """Standard deviation of a harmonic's coefficient by unit; 1 otherwise."""
 FIRST_HELD_OUT = 2**40
 """Number of the first person who is on no device; devices are far below."""
 WINDOWS_OF_HELD_OUT = 20
 """Windows of each person in the test set."""
+DISTINCT = 0.25
+"""How far labels differ from what they have in common, as a share of the motion's size."""
 _LABELS_SEED = 2_026
 
 
@@ -118,10 +120,16 @@ def _motions_of(labels: int, schema: InputSchema) -> Motions:
     hz = random.uniform(SLOWEST_HZ, FASTEST_HZ, labels)
     size = np.array([SIZE.get(unit, 1.0) for unit in schema.units])
     falling = 1 / np.tile(np.arange(1.0, HARMONICS + 1), 2)[:, None]
-    waves = random.normal(size=(labels, 2 * HARMONICS, channels)) * falling * size
-    upwards = random.normal(size=(labels, channels)) * [unit == "g" for unit in schema.units]
+    waves = _alike(random, labels, (2 * HARMONICS, channels)) * falling * size
+    upwards = _alike(random, labels, (channels,)) * [unit == "g" for unit in schema.units]
     length = np.linalg.norm(upwards, axis=1, keepdims=True)
     return Motions(hz, upwards / np.where(length > 0, length, 1.0), waves)
+
+
+def _alike(random: np.random.Generator, labels: int, shape: tuple[int, ...]) -> Float64:
+    """Normal numbers that labels have mostly in common, [labels, *shape]."""
+    alike: Float64 = random.normal(size=shape) + DISTINCT * random.normal(size=(labels, *shape))
+    return alike
 
 
 def require_synthesisable(manifest: BundleManifest) -> None:
