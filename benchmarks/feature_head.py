@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.motion import rotation
 from device_client.ports import Float32, Labels
 from device_client.training import Records
 from firmware_sim.bundles import bundle_and_publisher
+from firmware_sim.sensors.motion import rotation
 from firmware_sim.watch_data import LABELS
 from fl_protocol.adapters import litert
 from fl_protocol.adapters.tflite_graph import TfliteGraph

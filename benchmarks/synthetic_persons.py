@@ -25,8 +25,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.motion import rotation
 from device_client.training import Records
+from firmware_sim.sensors.motion import rotation
 from firmware_sim.watch_data import SIDES, Recording, Wrist
 
 SEED = 20_240_601

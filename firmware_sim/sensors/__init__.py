@@ -1,0 +1,1 @@
+"""Where a simulated wearer's recordings come from: replayed people, synthetic ones, and what is wrong with both."""
