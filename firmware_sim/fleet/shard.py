@@ -119,7 +119,7 @@ class Shard:
             record,
             lambda: float(self._environment.now),
             self.totals,
-            self._events.append,
+            lambda event: self._events.append(event),  # noqa: PLW0108 - every window has a list of its own
             tells_all=record.name == self._traced,
         )
         try:
