@@ -5,7 +5,10 @@ Roenneberg et al., "Epidemiology of the human circadian clock", Sleep Medicine R
 database of the Munich ChronoType Questionnaire sleeps from 0:15 to 8:15, so its MSFsc is 4:15; its most frequent half
 hour holds 14.6 %, the density of a normal distribution with a standard deviation of 0.146 / 0.5 h = 1 / (1.37 h √(2π)).
 On work days sleep is earlier ("social jetlag", M. Wittmann et al., Chronobiology International 23, 2006), the more so
-the later the chronotype. Everything without a source is estimated, and says so.
+the later the chronotype.
+
+Everything without a source is estimated, or fitted to published availability (docs/simulation-hardware.md), and says
+so.
 """
 
 from __future__ import annotations
@@ -31,12 +34,16 @@ class Habits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             Wittmann et al.: most people have at least an hour).
         social_jetlag_slope: hours of social jetlag added per hour of later chronotype (estimated).
         night_sd_hour: spread of going to bed and of rising from day to day (estimated).
-        forgets_charger: probability that the device is not put on the charger for the night (estimated).
-        charges_by_day: probability of a charge in the course of the day (estimated).
-        day_charge_hour: its length on average.
+        forgets_charger: probability that the device is not put on the charger for the night (fitted).
+        charges_by_day: probability of a charge in the course of the day (fitted).
+        day_charge_hour: its length on average (fitted).
+        put_down_to_charge: probability that the device is unused all through such a charge (estimated).
+        docked: share of devices that stay at home on their charger and are used there (fitted); docked_idle: share of
+            waking time in which such a one is idle (estimated).
         idle_by_day: share of waking time in which the device is unused long enough to be called idle (estimated;
             Android's job scheduler wants about half an hour without use).
-        works_away: share of the wearers who leave home on work days (estimated).
+        works_away: share of the wearers who are without a Wi-Fi they know on work days (estimated; a workplace with
+            its Wi-Fi counts as home).
         workday_hour: how long they are away.
         outing: probability of leaving home on a free day; outing_hour: for how long on average (estimated).
         ward: patients of a ward: always there, the device always on its charger.
@@ -52,11 +59,14 @@ class Habits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     social_jetlag_hour: Hours = 1.0
     social_jetlag_slope: Share = 0.5
     night_sd_hour: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.5
-    forgets_charger: Share = 0.2
-    charges_by_day: Share = 0.6
-    day_charge_hour: Hours = 1.5
+    forgets_charger: Share = 0.4
+    charges_by_day: Share = 0.8
+    day_charge_hour: Hours = 2.5
+    put_down_to_charge: Share = 0.7
+    docked: Share = 0.15
+    docked_idle: Annotated[float, msgspec.Meta(ge=0, le=0.95)] = 0.7
     idle_by_day: Annotated[float, msgspec.Meta(ge=0, le=0.95)] = 0.35
-    works_away: Share = 0.6
+    works_away: Share = 0.4
     workday_hour: Hours = 9.0
     outing: Share = 0.6
     outing_hour: Hours = 3.0

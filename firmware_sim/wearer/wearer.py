@@ -24,6 +24,10 @@ _TRAITS = -(2**62)
 _SPELLS = 6
 """Times a day that the device is put down: enough for a share of idle time, few enough for 100,000 devices."""
 _MOVES = ON_CHARGER | AWAY
+_PUT_DOWN = 8
+"""Idle because it charges, whatever else it would be."""
+_NUMBERS = [bits & 7 | (IDLE if bits & _PUT_DOWN else 0) for bits in range(16)]
+"""Of the situation, by toggled bits."""
 _EPOCH_WEEKDAY = 3
 """1970-01-01 was a Thursday; Monday is 0."""
 _STANDARD = NormalDist()
@@ -46,10 +50,12 @@ class Wearer:
         "_day",
         "_end_s",
         "_habits",
+        "_idle_by_day",
         "_key",
         "_next_draw",
         "_rise_s",
         "_states",
+        "_stays",
         "_times",
         "_works_away",
         "utc_offset_s",
@@ -67,6 +73,9 @@ class Wearer:
         self._rise_s = ((midsleep - jetlag + work_half) * _HOUR_S, (midsleep + half) * _HOUR_S)
         self._bed_s = (_DAY_S + (midsleep - jetlag - work_half) * _HOUR_S, _DAY_S + (midsleep - half) * _HOUR_S)
         self._works_away = draw[2] < habits.works_away
+        docked = draw[4] < habits.docked
+        self._stays = habits.ward or docked
+        self._idle_by_day = habits.docked_idle if docked and not habits.ward else habits.idle_by_day
         self.utc_offset_s = _zone(habits, draw[3]) * _HOUR_S
         self._day: int | None = None
         self._begin_s = self._end_s = 0.0
@@ -124,23 +133,25 @@ class Wearer:
 
     def _fill(self, day: int, draw: list[float]) -> None:
         """Write down the day's changes."""
-        habits, begin_s = self._habits, self._begin_s
-        deviation_s = habits.night_sd_hour * _HOUR_S * _deviation(draw[1])
+        begin_s = self._begin_s
+        deviation_s = self._habits.night_sd_hour * _HOUR_S * _deviation(draw[1])
         bed_s = day * _DAY_S - self.utc_offset_s + self._bed_s[_is_free(day + 1)] + deviation_s
         bed_s = min(bed_s, self._end_s - 2 * _HOUR_S)
         toggles = [(bed_s, IDLE)]
-        _put_down(toggles, begin_s, bed_s, habits.idle_by_day, draw)
-        state = ON_CHARGER if habits.ward else 0
-        if not habits.ward:
+        _put_down(toggles, begin_s, bed_s, self._idle_by_day, draw)
+        toggled = ON_CHARGER if self._stays else 0
+        if not self._stays:
             self._charge(toggles, bed_s, draw)
             self._go_out(toggles, bed_s, draw, free=_is_free(day))
         toggles.sort()
-        times, states = [begin_s], [state]
+        times, states = [begin_s], [_NUMBERS[toggled]]
         for at_s, bit in toggles:
-            state ^= bit
+            toggled ^= bit
+            state = _NUMBERS[toggled]
             if at_s > times[-1]:
-                times.append(at_s)
-                states.append(state)
+                if state != states[-1]:
+                    times.append(at_s)
+                    states.append(state)
             elif len(states) > 1 and states[-2] == state:
                 # Two changes at one moment that undo each other are none.
                 del times[-1], states[-1]
@@ -156,7 +167,8 @@ class Wearer:
         if draw[3] < habits.charges_by_day:
             begin_s = self._begin_s + draw[4] * (bed_s - self._begin_s)
             end_s = min(begin_s + 2 * draw[5] * habits.day_charge_hour * _HOUR_S, bed_s)
-            toggles += [(begin_s, ON_CHARGER), (end_s, ON_CHARGER)]
+            bits = ON_CHARGER | (_PUT_DOWN if draw[9] < habits.put_down_to_charge else 0)
+            toggles += [(begin_s, bits), (end_s, bits)]
 
     def _go_out(self, toggles: list[tuple[float, int]], bed_s: float, draw: list[float], *, free: bool) -> None:
         """To work, or on an outing."""

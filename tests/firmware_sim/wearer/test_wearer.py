@@ -38,6 +38,8 @@ def changes(wearer: Wearer, *, days: float, start_s: float = MONDAY_S) -> list[f
         outing_hour=st.floats(0, 12),
         midsleep_sd_hour=st.floats(0, 3),
         ward=st.booleans(),
+        docked=st.floats(0, 1),
+        put_down_to_charge=st.floats(0, 1),
         time_zones=st.just(UNITED_STATES),
     ),
 )
@@ -89,8 +91,26 @@ def test_a_ward_patient_is_always_there_and_on_the_charger() -> None:
 
 
 def test_who_always_forgets_and_never_charges_by_day_is_never_on_the_charger() -> None:
-    wearer = Wearer(1, 1, Habits(forgets_charger=1.0, charges_by_day=0.0))
+    wearer = Wearer(1, 1, Habits(forgets_charger=1.0, charges_by_day=0.0, docked=0.0))
     assert not any(wearer.situation(time_s).on_charger for time_s in changes(wearer, days=14))
+
+
+def test_a_docked_device_stays_on_its_charger_and_others_come_off_it() -> None:
+    """300 devices, of which 75 ± 7.5 are docked: the bound of 5 standard deviations, and the seed is fixed."""
+    docked = 0
+    for index in range(300):
+        wearer = Wearer("docks", index, Habits(docked=0.25))
+        docked += all(wearer.situation(time_s).on_charger for time_s in changes(wearer, days=4))
+    assert abs(docked - 75) < 5 * 7.5
+
+
+def test_who_puts_it_down_to_charge_does_not_use_it_meanwhile() -> None:
+    habits = Habits(charges_by_day=1.0, put_down_to_charge=1.0, docked=0.0, idle_by_day=0.2)
+    for index in range(20):
+        wearer = Wearer("puts down", index, habits)
+        charging = [one for at in changes(wearer, days=7) if (one := wearer.situation(at)).on_charger]
+        assert charging
+        assert all(one.idle for one in charging)
 
 
 def asleep_hours(habits: Habits, *, free: bool) -> tuple[float, float]:
@@ -112,10 +132,10 @@ def test_sleep_lies_where_the_questionnaires_lay_it() -> None:
     """MCTQ database: free nights from 0:15 to 8:15 on average. The mean of 300 has a standard error of 1.5 h / √300 =
     5 min; the bound of 20 min is 4 of them, and the seed is fixed.
     """
-    bed, rise = asleep_hours(Habits(forgets_charger=0.0, charges_by_day=0.0), free=True)
+    bed, rise = asleep_hours(Habits(forgets_charger=0.0, charges_by_day=0.0, docked=0.0), free=True)
     assert bed == pytest.approx(24.25, abs=1 / 3)
     assert rise == pytest.approx(8.25, abs=1 / 3)
-    work_bed, work_rise = asleep_hours(Habits(forgets_charger=0.0, charges_by_day=0.0), free=False)
+    work_bed, work_rise = asleep_hours(Habits(forgets_charger=0.0, charges_by_day=0.0, docked=0.0), free=False)
     assert work_rise < rise - 0.75
     assert work_bed < bed
 
