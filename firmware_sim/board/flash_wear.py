@@ -6,8 +6,16 @@ all pages, so the flash is worn out after pages × endurance of them; then it ca
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from firmware_sim.profiles.hardware_profile import Flash
-from firmware_sim.virtual_flash import VirtualFlash
+
+
+class Medium(Protocol):
+    """What of a `firmware_sim.virtual_flash.VirtualFlash` wear has to do with."""
+
+    page_writes: int
+    read_only: bool
 
 
 class FlashWear:
@@ -30,7 +38,7 @@ class FlashWear:
         """
         return (self._before + page_writes) / self._endured
 
-    def take(self, flash: VirtualFlash) -> bool:
+    def take(self, flash: Medium) -> bool:
         """Make a worn-out flash read-only; whether it is.
 
         Args:

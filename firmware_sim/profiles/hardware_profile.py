@@ -1,14 +1,12 @@
-"""One kind of hardware as data; `load_profile` reads the TOML files beside this module, or one's own.
+"""One kind of hardware as data; `firmware_sim.profiles.catalogue` reads the TOML files beside this module.
 
-Units are in the names. A profile describes; `firmware_sim.board` computes with it. Lines of communication are by place:
-a device has one link at home and one away.
+Units are in the names. A profile describes; `firmware_sim.board` computes with it. A device has one radio link at home
+and one away. No I/O.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -22,8 +20,6 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Celsius = Annotated[float, msgspec.Meta(ge=-60, le=150)]
 Bytes = Annotated[int, msgspec.Meta(gt=0)]
 LinkKind = Literal["wifi", "cellular", "ble_tether", "ethernet"]
-
-FOLDER = Path(__file__).parent
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -197,25 +193,6 @@ class HardwareProfile(_Part, frozen=True):
     def link(self, place: Place) -> RadioLink:
         """The radio link at a place."""
         return self.home if place == "home" else self.away
-
-
-def profile_names() -> tuple[str, ...]:
-    """Names of the profiles that come with covey."""
-    return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
-
-
-@cache
-def load_profile(name: str) -> HardwareProfile:
-    """A profile that comes with covey.
-
-    Raises:
-        ProfileError: there is none of this name; the text lists them.
-    """
-    if name not in profile_names():
-        raise ProfileError(
-            f"profile {name!r}: expected one of {', '.join(profile_names())}, or the path of a TOML file"
-        )
-    return read_profile((FOLDER / f"{name}.toml").read_bytes(), where=f"{name}.toml")
 
 
 def read_profile(content: bytes, *, where: str) -> HardwareProfile:

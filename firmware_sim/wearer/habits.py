@@ -63,7 +63,7 @@ class Habits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     charges_by_day: Share = 0.8
     day_charge_hour: Hours = 2.5
     put_down_to_charge: Share = 0.7
-    docked: Share = 0.15
+    docked: Share = 0.16
     docked_idle: Annotated[float, msgspec.Meta(ge=0, le=0.95)] = 0.7
     idle_by_day: Annotated[float, msgspec.Meta(ge=0, le=0.95)] = 0.35
     works_away: Share = 0.4

@@ -14,7 +14,6 @@ import csv
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from firmware_sim.errors import TraceError
@@ -101,27 +100,19 @@ class TracedWearer:
         return math.inf
 
 
-def load_traces(path: Path) -> dict[str, Trace]:
-    """Read a CSV file of traces; see the module.
+def parse_traces(lines: Iterable[str], *, where: str) -> dict[str, Trace]:
+    """Traces from the lines of a CSV file; see the module.
 
     Args:
-        path: of the file, UTF-8.
+        lines: of the file.
+        where: its path, for the errors.
 
     Returns:
         Traces by device, in the order of their first lines.
 
     Raises:
-        TraceError: it cannot be read, or a line is not as described; the text names the line and what is expected.
+        TraceError: a line is not as described; the text names it and what is expected.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return parse_traces(file, where=str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TraceError(f"trace {path}: expected a CSV file in UTF-8 that can be read: {error}") from error
-
-
-def parse_traces(lines: Iterable[str], *, where: str) -> dict[str, Trace]:
-    """Traces from the lines of a CSV file. Args, Returns and Raises as `load_traces`; `where` is for the errors."""
     reader = csv.DictReader(lines, strict=True)
     events: dict[str, list[tuple[float, str]]] = {}
     try:

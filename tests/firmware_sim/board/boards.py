@@ -8,7 +8,8 @@ import msgspec
 
 from firmware_sim.board.board_state import BoardState
 from firmware_sim.board.virtual_board import VirtualBoard
-from firmware_sim.profiles.hardware_profile import HardwareProfile, load_profile
+from firmware_sim.profiles.catalogue import load_profile
+from firmware_sim.profiles.hardware_profile import HardwareProfile
 from firmware_sim.virtual_device import VirtualClock
 from firmware_sim.wearer.situation import Season
 from firmware_sim.wearer.traces import TracedWearer, parse_traces

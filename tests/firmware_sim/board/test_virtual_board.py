@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from firmware_sim.board.board_state import BoardState
 from firmware_sim.board.virtual_board import Use, VirtualBoard, first_state
-from firmware_sim.profiles.hardware_profile import HardwareProfile, load_profile, profile_names
+from firmware_sim.profiles.catalogue import load_profile, profile_names
+from firmware_sim.profiles.hardware_profile import HardwareProfile
 from firmware_sim.virtual_device import VirtualClock
 from firmware_sim.wearer.habits import Habits
 from firmware_sim.wearer.wearer import Wearer

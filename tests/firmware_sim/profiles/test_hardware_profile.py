@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from firmware_sim.errors import ProfileError
-from firmware_sim.profiles.hardware_profile import FOLDER, Job, Resident, load_profile, profile_names, read_profile
+from firmware_sim.profiles.catalogue import FOLDER, load_profile, profile_names
+from firmware_sim.profiles.hardware_profile import Job, Resident, read_profile
 
 SHIPPED = (
     "esp32_gateway",

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from firmware_sim.errors import ProfileError
-from firmware_sim.profiles.hardware_profile import load_profile
+from firmware_sim.profiles.catalogue import load_profile
 from firmware_sim.profiles.population import Population
 
 WATCH, PHONE = load_profile("smartwatch"), load_profile("phone_fast")

@@ -9,7 +9,8 @@ import pytest
 
 from firmware_sim.errors import TraceError
 from firmware_sim.wearer.situation import Situation
-from firmware_sim.wearer.traces import TracedWearer, load_traces, parse_traces
+from firmware_sim.wearer.trace_files import load_traces
+from firmware_sim.wearer.traces import TracedWearer, parse_traces
 
 WEEK_S = 7 * 86_400.0
 TEXT = """device,time,event
