@@ -11,3 +11,11 @@ class FleetError(CoveyError):
 
 class SettingsError(FleetError):
     """An option of a run is outside its range."""
+
+
+class TraceError(FleetError):
+    """A recorded trace cannot be read."""
+
+
+class ProfileError(FleetError):
+    """A hardware profile does not exist, or holds something that cannot be."""

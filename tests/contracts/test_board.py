@@ -1,5 +1,5 @@
-"""What `device_client.ports.Board` promises, run over Linux's files and the virtual board alike: one evening of a
-wearer gives the same readings, and the same rules block.
+"""What `device_client.ports.Board` promises, run over Linux's files and the virtual boards alike: one evening of a
+wearer gives the same readings, and the same rules block. So do two days that the simulator's board made up itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from device_client.adapters.linux_board import NETWORK_CACHE_S, LinuxBoard
 from device_client.config import BoardConfig
 from device_client.eligibility import BrokenReading, Conditions, Eligibility, EligibilityPolicy, TimeWindow
 from device_client.ports import Board
+from firmware_sim.board.board_state import BoardState
+from firmware_sim.board.virtual_board import VirtualBoard as SimulatedBoard
+from firmware_sim.profiles.catalogue import load_profile
 from firmware_sim.virtual_board import VirtualBoard, WearerHabits, scripted_days
+from firmware_sim.wearer.habits import Habits
+from firmware_sim.wearer.traces import TracedWearer, parse_traces
+from firmware_sim.wearer.wearer import Wearer
 from fl_protocol.errors import LocalMisuseError
 
 START_S = 1.8e9
@@ -126,7 +132,38 @@ class ScriptedScene(VirtualScene):
         return VirtualBoard(script, self)
 
 
-SCENES = pytest.mark.parametrize("scene_of", [LinuxScene, VirtualScene, ScriptedScene])
+class SimulatedScene(Scene):
+    """A watch whose wearer does what the evening says; gauge and thermometer are stuck at its figures, or fail."""
+
+    WATCH = load_profile("smartwatch")
+
+    def __init__(self, _: Path) -> None:
+        super().__init__()
+        kinds = {"charging": "charging", "idle": "idle", "wifi": "unmetered"}
+        lines = ["device,time,event", *(f"watch,0,{kind}_begins" for kind in kinds)]
+        for step, ((_, before, _), (_, after, _)) in enumerate(pairwise(EVENING), 1):
+            for kind, field in kinds.items():
+                was, becomes = getattr(before, field), getattr(after, field)
+                if was != becomes:
+                    lines.append(f"watch,{START_S + step * STEP_S},{kind}_{'begins' if becomes else 'ends'}")
+        wearer = TracedWearer(parse_traces(lines, where="the evening")["watch"])
+        state = BoardState(START_S, 1_000.0, 30.0)
+        self._board = SimulatedBoard(self.WATCH, wearer, clock=self, state=state)
+
+    def board(self) -> Board:
+        return self._board
+
+    def becomes(self, conditions: Conditions) -> None:
+        percent, celsius = conditions.battery_percent, conditions.temperature_celsius
+        assert celsius is not None
+        self._board.sensor_faults = {
+            "battery_percent": "error" if percent is None else percent,
+            "temperature_celsius": celsius,
+        }
+
+
+SCENES = pytest.mark.parametrize("scene_of", [LinuxScene, VirtualScene, ScriptedScene, SimulatedScene])
+AnyScene = LinuxScene | VirtualScene | SimulatedScene
 
 
 def _without_causes(conditions: Conditions) -> Conditions:
@@ -136,9 +173,7 @@ def _without_causes(conditions: Conditions) -> Conditions:
 
 
 @SCENES
-def test_one_evening_reads_the_same_on_every_board(
-    scene_of: Callable[[Path], LinuxScene | VirtualScene], tmp_path: Path
-) -> None:
+def test_one_evening_reads_the_same_on_every_board(scene_of: Callable[[Path], AnyScene], tmp_path: Path) -> None:
     scene = scene_of(tmp_path)
     scene.becomes(GOOD)
     board = scene.board()
@@ -149,9 +184,7 @@ def test_one_evening_reads_the_same_on_every_board(
 
 
 @SCENES
-def test_one_evening_blocks_the_same_rules_on_every_board(
-    scene_of: Callable[[Path], LinuxScene | VirtualScene], tmp_path: Path
-) -> None:
+def test_one_evening_blocks_the_same_rules_on_every_board(scene_of: Callable[[Path], AnyScene], tmp_path: Path) -> None:
     scene = scene_of(tmp_path)
     scene.becomes(GOOD)
     board, eligibility = scene.board(), Eligibility(POLICY)
@@ -161,6 +194,30 @@ def test_one_evening_blocks_the_same_rules_on_every_board(
         found = eligibility.update(board.read(), now_s=scene.time_s, local_time_s=scene.local_time_s())
         assert tuple(blocked.rule for blocked in found) == rules, what
         assert all(blocked.reason for blocked in found)
+
+
+def test_days_that_the_simulator_made_up_read_and_block_the_same_on_linux(tmp_path: Path) -> None:
+    """Its battery drains and charges, it warms and works; the kernel's files say the same, look for look."""
+    linux = LinuxScene(tmp_path)
+    linux.becomes(GOOD)
+    watch, wearer = load_profile("smartwatch"), Wearer("contract", 3, Habits(docked=0.0))
+    state = BoardState(START_S, 300.0, 30.0)
+    simulated = SimulatedBoard(watch, wearer, clock=linux, state=state)
+    board, rules, same_rules = linux.board(), Eligibility(POLICY), Eligibility(POLICY)
+    found = set()
+    for _ in range(96):
+        linux.time_s += 1_800.0
+        expected = simulated.read()
+        if simulated.is_on:
+            simulated.spend(120.0, 60.0, "compute")
+        linux.becomes(expected)
+        reading = board.read()
+        assert reading == expected
+        times = {"now_s": linux.time_s, "local_time_s": linux.local_time_s()}
+        blocked = rules.update(reading, **times)
+        assert blocked == same_rules.update(expected, **times)
+        found |= {one.rule for one in blocked}
+    assert found >= {"battery", "charging", "idle"}
 
 
 def test_every_rule_but_the_timetable_blocks_in_the_course_of_the_evening() -> None:
