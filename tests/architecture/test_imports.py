@@ -138,6 +138,7 @@ PURE = [
     "device_client.secure_update",
     "device_client.session",
     "device_client.training",
+    "fl_protocol.back_off",
     "fl_protocol.client_certificates",
     "fl_protocol.encoding",
     "fl_protocol.helper_config",
