@@ -253,6 +253,17 @@ class VirtualFlash:
         self._off, self.power_cut = False, None
         return self
 
+    def decay(self, name: str, content: bytes) -> None:
+        """The medium holds other bytes than were written, and nobody noticed: no write, no boundary, no wear.
+
+        Args:
+            name: of a file that exists.
+            content: as long as it was.
+        """
+        file = self._existing(name)
+        file.content[:] = content
+        file.changes.clear()
+
     def durable(self) -> dict[str, bytes]:
         """Every file's content as it is sure to be after a power cut now; for tests that search the medium."""
         return {name: bytes(file.synced()) for name, file in self._synced_names.items()}

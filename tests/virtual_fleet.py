@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -49,6 +48,8 @@ from device_client.ledger import Budget
 from device_client.ports import Float32
 from device_client.session import Role
 from device_client.training import Records
+from firmware_sim.faults.packets import FaultyTransport, PacketRates
+from firmware_sim.labelled_chance import key_of
 from firmware_sim.memory_blobs import MemoryBlobs
 from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
@@ -60,7 +61,7 @@ from fl_protocol.bundle import ModelBundle, open_bundle, pack_bundle
 from fl_protocol.helper_config import HelperPin
 from fl_protocol.secagg.terms import HelperIdentity
 from fl_protocol.signing import public_key_from_hex, public_key_hex
-from fl_protocol.transport import Received, TransportEvent
+from fl_protocol.transport import Transport
 
 TENANT, TASK = "clinic", "watch"
 STUDY = f"{TENANT}/{TASK}"
@@ -112,54 +113,6 @@ class ObservedBroker(VirtualBroker):
         self.published.append((topic, payload))
         if not self.loses(topic):
             super().publish(topic, payload, retain=retain)
-
-
-@dataclass(frozen=True)
-class Faults:
-    """How often, by chance, a network does each of these to a message."""
-
-    drop: float = 0.0
-    repeat: float = 0.0
-    reorder: float = 0.0
-    corrupt: float = 0.0
-
-
-class FaultyTransport(VirtualTransport):
-    """A connection whose messages are dropped, repeated, swapped and corrupted on the way in."""
-
-    def __init__(
-        self,
-        broker: VirtualBroker,
-        *,
-        will: tuple[str, bytes] | None = None,
-        session: str | None = None,
-        faults: Faults | None = None,
-        seed: str,
-    ) -> None:
-        super().__init__(broker, will=will, session=session, manual_acknowledgement=session is not None)
-        self._faults, self._chance = faults if faults is not None else Faults(), Random(seed)  # noqa: S311
-        self._later: list[TransportEvent] = []
-
-    def poll(self, timeout_s: float) -> TransportEvent | None:
-        event = super().poll(timeout_s)
-        if event is None and self._later:
-            return self._later.pop(0)
-        if not isinstance(event, Received):
-            return event
-        faults, happens = self._faults, self._chance.random
-        if happens() < faults.drop:
-            self.acknowledge(event)  # it never came as far as the broker, which would send it again
-            return self.poll(timeout_s)
-        if happens() < faults.repeat:
-            self._later.append(event)
-        if event.payload and happens() < faults.corrupt:
-            raw = bytearray(event.payload)
-            raw[self._chance.randrange(len(raw))] ^= 1 << self._chance.randrange(8)
-            event = Received(event.topic, bytes(raw), event.delivery)
-        if happens() < faults.reorder:
-            self._later.append(event)
-            return self.poll(timeout_s)
-        return event
 
 
 def synthetic_records(bundle: ModelBundle, *, seed: int, count: int = 40) -> Records:
@@ -227,12 +180,12 @@ class VirtualFleet:
         seed: str = "fleet",
         records: Callable[[int], Records] | None = None,
         maximum_packet_bytes: int | None = None,
-        faults: Faults | None = None,
+        faults: PacketRates | None = None,
         database_url: str | None = None,
         helpers: tuple[str, ...] = (),
         helped: Study | None = None,
     ) -> None:
-        self.folder, self.seed, self._faults = folder, seed, faults
+        self.folder, self.seed, self._faults = folder, seed, faults if faults is not None else PacketRates()
         self.helper_names = helpers
         self._helped = helped if helped is not None else Study(TENANT, AGGREGATOR_KEY.public_key())
         self.helpers: dict[str, HelperService] = {}
@@ -251,7 +204,7 @@ class VirtualFleet:
         self.devices: dict[str, Device] = {}
         self.flashes: dict[str, tuple[VirtualFlash, VirtualFlash]] = {}
         self.boards: dict[str, SteadyBoard] = {}
-        self.transports: dict[str, FaultyTransport] = {}
+        self.transports: dict[str, VirtualTransport] = {}
         self._studies: dict[str, tuple[StudyConfig, ...]] = {}
         # These devices are on their chargers at night.
         self.eligibility = EligibilityConfig(require_idle=False, require_unmetered=False)
@@ -318,7 +271,7 @@ class VirtualFleet:
             coordinates=coordinates,
             signing_key=AGGREGATOR_KEY,
             store=self.open_store(),
-            transport=FaultyTransport(self.broker, session=name, faults=self._faults, seed=f"network {life}"),
+            transport=self._session(name, f"network {life}"),
             journal=self.journals.setdefault(name, MemoryJournal()),
             entropy=self.entropies[name],
             now_s=self.aggregators_now_s,
@@ -345,9 +298,7 @@ class VirtualFleet:
         service = HelperService(
             Helper(name, f"operator-of-{name}", helper_identity(name)),
             studies=[self._helped],
-            transports={
-                TENANT: FaultyTransport(self.broker, session=name, faults=self._faults, seed=f"network {life}")
-            },
+            transports={TENANT: self._session(name, f"network {life}")},
             store=HelperStore(database),
             journal=self.journals.setdefault(name, MemoryJournal()),
             entropy=SeededEntropy(life),
@@ -489,12 +440,19 @@ class VirtualFleet:
         key = create_identity(device.store, study.study, SeededEntropy(seed))
         self.register(str(study.id), key.public_key().public_bytes_raw())
 
-    def _connect(self, wanted: Connection, seed: str) -> FaultyTransport:
+    def _session(self, name: str, seed: str) -> Transport:
+        """A connection whose session the broker keeps: an aggregator's or a helper's."""
+        return self._faulty(VirtualTransport(self.broker, session=name, manual_acknowledgement=True), seed)
+
+    def _connect(self, wanted: Connection, seed: str) -> Transport:
         """A device's connection."""
-        will = (wanted.will_topic, wanted.will_payload)
-        transport = FaultyTransport(self.broker, will=will, faults=self._faults, seed=seed)
+        transport = VirtualTransport(self.broker, will=(wanted.will_topic, wanted.will_payload))
         self.transports[wanted.device] = transport
-        return transport
+        return self._faulty(transport, seed)
+
+    def _faulty(self, transport: Transport, seed: str) -> Transport:
+        """What the network makes of a connection: messages suffer on the way in, whoever sent them."""
+        return FaultyTransport(transport, down=lambda: self._faults, key=key_of(seed))
 
     def kill_device(self, name: str) -> None:
         """What SIGKILL leaves: the flash as it is, and a last will."""

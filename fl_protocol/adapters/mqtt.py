@@ -10,7 +10,6 @@ ms on loopback, with it 5 ms.
 
 from __future__ import annotations
 
-import math
 import socket
 import ssl
 import time
@@ -27,6 +26,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from fl_protocol.adapters.inbox import Inbox
 from fl_protocol.adapters.paho_client import MAX_INCOMING_BYTES, ExpiresIn, PahoClient
+from fl_protocol.back_off import BackOff
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.transport import Connected, Disconnected, Received, TransportEvent
 
@@ -34,8 +34,6 @@ MAX_QUEUED_EVENTS = 20_000
 """Inbound events held for a slow consumer; beyond it messages are dropped, and resending covers for them."""
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 """Inbound payload bytes held for a slow consumer; see `MAX_QUEUED_EVENTS`."""
-LASTING_S = 60.0
-"""A connection that lived shorter counts as a failed one: who accepts and hangs up is asked ever more rarely."""
 MAX_INFLIGHT_MESSAGES = 10
 """Unacknowledged publishes, unless another number is asked for."""
 RECEIVE_MAXIMUM = 1000
@@ -57,27 +55,6 @@ class LastWill:
 
     topic: str
     payload: bytes
-
-
-class BackOff:
-    """How long to wait before connecting again: ever longer while connections fail or die young. Pure.
-
-    Args:
-        longest_s: most to wait.
-    """
-
-    def __init__(self, longest_s: int) -> None:
-        self._longest_s, self._failures, self._since_s = longest_s, 0, math.inf
-
-    def connected(self, now_s: float) -> None:
-        """A broker accepted the connection."""
-        self._since_s = now_s
-
-    def ended(self, now_s: float) -> int:
-        """The connection ended, or was refused; seconds to wait, 1 after one that lasted."""
-        lasted, self._since_s = now_s - self._since_s >= LASTING_S, math.inf
-        self._failures = 1 if lasted else self._failures + 1
-        return int(min(self._longest_s, 2 ** min(self._failures - 1, 30)))
 
 
 class MqttTransport:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import shutil
 import signal
 import socket
@@ -13,6 +15,10 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from firmware_sim import iotcore_broker
+from firmware_sim.radio.broker_edge import BrokerEdge
+from firmware_sim.radio.links import IDEAL
+from firmware_sim.radio.radio import Radio
+from firmware_sim.radio.transport import RadioTransport
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
 from fl_protocol.adapters.mqtt import LastWill, MqttTransport
 from fl_protocol.transport import Connected, Disconnected, Received, Transport
@@ -102,6 +108,30 @@ class Virtual:
 
     def stop(self) -> None:
         pass
+
+
+class VirtualOverRadio(Virtual):
+    """The same broker; clients reach it over an ideal radio link. Each look at the clock is a millisecond later."""
+
+    def __init__(self, maximum_packet_bytes: int | None = None) -> None:
+        super().__init__(maximum_packet_bytes)
+        self._looks = itertools.count()
+        self._edge = BrokerEdge(self._broker, now_s=self._now_s)
+
+    def _now_s(self) -> float:
+        return next(self._looks) / 1000
+
+    def client(self, name: str, *, will: tuple[str, bytes] | None = None) -> RadioTransport:  # type: ignore[override]
+        radio = Radio(
+            {"lab": IDEAL}, place=lambda _: "lab", next_place_change_s=lambda _: math.inf, seed=1, device=name
+        )
+        return RadioTransport(radio, self._edge, now_s=self._now_s, will=will)
+
+    def die(self, name: str, *, will: tuple[str, bytes]) -> None:
+        client = self.client(name, will=will)
+        client.open()
+        await_event(client, Connected)
+        client.drop("killed")
 
 
 _DYING_CLIENT = """

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from fl_protocol.adapters import mqtt
+from fl_protocol import back_off
 from fl_protocol.adapters.acknowledgements import Acknowledgements
-from fl_protocol.adapters.mqtt import MAX_QUEUED_BYTES, BackOff, MqttTransport, TlsFiles
+from fl_protocol.adapters.mqtt import MAX_QUEUED_BYTES, MqttTransport, TlsFiles
 from fl_protocol.adapters.paho_client import MAX_INCOMING_BYTES, PahoClient
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.limits import MAX_PACKET_BYTES
@@ -128,16 +128,6 @@ def test_an_unreachable_broker_is_named_and_tried_again_until_it_is_there() -> N
     stop()
 
 
-def test_a_connection_that_dies_young_counts_as_a_failure() -> None:
-    back_off, now_s, waits = BackOff(60), 0.0, []
-    for lived_s in (None, 0.1, 59.0, 0.1, 0.1, 0.1, 0.1, 0.1, 60.0, 0.1):
-        if lived_s is not None:
-            back_off.connected(now_s)
-            now_s += lived_s
-        waits.append(back_off.ended(now_s))
-    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 1, 2]
-
-
 def waits_after_hanging_up(scripted: ScriptedBroker, lives_s: list[float]) -> list[float]:
     """A broker accepts and hangs up again and again; what paho is told to wait each time (it does not wait here)."""
     now_s, waits = [0.0], list[float]()
@@ -170,7 +160,7 @@ def test_a_broker_that_accepts_and_hangs_up_is_asked_ever_more_rarely(scripted: 
 def test_a_transport_that_forgets_its_failures_is_caught(
     scripted: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mqtt, "LASTING_S", 0.0)
+    monkeypatch.setattr(back_off, "LASTING_S", 0.0)
     assert waits_after_hanging_up(scripted, [0.05] * 4) == [1, 1, 1, 1]
 
 

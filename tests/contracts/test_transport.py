@@ -1,4 +1,6 @@
-"""What `fl_protocol.transport.Transport` promises, run over the virtual broker, mosquitto and iotcore alike."""
+"""What `fl_protocol.transport.Transport` promises, run over the virtual broker (also behind a
+simulated radio), mosquitto and iotcore alike.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from tests.contracts.brokers import (
     BrokerUnderTest,
     Real,
     Virtual,
+    VirtualOverRadio,
     await_event,
     find_mosquitto,
     start_iotcore,
@@ -28,6 +31,8 @@ from tests.contracts.brokers import (
 def _make(kind: str, folder: Path) -> BrokerUnderTest:
     if kind == "virtual":
         return Virtual()
+    if kind == "radio":
+        return VirtualOverRadio()
     if kind == "iotcore":
         return Real(start_iotcore)
     if find_mosquitto() is None:
@@ -35,7 +40,7 @@ def _make(kind: str, folder: Path) -> BrokerUnderTest:
     return Real(start_mosquitto(folder))
 
 
-@pytest.fixture(params=["virtual", "mosquitto", "iotcore"])
+@pytest.fixture(params=["virtual", "radio", "mosquitto", "iotcore"])
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerUnderTest]:
     broker = _make(request.param, tmp_path)
     yield broker

@@ -19,6 +19,7 @@ from aggregator.errors import BlobError
 from aggregator.helper import service as helper_service
 from aggregator.rounds import Phase
 from aggregator.task_file import Server
+from firmware_sim.faults.packets import PacketRates
 from firmware_sim.virtual_flash import PowerCutError
 from fl_protocol.topics import helper_topic, shard_of
 from tests.enrolments import broken_copy
@@ -31,7 +32,7 @@ from tests.system.secure_checks import (
 )
 from tests.system.study import aggregator_power_cut, check_study, committed, final_digest, rows_of
 from tests.system.test_secure_studies import HELPERS, secure_task
-from tests.virtual_fleet import AGGREGATOR, TASK, TENANT, Faults, VirtualFleet
+from tests.virtual_fleet import AGGREGATOR, TASK, TENANT, VirtualFleet
 
 AWAY = HELPERS[1]
 DEVICES = ("watch-0", "watch-1", "watch-2")
@@ -45,7 +46,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
 
 
 def start(
-    folder: Path, *, devices: int = 3, faults: Faults | None = None, seed: str = "fleet", **changes: Any
+    folder: Path, *, devices: int = 3, faults: PacketRates | None = None, seed: str = "fleet", **changes: Any
 ) -> VirtualFleet:
     """Three devices, all of which each of three rounds waits for."""
     folder.mkdir(exist_ok=True)
@@ -373,7 +374,7 @@ def test_an_aggregator_that_takes_updates_while_it_unmasks_is_noticed(
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_network_that_loses_repeats_swaps_and_corrupts(tmp_path: Path, sent: Sent, seed: int) -> None:
-    faults = Faults(drop=0.1, repeat=0.1, reorder=0.1, corrupt=0.02)
+    faults = PacketRates(drop=0.1, repeat=0.1, reorder=0.1, corrupt=0.02)
     fleet = start(tmp_path, faults=faults, seed=f"fleet {seed}", minimum_cohort=2, round_duration_s=30.0)
     finish(fleet, sent, most_s=1200.0)
 

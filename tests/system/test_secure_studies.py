@@ -16,9 +16,10 @@ from aggregator.privacy.adversaries import Adversary
 from aggregator.rounds import Phase
 from aggregator.secure_sections import AdaptiveClipping, DevicePrivacy, Secure
 from aggregator.task_file import Participation, Server, StatisticsPlan, TaskConfig
+from firmware_sim.faults.packets import PacketRates
 from tests.aggregator.desk import built_with
 from tests.enrolments import broken_copy
-from tests.virtual_fleet import AGGREGATOR, TASK, TENANT, Faults, VirtualFleet, task_config
+from tests.virtual_fleet import AGGREGATOR, TASK, TENANT, VirtualFleet, task_config
 
 HELPERS = ("helper-a", "helper-b")
 
@@ -29,7 +30,7 @@ def secure_task(**changes: Any) -> TaskConfig:
     return task_config(**{"engine": "secure", "secure": section, **changes})
 
 
-def secure_fleet(folder: Path, *, devices: int = 3, faults: Faults | None = None, **changes: Any) -> VirtualFleet:
+def secure_fleet(folder: Path, *, devices: int = 3, faults: PacketRates | None = None, **changes: Any) -> VirtualFleet:
     """Devices that accept two helpers of two operators."""
     fleet = VirtualFleet(folder, devices=0, task=secure_task(**changes), helpers=HELPERS, faults=faults)
     for index in range(devices):

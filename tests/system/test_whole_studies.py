@@ -16,6 +16,7 @@ from sqlalchemy import event
 from aggregator.rounds import Phase
 from device_client.adapters.counter_file import CounterFile
 from device_client.ledger import Budget, PrivacyLedger
+from firmware_sim.faults.packets import PacketRates
 from firmware_sim.virtual_flash import PowerCut, PowerCutError
 from fl_protocol.messages import NackMsg
 from fl_protocol.sealing import round_key_bytes
@@ -32,7 +33,7 @@ from tests.system.study import (
     published_updates,
     runner_of,
 )
-from tests.virtual_fleet import AGGREGATOR_KEY, TENANT, Faults, VirtualFleet, load_bundle, task_config
+from tests.virtual_fleet import AGGREGATOR_KEY, TENANT, VirtualFleet, load_bundle, task_config
 
 KEY_BYTES = round_key_bytes("x25519")
 
@@ -182,17 +183,17 @@ def test_a_broker_restart_is_survived(
 @pytest.mark.parametrize(
     "faults",
     [
-        pytest.param(Faults(repeat=0.5), id="repeated"),
-        pytest.param(Faults(reorder=0.5), id="reordered"),
-        pytest.param(Faults(drop=0.3), id="dropped"),
-        pytest.param(Faults(corrupt=0.1), id="corrupted"),
-        pytest.param(Faults(drop=0.3, repeat=0.2, reorder=0.3, corrupt=0.05), id="all"),
+        pytest.param(PacketRates(repeat=0.5), id="repeated"),
+        pytest.param(PacketRates(reorder=0.5), id="reordered"),
+        pytest.param(PacketRates(drop=0.3), id="dropped"),
+        pytest.param(PacketRates(corrupt=0.1), id="corrupted"),
+        pytest.param(PacketRates(drop=0.3, repeat=0.2, reorder=0.3, corrupt=0.05), id="all"),
     ],
 )
 @pytest.mark.parametrize("maximum_packet_bytes", [None, 1024 + 256 + 400], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("seed", ["one", "two"])
 def test_a_bad_network_delays_and_changes_nothing_else(
-    tmp_path: Path, faults: Faults, maximum_packet_bytes: int | None, seed: str
+    tmp_path: Path, faults: PacketRates, maximum_packet_bytes: int | None, seed: str
 ) -> None:
     fleet = VirtualFleet(
         tmp_path,

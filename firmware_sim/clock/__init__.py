@@ -1,0 +1,1 @@
+"""A device's real-time clock: drift, jumps, time zone, correction by NTP."""

@@ -1,0 +1,1 @@
+"""Faults of a simulated fleet: what goes wrong, when, and to whom."""

@@ -1,0 +1,1 @@
+"""A device's firmware: two slots, updates in waves, rollback, watchdog."""

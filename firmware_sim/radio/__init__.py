@@ -1,0 +1,1 @@
+"""A device's radio: links, transfers that queue and get lost, and the broker connection over them."""
