@@ -13,11 +13,10 @@ from device_client.config import DeviceConfig, StudyConfig
 from device_client.device import Device
 from device_client.device_ports import Connection
 from device_client.device_store import create_identity
-from device_client.ports import Graph
+from device_client.ports import Graph, Transport
 from device_client.training import LocalTraining, Records, Trainer
-from firmware_sim.fleet.edge import Edge
+from firmware_sim.fleet.edge import ShardEdge
 from firmware_sim.fleet.fidelity import EmptyTrainer, NoGraph, TimedGraph
-from firmware_sim.fleet.links import FleetTransport
 from firmware_sim.fleet.living import FleetBell, Living
 from firmware_sim.fleet.record import DeviceRecord, unpacked
 from firmware_sim.fleet.surroundings import Surroundings
@@ -56,7 +55,7 @@ class DeviceMaker:
         surroundings: Surroundings,
         *,
         environment: simpy.Environment,
-        edge: Edge,
+        edge: ShardEdge,
         journal: Journal,
     ) -> tuple[Living, list[Registration]]:
         """A device whose daemon starts: from its flash, or new, and then enrolled and granted what it was made for."""
@@ -66,8 +65,10 @@ class DeviceMaker:
         flash, counter, bell = unpacked(record.flash), unpacked(record.counter), FleetBell(environment)
         stopwatch = Stopwatch(surroundings.compute_s)
 
-        def connect(_wanted: Connection) -> FleetTransport:
-            return FleetTransport(environment, edge, record, surroundings.line, bell.ring)
+        surroundings.prepare(flash)
+
+        def connect(_wanted: Connection) -> Transport:
+            return surroundings.connect(edge, bell.ring)
 
         hardware = VirtualHardware(
             flash=flash,
@@ -87,7 +88,7 @@ class DeviceMaker:
             config,
             hardware,
             bundle=lambda _study: self.bundle,
-            graph=lambda _bundle: self._graph(stopwatch),
+            graph=lambda _bundle: self._graph(stopwatch, surroundings),
             aggregator_key=self.aggregator_key,
         )
         enrolled = [self._enrol(device, study) for study in config.studies] if is_new else []
@@ -101,8 +102,7 @@ class DeviceMaker:
             counter=counter,
             bell=bell,
             take_compute_s=stopwatch.take,
-            next_change_s=surroundings.next_change_s,
-            began_s=self.began_s,
+            surroundings=surroundings,
         )
         return living, enrolled
 
@@ -118,9 +118,10 @@ class DeviceMaker:
             return LocalTraining
         return EmptyTrainer(self.bundle.manifest.train_flops, stopwatch.computed)
 
-    def _graph(self, stopwatch: Stopwatch) -> Graph:
-        """The graph, whose calls take this device's time."""
+    def _graph(self, stopwatch: Stopwatch, surroundings: Surroundings) -> Graph:
+        """The graph, whose calls take this device's time. Raises GraphError."""
         manifest = self.bundle.manifest
+        surroundings.check_memory(manifest.train_arena_bytes)
         if self.graph is None:
             return NoGraph(manifest.batch_size)
         return TimedGraph(self.graph, manifest.train_flops, stopwatch.computed)
