@@ -235,6 +235,26 @@ def test_two_runs_are_alike_to_the_last_bit() -> None:
     assert run() == run()
 
 
+def test_looking_more_often_changes_nothing() -> None:
+    def run(*, looks_every_s: float) -> tuple[list[TransportEvent], list[tuple[str, bytes]], float]:
+        air = Air()
+        link = replace(WIFI, loss=0.2, jitter_s=0.5)
+        device = air.device(link, [(0.0, "home"), (500.0, "nowhere"), (600.0, "town")], outages=[Interval(100, 150)])
+        told = []
+        for number in range(60):
+            for look in range(1, round(20 / looks_every_s) + 1):
+                told += [event for _, event in air.run(device, 20.0 * number + look * looks_every_s)]
+                assert device.backlog() <= number
+                assert device.use.joules >= 0
+            device.publish(f"up/{number}", bytes(500))
+        return told, air.seen(), device.use.joules
+
+    seldom, often = run(looks_every_s=20), run(looks_every_s=0.5)
+    assert len(seldom[1]) > 40
+    assert seldom[:2] == often[:2]
+    assert seldom[2] == pytest.approx(often[2])
+
+
 def test_a_radio_without_any_link_waits_for_ever() -> None:
     air = Air()
     device = RadioTransport(radio({}), air.edge, now_s=air.clock.now_s)
