@@ -201,6 +201,28 @@ def test_a_broker_s_restart_reaches_every_device() -> None:
     assert _kinds(air.run(device, 20.0)) == [Disconnected, Connected]
 
 
+def _cut_off_in_the_middle_of_a_download(kind: Any) -> list[type[TransportEvent]]:
+    air = Air(kind)
+    device = air.device(WIFI)
+    air.run(device, 20.0)
+    device.subscribe("down/1")
+    air.run(device, 25.0)
+    air.watcher.publish("down/1", bytes(20_000))
+    air.run(device, 28.0)
+    air.broker.restart(keep_retained=True)
+    return _kinds(air.run(device, 60.0))
+
+
+def test_a_download_that_a_restart_cuts_off_never_arrives() -> None:
+    assert _cut_off_in_the_middle_of_a_download(RadioTransport) == [Disconnected, Connected]
+
+
+def test_a_transport_that_delivers_what_had_not_arrived_is_caught() -> None:
+    change = ("for one in self._events if one[0] <= at_s]", "for one in self._events]")
+    copy = broken_copy("firmware_sim.radio.transport", change)
+    assert Received in _cut_off_in_the_middle_of_a_download(copy.RadioTransport)
+
+
 def test_a_silent_connection_pings_twice_a_minute() -> None:
     air = Air()
     device = air.device(WIFI, [(0.0, "home"), (3_610.0, "nowhere")])
