@@ -12,7 +12,7 @@ from device_client.config import EligibilityConfig
 from device_client.eligibility import BATTERY_MARGIN_PERCENT, TEMPERATURE_MARGIN_CELSIUS
 from firmware_sim.board.board_state import BoardState
 from firmware_sim.board.flash_wear import FlashWear
-from firmware_sim.board.virtual_board import VirtualBoard, first_state
+from firmware_sim.board.virtual_board import VirtualBoard, first_state, sensor_offset_celsius
 from firmware_sim.clock.real_time_clock import ClockModel, RealTimeClock
 from firmware_sim.faults.flash_damage import damage
 from firmware_sim.faults.kinds import CorruptedFlash, Crash, Hang, Packets, RebootLoop, SlowLoris
@@ -90,7 +90,7 @@ class HardwareSurroundings:
         self._true = FleetClock(self.environment, terms.began_s, utc_offset_s=self.wearer.utc_offset_s)
         self._started_s = self._settled_s = float(self.environment.now)
         self._schedule = terms.faults.faults_of(record.name, record.profile)
-        offset = _deviation(key_of(terms.seed, "thermometer", record.name)) * profile.thermal.sensor_offset_sd_celsius
+        offset = sensor_offset_celsius(profile, seed=terms.seed, index=record.index)
         self.board = VirtualBoard(
             profile, self.wearer, clock=self._true, state=self._board_state(), sensor_offset_celsius=offset
         )
@@ -101,11 +101,7 @@ class HardwareSurroundings:
         self._percents = (floor, floor + BATTERY_MARGIN_PERCENT)
         self._celsius = (ceiling, ceiling - TEMPERATURE_MARGIN_CELSIUS) if ceiling < math.inf else ()
         self._looked_s = self._started_s + HEARD_WITHIN_S
-        self.board.spend(
-            profile.processor.start_cpu_s * profile.processor.flop_per_s * profile.processor.joule_per_flop,
-            profile.processor.start_cpu_s,
-            "base",
-        )
+        self._start_up()
 
     def prepare(self, flash: VirtualFlash) -> None:
         """Worn, damaged by what struck while it slept, full or read-only while that lasts."""
@@ -260,6 +256,14 @@ class HardwareSurroundings:
             base_mwh=state.base_mwh,
             battery_percent=percent,
         )
+
+    def _start_up(self) -> None:
+        """What starting the daemon takes."""
+        processor = self.profile.processor
+        self.board.advance(self._true.now_s())
+        if self.board.is_on:
+            joules = processor.start_cpu_s * processor.flop_per_s * processor.joule_per_flop
+            self.board.spend(joules, processor.start_cpu_s, "base")
 
     def _board_state(self) -> BoardState:
         """Where the board stands: as the last life left it, or at the run's beginning."""

@@ -16,6 +16,8 @@ from firmware_sim.virtual_flash import VirtualFlash
 
 LONGEST_NAP_S = 3600.0
 """How long at most a resident daemon takes no turn."""
+RECORDED_EVERY_S = 3600.0
+"""How often what was recorded meanwhile is stored on a device that is awake; one that wakes up has it at once."""
 _SHORTEST_NAP_S = 1e-3
 
 
@@ -65,6 +67,7 @@ class Living:
         bell: what it waits on.
         take_compute_s: how long what it has computed since the last call takes.
         surroundings: what it is in.
+        record_until: stores what its wearer has recorded until a time, seconds of the shard's time.
     """
 
     record: DeviceRecord
@@ -74,11 +77,16 @@ class Living:
     bell: FleetBell
     take_compute_s: Callable[[], float]
     surroundings: Surroundings
+    record_until: Callable[[float], None]
     turns: int = 0
 
     def life(self, environment: simpy.Environment) -> Generator[simpy.Event, Any, Ending]:
         """Take turns until something ends the daemon; each takes as long as what it computes."""
+        recorded_s = -math.inf
         while True:
+            if environment.now >= recorded_s + RECORDED_EVERY_S:
+                recorded_s = environment.now
+                self.record_until(environment.now)
             self.device.step()
             self.turns += 1
             if compute_s := self.take_compute_s():

@@ -36,7 +36,8 @@ class DeviceMaker:
         config: a device's configuration, given its name on the wire.
         bundle: verified.
         graph: loaded once, and used by one device at a time; None where no model is trained.
-        records: what a device has recorded when it is switched on.
+        records: what a device's wearer records between two moments of the shard's time, minus infinity for the time
+            before the first.
         aggregator_key: that all are pinned to.
         began_s: Unix seconds at which the shard's time begins.
     """
@@ -45,7 +46,7 @@ class DeviceMaker:
     config: Callable[[str], DeviceConfig]
     bundle: ModelBundle
     graph: Graph | None
-    records: Callable[[int], Records] | None
+    records: Callable[[int, float, float], Records] | None
     aggregator_key: Ed25519PublicKey
     began_s: float
 
@@ -92,9 +93,6 @@ class DeviceMaker:
             aggregator_key=self.aggregator_key,
         )
         enrolled = [self._enrol(device, study) for study in config.studies] if is_new else []
-        if is_new and self.records is not None:
-            records = self.records(record.index)
-            device.add(records.x, records.y)
         living = Living(
             record=record,
             device=device,
@@ -103,8 +101,17 @@ class DeviceMaker:
             bell=bell,
             take_compute_s=stopwatch.take,
             surroundings=surroundings,
+            record_until=lambda to_s: self._record(device, record, to_s),
         )
         return living, enrolled
+
+    def _record(self, device: Device, record: DeviceRecord, to_s: float) -> None:
+        """Store what the wearer has recorded since it was done last."""
+        if self.records is not None and to_s > record.recorded_until_s:
+            records = self.records(record.index, record.recorded_until_s, to_s)
+            record.recorded_until_s = to_s
+            if len(records):
+                device.add(records.x, records.y)
 
     def _enrol(self, device: Device, study: StudyConfig) -> Registration:
         """Make a device's identity in a study, and grant it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -49,6 +50,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
         bytes_up, bytes_down: over its radio; of both, `bytes_metered` over a network that is paid by volume.
         updates: that were delivered.
         struck_until_s: Unix seconds up to which what befell it has been accounted for.
+        recorded_until_s: up to when its wearer's recordings were stored, seconds of the run.
         board, clock: where they stand; None and empty before its first life.
         energy: that it has used.
         hours: the last ones in which it was counted as awake, eligible, having begun, having delivered; -1 for none.
@@ -70,6 +72,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
     bytes_metered: int = 0
     updates: int = 0
     struck_until_s: float = 0.0
+    recorded_until_s: float = -math.inf
     board: BoardState | None = None
     clock: bytes = b""
     energy: Energy = msgspec.field(default_factory=Energy)
