@@ -158,8 +158,8 @@ def world_of(loaded: LoadedScenario) -> World:
 def _wearers_of(loaded: LoadedScenario, plan: FaultPlan) -> Callable[[DeviceRecord], Wearing]:
     """Who carries a device."""
     scenario = loaded.scenario
-    if scenario.wearers.traces is not None:
-        traces = list(load_traces(relative_to_config(loaded.path, scenario.wearers.traces)).values())
+    if scenario.population.traces is not None:
+        traces = list(load_traces(relative_to_config(loaded.path, scenario.population.traces)).values())
         return lambda record: TracedWearer(traces[record.index % len(traces)])
     habits: Habits = scenario.wearers
     if plan.utc_offset_s is not None:

@@ -94,10 +94,10 @@ def load_scenario(path: Path, *, changes: dict[str, Any] | None = None) -> Loade
 def _check_files(loaded: LoadedScenario) -> None:
     """Whether what the scenario names beside its model is there, and fits. Raises ConfigError."""
     path, scenario = loaded.path, loaded.scenario
-    if scenario.wearers.traces is not None and not relative_to_config(path, scenario.wearers.traces).exists():
-        line = line_of(loaded.text, ("wearers", "traces"))
+    if scenario.population.traces is not None and not relative_to_config(path, scenario.population.traces).exists():
+        line = line_of(loaded.text, ("population", "traces"))
         raise ConfigError(
-            f"scenario {path}: line {line}: wearers.traces: expected a CSV file, there is no {scenario.wearers.traces}"
+            f"scenario {path}: line {line}: population.traces: expected a CSV file, there is no {scenario.population.traces}"
         )
     if scenario.fidelity == "recorded" and scenario.recorded is None:
         raise ConfigError(f"scenario {path}: recorded: this key is missing; the fidelity recorded plays a run back")

@@ -60,20 +60,12 @@ class Population(Section, frozen=True, kw_only=True):
         profiles: weights by the profiles' names (``covey-fleet profiles`` lists them). Empty: every device is ideal: on
             the mains, on a network that never fails, and its computing takes no time.
         job_period_hours: how often at most systems start the daemon, instead of what the profiles say.
+        traces: a CSV of real devices' states (docs/simulation-hardware.md), relative to the file; devices take its
+            traces in turn, and ``[wearers]`` says nothing then.
     """
 
     profiles: dict[str, Annotated[float, Meta(gt=0)]] = {}
     job_period_hours: Positive | None = None
-
-
-class Wearers(Habits, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``[wearers]``: `firmware_sim.wearer.habits.Habits`, or recorded traces.
-
-    Args:
-        traces: a CSV of real devices' states (docs/simulation-hardware.md), relative to the file; devices take its
-            traces in turn. The other keys then say nothing.
-    """
-
     traces: str | None = None
 
 
@@ -120,7 +112,7 @@ class Scenario(Section, frozen=True, kw_only=True):
     privacy: Privacy = Privacy()
     eligibility: EligibilityConfig = EligibilityConfig()
     population: Population = Population()
-    wearers: Wearers = Wearers()
+    wearers: Habits = Habits()
     sensors: SensorsConfig = SensorsConfig(kind="none")
     history_days: Annotated[float, Meta(ge=0, le=365)] = 7.0
     held_out_windows: Annotated[int, Meta(ge=0, le=100_000)] = 400
