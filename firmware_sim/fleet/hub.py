@@ -19,6 +19,7 @@ from aggregator.helper.service import HelperLimits, HelperService
 from aggregator.intake import IntakeLimits
 from aggregator.rounds import Phase, RoundState
 from aggregator.service import AggregatorService
+from aggregator.shards import LeaseTerms
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.blobs import Blobs
 from aggregator.store.database import Database
@@ -234,6 +235,7 @@ class Hub:
             monotonic_s=self.clock.now_s,
             limits=IntakeLimits(),
             helpers=settings.pinned_helpers(),
+            leases=LeaseTerms(lease_s=110.0, renew_every_s=50.0),  # there is nobody who would take over
         )
         self._service.start()
 
