@@ -192,7 +192,8 @@ class HardwareSurroundings:
         struck = [one for one in self._schedule.strikes(self.record.struck_until_s, true_s + _SHORTEST_S) if _ends(one)]
         if struck:
             self.record.struck_until_s = true_s + _SHORTEST_S
-            return Ending(str(struck[0].fault.__struct_config__.tag), is_clean=False)
+            # Not "crash": that is what a daemon does by itself, and a finding.
+            return Ending("hang" if isinstance(struck[0].fault, Hang) else "killed", is_clean=False)
         loops = self._schedule.active_strikes(RebootLoop, true_s)
         if any(now_s >= self._started_s + fault.reboots_every_s for fault, _ in loops):
             return Ending("reboot_loop", is_clean=False)
