@@ -181,10 +181,7 @@ def played_back(path: Path, rounds: Sequence[FleetRound]) -> list[tuple[float | 
     Raises:
         FleetError: it cannot be read, or has no accuracy.
     """
-    try:
-        earlier = msgspec.json.decode(path.read_bytes(), type=FleetMetrics)
-    except (OSError, msgspec.DecodeError) as error:
-        raise FleetError(f"recorded: expected the folder of a run that has {METRICS}, got {path} ({error})") from error
+    earlier = load_metrics(path.parent)
     known = [(one.accuracy, one.loss) for one in earlier.rounds if one.accuracy is not None]
     if not known:
         raise FleetError(f"recorded: the run in {path.parent} has no accuracy; take one with fidelity real")
@@ -194,6 +191,14 @@ def played_back(path: Path, rounds: Sequence[FleetRound]) -> list[tuple[float | 
         result.append(known[min(count, len(known) - 1)] if committed else (None, None))
         count += committed
     return result
+
+
+def load_metrics(folder: Path) -> FleetMetrics:
+    """What a run measured. Raises FleetError: there is none, or it cannot be read."""
+    try:
+        return msgspec.json.decode((folder / METRICS).read_bytes(), type=FleetMetrics)
+    except (OSError, msgspec.DecodeError) as error:
+        raise FleetError(f"{folder}: expected the folder of a run that has {METRICS} ({error})") from error
 
 
 def planned_faults(loaded: LoadedScenario) -> tuple[FaultSpan, ...]:
