@@ -43,8 +43,8 @@ def fitted_curve(rounds: Sequence[FleetRound]) -> Fit:
             points.append((updates, one.accuracy))
     if len(points) < _LEAST_ROUNDS:
         raise FleetError(
-            f"calibration: expected at least {_LEAST_ROUNDS} committed rounds with an accuracy, got {len(points)}; take "
-            "a run with fidelity real and [sensors]"
+            f"calibration: expected at least {_LEAST_ROUNDS} committed rounds with an accuracy, got {len(points)}; "
+            "take a run with fidelity real and [sensors]"
         )
     counts, accuracies = (np.array(column, np.float64) for column in zip(*points, strict=True))
     scales = np.geomspace(counts[0] / 10, counts[-1] * 10, _GRID)
