@@ -97,9 +97,10 @@ def calibrate(folder: Annotated[Path, typer.Argument(help="Folder of a run with 
     Example: covey-fleet calibrate runs/first-round-2026-01-31-120000 >> my.toml
     """
     from firmware_sim.fleet.calibration import fitted_curve  # noqa: PLC0415 - as above
-    from firmware_sim.fleet.simulation import load_metrics  # noqa: PLC0415
+    from firmware_sim.fleet.simulation import METRICS  # noqa: PLC0415
+    from firmware_sim.fleet_metrics import FleetMetrics, read_metrics  # noqa: PLC0415
 
-    fit = fitted_curve(load_metrics(folder).rounds)
+    fit = fitted_curve(read_metrics(folder / METRICS, FleetMetrics).rounds)
     curve = fit.curve
     typer.echo(f"# fitted to {folder.name}: errors of {100 * fit.error:.1f} points (root mean square)")
     typer.echo(
