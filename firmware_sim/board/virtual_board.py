@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Literal
 
 from device_client.eligibility import BrokenReading, Conditions
@@ -35,7 +36,7 @@ class VirtualBoard:
         wearer: who carries it.
         clock: true time.
         state: where it stands, of `first_state` or of an earlier board's `state`.
-        sensor_offset_celsius: error of its temperature sensor.
+        sensor_offset_celsius: error of its temperature sensor, of the function of this name.
 
     Attributes:
         sensor_faults: by the name of a reading: the number it is stuck at, or why it fails.
@@ -355,6 +356,18 @@ def first_state(profile: HardwareProfile, wearer: Wearing, *, time_s: float, see
     situation = wearer.situation(time_s)
     settled = physics.phase(mwh, _SURROUNDINGS[situation.on_charger, False], on=True).settled_celsius
     return BoardState(time_s, mwh, settled)
+
+
+def sensor_offset_celsius(profile: HardwareProfile, *, seed: int | str, index: int) -> float:
+    """Error of a device's temperature sensor, for life: normal, within three standard deviations.
+
+    Args:
+        profile: what it is made of.
+        seed: of the fleet.
+        index: which device.
+    """
+    deviation = NormalDist().inv_cdf(uniforms(key_of("sensor offset", seed), index)[0])
+    return profile.thermal.sensor_offset_sd_celsius * min(3.0, max(-3.0, deviation))
 
 
 def _with_faults(conditions: Conditions, faults: Mapping[str, float | str]) -> Conditions:

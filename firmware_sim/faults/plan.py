@@ -54,6 +54,10 @@ class FaultSchedule:
     def __init__(self, faults: Sequence[tuple[Timed, int]], *, began_s: float, ends_s: float) -> None:
         self._faults, self._began_s, self._ends_s = tuple(faults), began_s, ends_s
 
+    def has(self, kind: type[Timed]) -> bool:
+        """Whether faults of a kind ever strike."""
+        return any(isinstance(fault, kind) for fault, _ in self._faults)
+
     def strikes(self, from_s: float, to_s: float) -> list[Strike]:
         """Those that begin in [from_s, to_s), in the order of their times."""
         found = [

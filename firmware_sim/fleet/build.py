@@ -17,14 +17,26 @@ from device_client.config import (
     RecordsConfig,
     StudyConfig,
 )
+from device_client.training import Records
+from firmware_sim.faults.plan import FaultPlan
+from firmware_sim.fleet.hardware import HardwareTerms, HardwareWorld
 from firmware_sim.fleet.hub import Hub, HubSettings
 from firmware_sim.fleet.maker import DeviceMaker
 from firmware_sim.fleet.record import DeviceRecord
 from firmware_sim.fleet.shard import Shard
-from firmware_sim.fleet.surroundings import IdealWorld
+from firmware_sim.fleet.surroundings import IdealWorld, World
+from firmware_sim.profiles.population import Population
 from firmware_sim.remembering_key import RememberingKey
 from firmware_sim.scenario.loading import TASK, LoadedScenario, load_scenario
+from firmware_sim.sensors.assembly import make_sensor
+from firmware_sim.sensors.diary import DAY_S
 from firmware_sim.virtual_device import VirtualClock
+from firmware_sim.wearer.habits import Habits
+from firmware_sim.wearer.situation import Wearing
+from firmware_sim.wearer.trace_files import load_traces
+from firmware_sim.wearer.traces import TracedWearer
+from firmware_sim.wearer.wearer import Wearer
+from fl_protocol.adapters.config_files import relative_to_config
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 from fl_protocol.broker_config import BrokerConfig
@@ -103,14 +115,56 @@ def build_shard(spec: ShardSpec) -> Shard:
     """A shard, in the process that simulates it."""
     loaded = load_scenario(spec.scenario)
     records = spec.records if spec.records is not None else new_records(loaded, spec.number, spec.count)
-    world = IdealWorld(loaded.scenario.began_s)
+    world = world_of(loaded)
     return Shard(records, maker=device_maker(loaded), world=world, starts_s=spec.starts_s, traced=spec.traced)
 
 
 def new_records(loaded: LoadedScenario, number: int, count: int) -> tuple[DeviceRecord, ...]:
     """The devices of one shard of so many, dealt out in turn, as they come from the shop."""
     indices = range(number, loaded.scenario.devices, count)
-    return tuple(DeviceRecord(index=index, name=device_name(index), profile="mains") for index in indices)
+    population = Population(loaded.profiles, seed=loaded.scenario.seed) if loaded.profiles else None
+    began_s = loaded.scenario.began_s
+    return tuple(
+        DeviceRecord(
+            index=index,
+            name=device_name(index),
+            profile="ideal" if population is None else population.profile(index).name,
+            struck_until_s=began_s,
+        )
+        for index in indices
+    )
+
+
+def world_of(loaded: LoadedScenario) -> World:
+    """What the devices of a scenario are in."""
+    scenario = loaded.scenario
+    if not loaded.profiles:
+        return IdealWorld(scenario.began_s)
+    ends_s, hours = scenario.began_s + scenario.duration_s, scenario.population.job_period_hours
+    plan = FaultPlan(loaded.faults, seed=scenario.seed, began_s=scenario.began_s, ends_s=ends_s)
+    terms = HardwareTerms(
+        seed=str(scenario.seed),
+        began_s=scenario.began_s,
+        ends_s=ends_s,
+        eligibility=scenario.eligibility,
+        tenant=TENANT,
+        faults=plan,
+        job_period_s=None if hours is None else hours * 3600.0,
+    )
+    profiles = {name: profile for name, (profile, _) in loaded.profiles.items()}
+    return HardwareWorld(terms, profile_of=lambda record: profiles[record.profile], wearer_of=_wearers_of(loaded, plan))
+
+
+def _wearers_of(loaded: LoadedScenario, plan: FaultPlan) -> Callable[[DeviceRecord], Wearing]:
+    """Who carries a device."""
+    scenario = loaded.scenario
+    if scenario.population.traces is not None:
+        traces = list(load_traces(relative_to_config(loaded.path, scenario.population.traces)).values())
+        return lambda record: TracedWearer(traces[record.index % len(traces)])
+    habits: Habits = scenario.wearers
+    if plan.utc_offset_s is not None:
+        habits = with_fields(habits, time_zones=((plan.utc_offset_s / 3600.0, 1.0),))
+    return lambda record: Wearer(scenario.seed, record.index, habits)
 
 
 def device_name(index: int) -> str:
@@ -131,10 +185,21 @@ def device_maker(loaded: LoadedScenario) -> DeviceMaker:
         config=_config_of(loaded),
         bundle=loaded.bundle,
         graph=TfliteGraph.of_bundle(loaded.bundle) if scenario.fidelity == "real" else None,
-        records=None,
+        records=_records_of(loaded),
         aggregator_key=RememberingKey(settings.key_of("aggregator").public_key()),
         began_s=scenario.began_s,
     )
+
+
+def _records_of(loaded: LoadedScenario) -> Callable[[int, float, float], Records] | None:
+    """What a device's wearer records between two times of the run; None where nobody does."""
+    scenario = loaded.scenario
+    if scenario.sensors.kind == "none" or scenario.fidelity != "real":
+        return None
+    sensor = make_sensor(scenario.sensors, loaded.bundle.manifest, scenario.seed)
+    # A sensor's time begins at a midnight, before which nothing was recorded.
+    before_s = round(scenario.history_days) * DAY_S + scenario.began_s % DAY_S
+    return lambda index, from_s, to_s: sensor.records(index, max(0.0, from_s + before_s), to_s + before_s)
 
 
 def _config_of(loaded: LoadedScenario) -> Callable[[str], DeviceConfig]:

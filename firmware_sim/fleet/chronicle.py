@@ -36,7 +36,8 @@ class Chronicle(msgspec.Struct, kw_only=True):
         opened: seconds at which the rounds began that are open.
         refused: updates, by reason.
         news: events that were not taken yet.
-        models: digests of the models that rounds made, by version.
+        models: (round, version) of models that nobody has measured yet.
+        measured: accuracy and loss of the model that a round made, by round.
     """
 
     began_s: float
@@ -45,6 +46,8 @@ class Chronicle(msgspec.Struct, kw_only=True):
     opened: dict[int, float] = msgspec.field(default_factory=dict)
     refused: dict[str, int] = msgspec.field(default_factory=dict)
     news: list[FleetEvent] = msgspec.field(default_factory=list)
+    models: list[tuple[int, int]] = msgspec.field(default_factory=list)
+    measured: dict[int, tuple[float, float]] = msgspec.field(default_factory=dict)
 
     def write(self, event: str, /, *, at_s: float, **fields: Any) -> None:
         """Take one event."""
@@ -54,6 +57,8 @@ class Chronicle(msgspec.Struct, kw_only=True):
                 self.opened[fields["round"]] = now_s
             case "round_committed" | "round_aborted":
                 self.rounds.append(self._ended(event, now_s, fields))
+                if "version" in fields:
+                    self.models.append((int(fields["round"]), int(fields["version"])))
             case "update_refused":
                 reason = str(fields.get("reason", ""))
                 self.refused[reason] = self.refused.get(reason, 0) + int(fields.get("count", 1))

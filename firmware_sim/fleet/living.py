@@ -11,10 +11,13 @@ import simpy
 
 from device_client.device import Device
 from firmware_sim.fleet.record import DeviceRecord, packed
+from firmware_sim.fleet.surroundings import Ending, Surroundings
 from firmware_sim.virtual_flash import VirtualFlash
 
 LONGEST_NAP_S = 3600.0
 """How long at most a resident daemon takes no turn."""
+RECORDED_EVERY_S = 3600.0
+"""How often what was recorded meanwhile is stored on a device that is awake; one that wakes up has it at once."""
 _SHORTEST_NAP_S = 1e-3
 
 
@@ -63,9 +66,8 @@ class Living:
         flash, counter: what it writes to.
         bell: what it waits on.
         take_compute_s: how long what it has computed since the last call takes.
-        next_change_s: when its board reads otherwise, seconds of the shard's time.
-        began_s: Unix seconds at which the shard's time begins.
-        looked_after_s: when its system next looks whether it is done, seconds of the shard's time.
+        surroundings: what it is in.
+        record_until: stores what its wearer has recorded until a time, seconds of the shard's time.
     """
 
     record: DeviceRecord
@@ -74,19 +76,26 @@ class Living:
     counter: VirtualFlash
     bell: FleetBell
     take_compute_s: Callable[[], float]
-    next_change_s: Callable[[], float]
-    began_s: float
-    looked_after_s: float = math.inf
+    surroundings: Surroundings
+    record_until: Callable[[float], None]
     turns: int = 0
 
-    def turns_of(self, environment: simpy.Environment) -> Generator[simpy.Event, Any, None]:
-        """Take turns for ever; each takes as long as what it computes."""
+    def life(self, environment: simpy.Environment) -> Generator[simpy.Event, Any, Ending]:
+        """Take turns until something ends the daemon; each takes as long as what it computes."""
+        recorded_s = -math.inf
         while True:
+            if environment.now >= recorded_s + RECORDED_EVERY_S:
+                recorded_s = environment.now
+                self.record_until(environment.now)
             self.device.step()
             self.turns += 1
             if compute_s := self.take_compute_s():
                 self.record.compute_s += compute_s
                 yield environment.timeout(compute_s)
+            self.surroundings.settle()
+            ending = self.surroundings.ending(is_done=self.is_done)
+            if ending is not None:
+                return ending
             if self.bell.wants_to_wait:
                 yield from self.bell.until(self._quiet_until_s(environment.now))
 
@@ -113,5 +122,7 @@ class Living:
 
     def _quiet_until_s(self, now_s: float) -> float:
         """Until when every turn would do nothing, seconds of the shard's time."""
-        quiet_s = self.device.daemon.quiet_until_s() - self.began_s
-        return min(quiet_s, self.next_change_s(), self.looked_after_s, now_s + LONGEST_NAP_S)
+        quiet_s = self.device.daemon.quiet_until_s()
+        if quiet_s < math.inf:
+            quiet_s = self.surroundings.shard_s(quiet_s)
+        return min(quiet_s, self.surroundings.next_change_s(), now_s + LONGEST_NAP_S)

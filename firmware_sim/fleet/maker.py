@@ -13,11 +13,10 @@ from device_client.config import DeviceConfig, StudyConfig
 from device_client.device import Device
 from device_client.device_ports import Connection
 from device_client.device_store import create_identity
-from device_client.ports import Graph
+from device_client.ports import Graph, Transport
 from device_client.training import LocalTraining, Records, Trainer
-from firmware_sim.fleet.edge import Edge
+from firmware_sim.fleet.edge import ShardEdge
 from firmware_sim.fleet.fidelity import EmptyTrainer, NoGraph, TimedGraph
-from firmware_sim.fleet.links import FleetTransport
 from firmware_sim.fleet.living import FleetBell, Living
 from firmware_sim.fleet.record import DeviceRecord, unpacked
 from firmware_sim.fleet.surroundings import Surroundings
@@ -37,7 +36,8 @@ class DeviceMaker:
         config: a device's configuration, given its name on the wire.
         bundle: verified.
         graph: loaded once, and used by one device at a time; None where no model is trained.
-        records: what a device has recorded when it is switched on.
+        records: what a device's wearer records between two moments of the shard's time, minus infinity for the time
+            before the first.
         aggregator_key: that all are pinned to.
         began_s: Unix seconds at which the shard's time begins.
     """
@@ -46,7 +46,7 @@ class DeviceMaker:
     config: Callable[[str], DeviceConfig]
     bundle: ModelBundle
     graph: Graph | None
-    records: Callable[[int], Records] | None
+    records: Callable[[int, float, float], Records] | None
     aggregator_key: Ed25519PublicKey
     began_s: float
 
@@ -56,7 +56,7 @@ class DeviceMaker:
         surroundings: Surroundings,
         *,
         environment: simpy.Environment,
-        edge: Edge,
+        edge: ShardEdge,
         journal: Journal,
     ) -> tuple[Living, list[Registration]]:
         """A device whose daemon starts: from its flash, or new, and then enrolled and granted what it was made for."""
@@ -66,8 +66,10 @@ class DeviceMaker:
         flash, counter, bell = unpacked(record.flash), unpacked(record.counter), FleetBell(environment)
         stopwatch = Stopwatch(surroundings.compute_s)
 
-        def connect(_wanted: Connection) -> FleetTransport:
-            return FleetTransport(environment, edge, record, surroundings.line, bell.ring)
+        surroundings.prepare(flash)
+
+        def connect(_wanted: Connection) -> Transport:
+            return surroundings.connect(edge, bell.ring)
 
         hardware = VirtualHardware(
             flash=flash,
@@ -87,13 +89,10 @@ class DeviceMaker:
             config,
             hardware,
             bundle=lambda _study: self.bundle,
-            graph=lambda _bundle: self._graph(stopwatch),
+            graph=lambda _bundle: self._graph(stopwatch, surroundings),
             aggregator_key=self.aggregator_key,
         )
         enrolled = [self._enrol(device, study) for study in config.studies] if is_new else []
-        if is_new and self.records is not None:
-            records = self.records(record.index)
-            device.add(records.x, records.y)
         living = Living(
             record=record,
             device=device,
@@ -101,10 +100,18 @@ class DeviceMaker:
             counter=counter,
             bell=bell,
             take_compute_s=stopwatch.take,
-            next_change_s=surroundings.next_change_s,
-            began_s=self.began_s,
+            surroundings=surroundings,
+            record_until=lambda to_s: self._record(device, record, to_s),
         )
         return living, enrolled
+
+    def _record(self, device: Device, record: DeviceRecord, to_s: float) -> None:
+        """Store what the wearer has recorded since it was done last."""
+        if self.records is not None and to_s > record.recorded_until_s:
+            records = self.records(record.index, record.recorded_until_s, to_s)
+            record.recorded_until_s = to_s
+            if len(records):
+                device.add(records.x, records.y)
 
     def _enrol(self, device: Device, study: StudyConfig) -> Registration:
         """Make a device's identity in a study, and grant it."""
@@ -118,9 +125,10 @@ class DeviceMaker:
             return LocalTraining
         return EmptyTrainer(self.bundle.manifest.train_flops, stopwatch.computed)
 
-    def _graph(self, stopwatch: Stopwatch) -> Graph:
-        """The graph, whose calls take this device's time."""
+    def _graph(self, stopwatch: Stopwatch, surroundings: Surroundings) -> Graph:
+        """The graph, whose calls take this device's time. Raises GraphError."""
         manifest = self.bundle.manifest
+        surroundings.check_memory(manifest.train_arena_bytes)
         if self.graph is None:
             return NoGraph(manifest.batch_size)
         return TimedGraph(self.graph, manifest.train_flops, stopwatch.computed)

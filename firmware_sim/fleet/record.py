@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import msgspec
 
+from firmware_sim.board.board_state import BoardState
 from firmware_sim.virtual_flash import PAGE_BYTES, VirtualFlash
 
 Image = dict[str, tuple[int, tuple[bytes, ...]]]
@@ -47,6 +49,9 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
         compute_s: how long it has computed.
         bytes_up, bytes_down: over its radio; of both, `bytes_metered` over a network that is paid by volume.
         updates: that were delivered.
+        struck_until_s: Unix seconds up to which what befell it has been accounted for.
+        recorded_until_s: up to when its wearer's recordings were stored, seconds of the run.
+        board, clock: where they stand; None and empty before its first life.
         energy: that it has used.
         hours: the last ones in which it was counted as awake, eligible, having begun, having delivered; -1 for none.
     """
@@ -66,6 +71,10 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
     bytes_down: int = 0
     bytes_metered: int = 0
     updates: int = 0
+    struck_until_s: float = 0.0
+    recorded_until_s: float = -math.inf
+    board: BoardState | None = None
+    clock: bytes = b""
     energy: Energy = msgspec.field(default_factory=Energy)
     hours: list[int] = msgspec.field(default_factory=lambda: [-1, -1, -1, -1])
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from device_client.ports import Float32
 from firmware_sim.fleet.build import build_hub
 from firmware_sim.fleet.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from firmware_sim.fleet.chronicle import Chronicle
@@ -30,7 +31,7 @@ from firmware_sim.fleet.windows import (
 from firmware_sim.fleet_events import EventTable
 from firmware_sim.fleet_metrics import FaultSpan
 from firmware_sim.memory_blobs import MemoryBlobs
-from firmware_sim.scenario.loading import LoadedScenario
+from firmware_sim.scenario.loading import TASK, LoadedScenario
 from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.virtual_device import VirtualClock
 
@@ -71,6 +72,7 @@ class FleetRun:
         should_stop: whether to stop; the run goes on where it was put down last.
         faults: that are planned.
         heard: told of every event, in the order of the table.
+        measure: accuracy and loss of a model, given its parameters; None where no model is trained.
     """
 
     loaded: LoadedScenario
@@ -80,6 +82,7 @@ class FleetRun:
     should_stop: Callable[[], bool] = lambda: False
     faults: tuple[FaultSpan, ...] = ()
     heard: Callable[[FleetEvent], None] = lambda event: None
+    measure: Callable[[Float32], tuple[float, float]] | None = None
     chronicle: Chronicle = field(init=False)
     records: list[DeviceRecord] = field(default_factory=list, init=False)
     totals: Totals = field(default_factory=Totals, init=False)
@@ -193,6 +196,7 @@ class FleetRun:
 
     def _take(self, hub: Hub, reports: list[WindowReport]) -> None:
         """What came of a window."""
+        self._measure(hub)
         for upload in merged_uploads(reports):
             heapq.heappush(self._in_flight, upload)
         hub.register(sorted(one for report in reports for one in report.registrations))
@@ -200,6 +204,14 @@ class FleetRun:
         self._events.append_window(news)
         for event in news:
             self.heard(event)
+
+    def _measure(self, hub: Hub) -> None:
+        """Measure the models that were made: the aggregator keeps the last few only."""
+        models, self.chronicle.models = self.chronicle.models, []
+        for number, version in models:
+            if self.measure is not None:
+                params = hub.store.models.params(hub.store.models.record(TASK, version))
+                self.chronicle.measured[number] = self.measure(params)
 
     def _work(self, hub: Hub) -> tuple[Download, ...]:
         """Let the hub work, if there is something to do; what goes down."""

@@ -13,15 +13,13 @@ from typing import Any
 import simpy
 
 from firmware_sim.fleet.diary import Diary
-from firmware_sim.fleet.edge import Edge
+from firmware_sim.fleet.edge import ShardEdge
 from firmware_sim.fleet.living import Living
 from firmware_sim.fleet.maker import DeviceMaker
 from firmware_sim.fleet.record import DeviceRecord
-from firmware_sim.fleet.surroundings import Surroundings, World
+from firmware_sim.fleet.surroundings import Ending, Surroundings, World
 from firmware_sim.fleet.windows import Download, FleetEvent, Registration, Totals, Window, WindowReport
 
-HEARD_WITHIN_S = 5.0
-"""How long a job that has nothing to do waits for the study's manifest before it ends."""
 RESTART_AFTER_S = 60.0
 """How long after a crash the system starts the daemon again."""
 MOST_CRASHES = 5
@@ -51,7 +49,8 @@ class Shard:
         self._traced = traced
         self._records = {record.name: record for record in records}
         self._maker, self._world = maker, world
-        self._environment, self._edge = simpy.Environment(starts_s), Edge()
+        self._environment = simpy.Environment(starts_s)
+        self._edge = ShardEdge(began_s=maker.began_s, now_s=lambda: maker.began_s + float(self._environment.now))
         self._living: dict[str, Living] = {}
         self._registrations: list[Registration] = []
         self._events: list[FleetEvent] = []
@@ -75,10 +74,10 @@ class Shard:
         registrations, self._registrations = tuple(self._registrations), []
         events, self._events = tuple(self._events), []
         return WindowReport(
-            self._edge.take_uploads(),
+            self._edge.take_uploads(window.ends_s),
             registrations,
             events,
-            self._environment.peek(),
+            min(self._environment.peek(), self._edge.next_arrival_s()),
             self.totals.starts,
             len(self._living),
         )
@@ -98,6 +97,7 @@ class Shard:
         """
         for living in list(self._living.values()):
             living.sleep()
+            living.surroundings.leave()
             living.record.next_s = now_s
         return list(self._records.values())
 
@@ -113,21 +113,25 @@ class Shard:
         self._environment.process(self._life(record))
 
     def _life(self, record: DeviceRecord) -> Generator[simpy.Event, Any, None]:
-        """One life of a daemon: from its start until its system ends it, or it crashes."""
+        """One life of a daemon: from its start until something ends it."""
         surroundings = self._world.surroundings(record, self._environment)
-        diary = Diary(
+        diary = self._diary(record)
+        try:
+            living = self._started(record, surroundings, diary)
+            ending = yield from living.life(self._environment)
+            self._ended(living, surroundings, ending, diary)
+        except Exception as error:
+            self._crashed(record, surroundings, diary, error)
+
+    def _diary(self, record: DeviceRecord) -> Diary:
+        """The journal of one life."""
+        return Diary(
             record,
             lambda: float(self._environment.now),
             self.totals,
             lambda event: self._events.append(event),  # noqa: PLW0108 - every window has a list of its own
             tells_all=record.name == self._traced,
         )
-        try:
-            living = self._started(record, surroundings, diary)
-            yield from self._turns(living, surroundings)
-            self._put_to_sleep(living, surroundings)
-        except Exception as error:
-            self._crashed(record, surroundings, diary, error)
 
     def _started(self, record: DeviceRecord, surroundings: Surroundings, diary: Diary) -> Living:
         """A daemon starts."""
@@ -139,27 +143,17 @@ class Shard:
         self._living[record.name] = living
         return living
 
-    def _turns(self, living: Living, surroundings: Surroundings) -> Generator[simpy.Event, Any, None]:
-        """Let a daemon take its turns, until there is nothing left to do for it, or its system ends it."""
-        heard_s = self._environment.now + HEARD_WITHIN_S
-        ends_s = self._environment.now + surroundings.longest_run_s
-        if ends_s < float("inf"):
-            living.looked_after_s = min(heard_s, ends_s)
-        for waiting in living.turns_of(self._environment):
-            yield waiting
-            now_s = self._environment.now
-            if now_s >= living.looked_after_s:
-                if now_s >= ends_s or living.is_done():
-                    return
-                living.looked_after_s = min(now_s + HEARD_WITHIN_S, ends_s)
-
-    def _put_to_sleep(self, living: Living, surroundings: Surroundings) -> None:
+    def _ended(self, living: Living, surroundings: Surroundings, ending: Ending, diary: Diary) -> None:
         """A daemon ends: only its record stays."""
         del self._living[living.record.name]
-        living.sleep()
+        if ending.is_clean:
+            living.sleep()
+        else:
+            diary.tell(ending.kind)
+            living.abandon()
         surroundings.leave()
         self.totals.turns += living.turns
-        self._start_at(living.record, surroundings.next_start_s())
+        self._start_at(living.record, surroundings.next_start_s(ending))
 
     def _crashed(self, record: DeviceRecord, surroundings: Surroundings, diary: Diary, error: Exception) -> None:
         """A daemon raised what it should not have: a finding, with what leads to it."""

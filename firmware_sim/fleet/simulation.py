@@ -5,23 +5,29 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
 
+from device_client.ports import Float32
+from device_client.training import evaluate
 from firmware_sim.errors import FleetError
 from firmware_sim.fleet.build import device_name
 from firmware_sim.fleet.engines import Engine, InProcess, Processes
 from firmware_sim.fleet.measuring import accuracy_on_curve, metrics_of
 from firmware_sim.fleet.run import FleetRun, Progress
 from firmware_sim.fleet.windows import FleetEvent
-from firmware_sim.fleet_metrics import FleetMetrics
+from firmware_sim.fleet_metrics import FaultSpan, FleetMetrics, FleetRound
 from firmware_sim.fleet_report import fleet_report_html
 from firmware_sim.scenario.loading import LoadedScenario, load_scenario
+from firmware_sim.sensors.assembly import make_sensor
+from fl_protocol.adapters.config_files import relative_to_config
 from fl_protocol.adapters.files import write_atomic
+from fl_protocol.adapters.tflite_graph import TfliteGraph
 
 SCENARIO, METRICS, REPORT, _TIMES = "scenario.toml", "fleet.json", "report.html", "wall.json"
 EngineName = Literal["local", "ray"]
@@ -99,7 +105,15 @@ def simulate(
     earlier_s = _earlier_s(folder)
     simulates = make_engine(engine, folder / SCENARIO, shards)
     try:
-        run = FleetRun(loaded, folder, simulates, told=told, should_stop=should_stop)
+        run = FleetRun(
+            loaded,
+            folder,
+            simulates,
+            told=told,
+            should_stop=should_stop,
+            faults=planned_faults(loaded),
+            measure=_measure_of(loaded),
+        )
         finished = run.run()
     finally:
         simulates.close()
@@ -130,12 +144,77 @@ def replayed(scenario: Path, *, seed: int, device: str) -> Iterator[FleetEvent]:
             yield from mine
 
 
+def _measure_of(loaded: LoadedScenario) -> Callable[[Float32], tuple[float, float]] | None:
+    """How a model does on people who are on no device; None where no model is trained, or nobody records."""
+    scenario = loaded.scenario
+    if scenario.fidelity != "real" or scenario.sensors.kind == "none" or not scenario.held_out_windows:
+        return None
+    records = make_sensor(scenario.sensors, loaded.bundle.manifest, scenario.seed).held_out(scenario.held_out_windows)
+    graph = TfliteGraph.of_bundle(loaded.bundle)
+    personal = loaded.bundle.params[loaded.bundle.manifest.num_shared_parameters :]
+
+    def measure(params: Float32) -> tuple[float, float]:
+        found = evaluate(graph, np.concatenate([params, personal]), records)
+        return found.correct / max(1, found.count), found.loss_sum / max(1, found.count)
+
+    return measure
+
+
 def _accuracies(run: FleetRun) -> list[tuple[float | None, float | None]]:
-    """Accuracy and loss after each round, as the scenario's fidelity has them."""
-    scenario = run.loaded.scenario
+    """Accuracy and loss after each round, as the scenario's fidelity has them. Raises FleetError."""
+    scenario, rounds = run.loaded.scenario, run.chronicle.rounds
     if scenario.fidelity == "surrogate":
-        return accuracy_on_curve(scenario.surrogate, run.chronicle.rounds)
-    return [(None, None)] * len(run.chronicle.rounds)
+        return accuracy_on_curve(scenario.surrogate, rounds)
+    if scenario.fidelity == "recorded" and scenario.recorded is not None:
+        return played_back(relative_to_config(run.loaded.path, scenario.recorded) / METRICS, rounds)
+    unknown = (None, None)
+    return [run.chronicle.measured.get(one.round, unknown) for one in rounds]
+
+
+def played_back(path: Path, rounds: Sequence[FleetRound]) -> list[tuple[float | None, float | None]]:
+    """Accuracy and loss after as many committed rounds as an earlier run had; its last ones for what goes beyond.
+
+    Args:
+        path: of the earlier run's ``fleet.json``.
+        rounds: of this run.
+
+    Raises:
+        FleetError: it cannot be read, or has no accuracy.
+    """
+    try:
+        earlier = msgspec.json.decode(path.read_bytes(), type=FleetMetrics)
+    except (OSError, msgspec.DecodeError) as error:
+        raise FleetError(f"recorded: expected the folder of a run that has {METRICS}, got {path} ({error})") from error
+    known = [(one.accuracy, one.loss) for one in earlier.rounds if one.accuracy is not None]
+    if not known:
+        raise FleetError(f"recorded: the run in {path.parent} has no accuracy; take one with fidelity real")
+    count, result = 0, list[tuple[float | None, float | None]]()
+    for one in rounds:
+        committed = one.outcome == "committed"
+        result.append(known[min(count, len(known) - 1)] if committed else (None, None))
+        count += committed
+    return result
+
+
+def planned_faults(loaded: LoadedScenario) -> tuple[FaultSpan, ...]:
+    """What is planned to befall fleet and services, for the report's timeline."""
+    scenario, spans = loaded.scenario, list[FaultSpan]()
+    for fault in loaded.faults:
+        kind = str(fault.__struct_config__.tag)
+        at_s = getattr(fault, "at_s", None)
+        lasts_s = float(getattr(fault, "for_s", 0.0) or 0.0)
+        starts_s = 0.0 if at_s is None else float(at_s)
+        ends_s = scenario.duration_s if at_s is None else starts_s + lasts_s
+        target = str(getattr(fault, "target", "broker" if kind == "broker_restart" else "fleet"))
+        detail = ", ".join(
+            f"{name} {getattr(fault, name):g}" for name in ("probability", "every_s") if getattr(fault, name, None)
+        )
+        spans.append(
+            FaultSpan(
+                kind=kind, starts_s=starts_s, ends_s=min(ends_s, scenario.duration_s), target=target, detail=detail
+            )
+        )
+    return tuple(spans)
 
 
 def _earlier_s(folder: Path) -> float:

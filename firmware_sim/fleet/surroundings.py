@@ -1,22 +1,37 @@
-"""What a device is in: its board, clock and line, and when its system starts its daemon."""
+"""What a device is in, for one life of its daemon: board, clock, connection, what befalls it, when it is started."""
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import simpy
 
 from device_client.eligibility import Conditions
-from device_client.ports import Board, Clock
-from firmware_sim.fleet.links import Line, SteadyLine
+from device_client.ports import Board, Clock, Transport
+from firmware_sim.fleet.edge import ShardEdge
+from firmware_sim.fleet.links import SteadyLine
 from firmware_sim.fleet.record import DeviceRecord
+from firmware_sim.virtual_flash import VirtualFlash
 
 _DAY_S = 86_400.0
 
 
+class Ending(NamedTuple):
+    """Why a daemon ends.
+
+    Args:
+        kind: ``job_over``, or what befell the device (``crash``, ``brown_out``, ``watchdog``, ...).
+        is_clean: whether its system lets it put things aside first.
+    """
+
+    kind: str
+    is_clean: bool
+
+
 class Surroundings(Protocol):
-    """Of one device, for one life of its daemon. Times are seconds of the shard's time."""
+    """Of one device, for one life of its daemon. Times are seconds of the shard's time unless said otherwise."""
 
     @property
     def board(self) -> Board:
@@ -26,22 +41,36 @@ class Surroundings(Protocol):
     def clock(self) -> Clock:
         """What it takes for the time."""
 
-    @property
-    def line(self) -> Line:
-        """How its messages travel."""
+    def prepare(self, flash: VirtualFlash) -> None:
+        """The device's flash as it is found: worn, damaged, full."""
 
-    @property
-    def longest_run_s(self) -> float:
-        """After which its system ends the daemon; infinity for a resident one."""
+    def connect(self, edge: ShardEdge, wake: Callable[[], None]) -> Transport:
+        """A connection, not opened yet."""
 
     def compute_s(self, flop: float) -> float:
         """How long so many floating-point operations take now; they drain and warm the device."""
 
-    def next_change_s(self) -> float:
-        """When the board reads otherwise, if the device does nothing."""
+    def check_memory(self, num_bytes: int) -> None:
+        """Raises GraphError: the device has not so much memory for a graph."""
 
-    def next_start_s(self) -> float:
-        """When its system starts the daemon again, if it ends now."""
+    def shard_s(self, device_s: float) -> float:
+        """When the device's clock shows these Unix seconds."""
+
+    def settle(self) -> None:
+        """A turn is over: account for what it took."""
+
+    def ending(self, *, is_done: Callable[[], bool]) -> Ending | None:
+        """Why the daemon ends now, if it does.
+
+        Args:
+            is_done: whether the daemon has nothing to do.
+        """
+
+    def next_change_s(self) -> float:
+        """When something changes that the daemon would see, or that would end it, if it does nothing."""
+
+    def next_start_s(self, ending: Ending) -> float:
+        """When its system starts the daemon again."""
 
     def leave(self) -> None:
         """Put what has to last into the record."""
@@ -58,15 +87,16 @@ class World(Protocol):
 
 
 class FleetClock:
-    """`device_client.ports.Clock`: the shard's time as Unix seconds; local time is UTC.
+    """`device_client.ports.Clock`: true time as Unix seconds; local time is that of one time zone.
 
     Args:
         environment: of the shard.
         began_s: Unix seconds at which its time begins.
+        utc_offset_s: local time less UTC.
     """
 
-    def __init__(self, environment: simpy.Environment, began_s: float) -> None:
-        self._environment, self._began_s = environment, began_s
+    def __init__(self, environment: simpy.Environment, began_s: float, *, utc_offset_s: float = 0.0) -> None:
+        self._environment, self._began_s, self._utc_offset_s = environment, began_s, utc_offset_s
 
     def now_s(self) -> float:
         """Unix seconds."""
@@ -74,7 +104,7 @@ class FleetClock:
 
     def local_time_s(self) -> float:
         """Seconds since midnight."""
-        return self.now_s() % _DAY_S
+        return (self.now_s() + self._utc_offset_s) % _DAY_S
 
 
 class MainsBoard:
@@ -86,25 +116,46 @@ class MainsBoard:
 
 
 class IdealSurroundings:
-    """Mains, a steady line, a resident daemon, and computing that takes no time."""
+    """Mains, a steady line, a resident daemon that nothing befalls, and computing that takes no time."""
 
-    longest_run_s = math.inf
+    def __init__(self, record: DeviceRecord, environment: simpy.Environment, began_s: float) -> None:
+        self._record, self._environment, self._began_s = record, environment, began_s
+        self.board, self.clock = MainsBoard(), FleetClock(environment, began_s)
 
-    def __init__(self, environment: simpy.Environment, began_s: float) -> None:
-        self.board, self.clock, self.line = MainsBoard(), FleetClock(environment, began_s), SteadyLine()
+    def prepare(self, flash: VirtualFlash) -> None:
+        """It is as new."""
+
+    def connect(self, edge: ShardEdge, wake: Callable[[], None]) -> SteadyLine:
+        """A steady line."""
+        return SteadyLine(self._environment, edge, began_s=self._began_s, record=self._record, wake=wake)
 
     def compute_s(self, flop: float) -> float:
         """No time."""
         del flop
         return 0.0
 
+    def check_memory(self, num_bytes: int) -> None:
+        """There is enough."""
+
+    def shard_s(self, device_s: float) -> float:
+        """Its clock is right."""
+        return device_s - self._began_s
+
+    def settle(self) -> None:
+        """Nothing costs anything."""
+
+    def ending(self, *, is_done: Callable[[], bool]) -> None:
+        """It does not end."""
+        del is_done
+
     def next_change_s(self) -> float:
         """Never."""
         return math.inf
 
-    def next_start_s(self) -> float:
-        """Never: it does not end."""
-        return math.inf
+    def next_start_s(self, ending: Ending) -> float:
+        """At once."""
+        del ending
+        return float(self._environment.now)
 
     def leave(self) -> None:
         """Nothing lasts."""
@@ -127,5 +178,4 @@ class IdealWorld:
 
     def surroundings(self, record: DeviceRecord, environment: simpy.Environment) -> IdealSurroundings:
         """The same for all."""
-        del record
-        return IdealSurroundings(environment, self._began_s)
+        return IdealSurroundings(record, environment, self._began_s)

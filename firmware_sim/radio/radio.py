@@ -86,7 +86,8 @@ class Radio:
 
     def link_at(self, time_s: float) -> LinkModel | None:
         """The link at a time, if there is one."""
-        return self._look(time_s)[0]
+        begins_s, ends_s, link = self._span
+        return link if begins_s <= time_s < ends_s else self._look(time_s)[0]
 
     def next_change_s(self, time_s: float) -> float:
         """When the link is another one than at `time_s`, strictly after it; infinity if never.

@@ -173,7 +173,7 @@ class RadioTransport:
         """Called by the edge: a message leaves the broker."""
         if self._state is _State.CONNECTED and sent_s < self._due_s:
             cost = wire.publish(len(topic.encode()), len(payload))
-            sent = self._transfer(cost, max(sent_s, self._quiet_since_s), up=False)
+            sent = self._transfer(cost, sent_s, up=False)
             if sent is not None:
                 self._happens(sent, Received(topic, payload))
 

@@ -12,9 +12,14 @@ import msgspec
 
 from aggregator.task_file import TaskConfig, read_task
 from firmware_sim.bundles import bundle_and_publisher
-from firmware_sim.errors import FleetError
+from firmware_sim.errors import FleetError, ProfileError, SettingsError
+from firmware_sim.faults.kinds import Fault
+from firmware_sim.faults.parsing import parse_faults
+from firmware_sim.profiles.catalogue import load_profile
+from firmware_sim.profiles.hardware_profile import HardwareProfile
 from firmware_sim.scenario.schema import Scenario
 from firmware_sim.scenario.toml_lines import line_of, path_of
+from firmware_sim.sensors.assembly import make_sensor
 from fl_protocol.adapters.config_files import pinned_key, read_file, relative_to_config
 from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.errors import ConfigError
@@ -39,6 +44,8 @@ class LoadedScenario:
         bundle_path, publisher_key: of the model.
         bundle: of the model, verified.
         task: the aggregator's.
+        faults: that befall the fleet.
+        profiles: hardware and its weights, by name; empty for ideal devices.
     """
 
     path: Path
@@ -48,6 +55,8 @@ class LoadedScenario:
     publisher_key: str
     bundle: ModelBundle
     task: TaskConfig
+    faults: tuple[Fault, ...]
+    profiles: dict[str, tuple[HardwareProfile, float]]
 
 
 def load_scenario(path: Path, *, changes: dict[str, Any] | None = None) -> LoadedScenario:
@@ -72,7 +81,32 @@ def load_scenario(path: Path, *, changes: dict[str, Any] | None = None) -> Loade
     bundle_path, publisher_key = _bundle_of(path, scenario)
     bundle = open_bundle(read_file(bundle_path, "model"), publisher=pinned_key(path, "publisher_key", publisher_key))
     task = _task_of(path, text, scenario, bundle_path, publisher_key)
-    return LoadedScenario(path, text, scenario, bundle_path, publisher_key, bundle, task)
+    try:
+        faults = parse_faults(scenario.faults)
+        profiles = {name: (load_profile(name), weight) for name, weight in scenario.population.profiles.items()}
+    except (SettingsError, ProfileError) as error:
+        raise ConfigError(f"scenario {path}: {error}") from error
+    loaded = LoadedScenario(path, text, scenario, bundle_path, publisher_key, bundle, task, faults, profiles)
+    _check_files(loaded)
+    return loaded
+
+
+def _check_files(loaded: LoadedScenario) -> None:
+    """Whether what the scenario names beside its model is there, and fits. Raises ConfigError."""
+    path, scenario = loaded.path, loaded.scenario
+    if scenario.population.traces is not None and not relative_to_config(path, scenario.population.traces).exists():
+        line = line_of(loaded.text, ("population", "traces"))
+        raise ConfigError(
+            f"scenario {path}: line {line}: population.traces: expected a CSV file, there is no {scenario.population.traces}"
+        )
+    if scenario.fidelity == "recorded" and scenario.recorded is None:
+        raise ConfigError(f"scenario {path}: recorded: this key is missing; the fidelity recorded plays a run back")
+    if scenario.sensors.kind != "none":
+        try:
+            make_sensor(scenario.sensors, loaded.bundle.manifest, scenario.seed)
+        except SettingsError as error:
+            line = line_of(loaded.text, ("sensors",))
+            raise ConfigError(f"scenario {path}: line {line}: sensors: {error}") from error
 
 
 def shipped_scenarios() -> list[Path]:

@@ -10,6 +10,8 @@ from msgspec import Meta
 
 from device_client.config import EligibilityConfig
 from firmware_sim.fleet_metrics import Fidelity
+from firmware_sim.sensors.config import SensorsConfig
+from firmware_sim.wearer.habits import Habits
 from fl_protocol.messages import Name
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
@@ -51,6 +53,22 @@ class Curve(Section, frozen=True, kw_only=True):
     updates: Positive = 400.0
 
 
+class Population(Section, frozen=True, kw_only=True):
+    """``[population]``: which hardware the devices are.
+
+    Args:
+        profiles: weights by the profiles' names (``covey-fleet profiles`` lists them). Empty: every device is ideal: on
+            the mains, on a network that never fails, and its computing takes no time.
+        job_period_hours: how often at most systems start the daemon, instead of what the profiles say.
+        traces: a CSV of real devices' states (docs/simulation-hardware.md), relative to the file; devices take its
+            traces in turn, and ``[wearers]`` says nothing then.
+    """
+
+    profiles: dict[str, Annotated[float, Meta(gt=0)]] = {}
+    job_period_hours: Positive | None = None
+    traces: str | None = None
+
+
 class Scenario(Section, frozen=True, kw_only=True):
     """A whole file.
 
@@ -70,6 +88,10 @@ class Scenario(Section, frozen=True, kw_only=True):
         publisher_key: of a bundle that is given by its path, 64 hex digits.
         task: the aggregator's task file, without name, bundle and key (docs/tasks.md).
         helpers: of secure aggregation; none with the engine open.
+        population: which hardware; `wearers`: who carries it; `sensors`: what they record; `faults`: what befalls them,
+            ``[[fault]]`` (docs/simulation-faults.md).
+        history_days: how long wearers have recorded when the run begins.
+        held_out_windows: with the fidelity ``real``: how many windows of other people each model is measured on.
         recorded: with the fidelity ``recorded``: folder of the run whose accuracy by round is played back.
     """
 
@@ -89,6 +111,12 @@ class Scenario(Section, frozen=True, kw_only=True):
     helpers: Annotated[int, Meta(ge=0, le=8)] = 0
     privacy: Privacy = Privacy()
     eligibility: EligibilityConfig = EligibilityConfig()
+    population: Population = Population()
+    wearers: Habits = Habits()
+    sensors: SensorsConfig = SensorsConfig(kind="none")
+    history_days: Annotated[float, Meta(ge=0, le=365)] = 7.0
+    held_out_windows: Annotated[int, Meta(ge=0, le=100_000)] = 400
+    faults: tuple[dict[str, Any], ...] = msgspec.field(default=(), name="fault")
     surrogate: Curve = Curve()
     recorded: str | None = None
 

@@ -1,11 +1,10 @@
-"""What `device_client.ports.Board` promises, run over Linux's files and the virtual boards alike: one evening of a
+"""What `device_client.ports.Board` promises, run over Linux's files and the virtual board alike: one evening of a
 wearer gives the same readings, and the same rules block. So do two days that the simulator's board made up itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,13 +16,11 @@ from device_client.config import BoardConfig
 from device_client.eligibility import BrokenReading, Conditions, Eligibility, EligibilityPolicy, TimeWindow
 from device_client.ports import Board
 from firmware_sim.board.board_state import BoardState
-from firmware_sim.board.virtual_board import VirtualBoard as SimulatedBoard
+from firmware_sim.board.virtual_board import VirtualBoard
 from firmware_sim.profiles.catalogue import load_profile
-from firmware_sim.virtual_board import VirtualBoard, WearerHabits, scripted_days
 from firmware_sim.wearer.habits import Habits
 from firmware_sim.wearer.traces import TracedWearer, parse_traces
 from firmware_sim.wearer.wearer import Wearer
-from fl_protocol.errors import LocalMisuseError
 
 START_S = 1.8e9
 STEP_S = 2 * NETWORK_CACHE_S
@@ -111,28 +108,6 @@ class LinuxScene(Scene):
 
 
 class VirtualScene(Scene):
-    """A script that is written as the evening goes by."""
-
-    def __init__(self, _: Path) -> None:
-        super().__init__()
-        self._conditions = GOOD
-
-    def board(self) -> Board:
-        return VirtualBoard(lambda _: self._conditions, self)
-
-    def becomes(self, conditions: Conditions) -> None:
-        self._conditions = conditions
-
-
-class ScriptedScene(VirtualScene):
-    """The same evening as a list of times and readings."""
-
-    def board(self) -> Board:
-        script = [(START_S + step * STEP_S, conditions) for step, (_, conditions, _) in enumerate(EVENING)]
-        return VirtualBoard(script, self)
-
-
-class SimulatedScene(Scene):
     """A watch whose wearer does what the evening says; gauge and thermometer are stuck at its figures, or fail."""
 
     WATCH = load_profile("smartwatch")
@@ -148,7 +123,7 @@ class SimulatedScene(Scene):
                     lines.append(f"watch,{START_S + step * STEP_S},{kind}_{'begins' if becomes else 'ends'}")
         wearer = TracedWearer(parse_traces(lines, where="the evening")["watch"])
         state = BoardState(START_S, 1_000.0, 30.0)
-        self._board = SimulatedBoard(self.WATCH, wearer, clock=self, state=state)
+        self._board = VirtualBoard(self.WATCH, wearer, clock=self, state=state)
 
     def board(self) -> Board:
         return self._board
@@ -162,8 +137,8 @@ class SimulatedScene(Scene):
         }
 
 
-SCENES = pytest.mark.parametrize("scene_of", [LinuxScene, VirtualScene, ScriptedScene, SimulatedScene])
-AnyScene = LinuxScene | VirtualScene | SimulatedScene
+SCENES = pytest.mark.parametrize("scene_of", [LinuxScene, VirtualScene])
+AnyScene = LinuxScene | VirtualScene
 
 
 def _without_causes(conditions: Conditions) -> Conditions:
@@ -202,7 +177,7 @@ def test_days_that_the_simulator_made_up_read_and_block_the_same_on_linux(tmp_pa
     linux.becomes(GOOD)
     watch, wearer = load_profile("smartwatch"), Wearer("contract", 3, Habits(docked=0.0))
     state = BoardState(START_S, 300.0, 30.0)
-    simulated = SimulatedBoard(watch, wearer, clock=linux, state=state)
+    simulated = VirtualBoard(watch, wearer, clock=linux, state=state)
     board, rules, same_rules = linux.board(), Eligibility(POLICY), Eligibility(POLICY)
     found = set()
     for _ in range(96):
@@ -228,65 +203,3 @@ def test_every_rule_but_the_timetable_blocks_in_the_course_of_the_evening() -> N
         "network",
         "temperature",
     }
-
-
-class TestTheVirtualBoard:
-    def test_holds_each_reading_until_the_next(self) -> None:
-        scene = Scene()
-        low, high = Conditions(battery_percent=20), Conditions(battery_percent=80)
-        board = VirtualBoard([(START_S + 10, low), (START_S + 20, high)], scene)
-        found = []
-        for scene.time_s in (START_S, START_S + 10, START_S + 19.9, START_S + 20, START_S + 1e9):
-            found.append(board.read())
-        assert found == [low, low, low, high, high]
-
-    @pytest.mark.parametrize("script", [[], [(2.0, GOOD), (1.0, GOOD)]])
-    def test_refuses_a_script_that_is_empty_or_out_of_order(self, script: list[tuple[float, Conditions]]) -> None:
-        with pytest.raises(LocalMisuseError, match="script"):
-            VirtualBoard(script, Scene())
-
-
-class TestAWeekOfAWearer:
-    WEEK = scripted_days("wrist-7", midnight_s=START_S)
-
-    def test_is_the_same_for_the_same_seed_and_another_for_another(self) -> None:
-        assert scripted_days("wrist-7", midnight_s=START_S) == self.WEEK
-        assert scripted_days("wrist-8", midnight_s=START_S) != self.WEEK
-
-    def test_covers_every_five_minutes_of_seven_days(self) -> None:
-        assert len(self.WEEK) == 7 * 288
-        assert {round(later[0] - earlier[0]) for earlier, later in pairwise(self.WEEK)} == {300}
-
-    def test_holds_only_readings_that_can_be_believed(self) -> None:
-        for _, conditions in self.WEEK:
-            assert conditions.battery_percent is not None
-            assert conditions.temperature_celsius is not None
-            assert 0 <= conditions.battery_percent <= 100
-            assert 30 < conditions.temperature_celsius < 42
-
-    def test_the_battery_rises_on_the_charger_only_and_falls_off_it_only(self) -> None:
-        for (_, earlier), (_, later) in pairwise(self.WEEK):
-            assert earlier.battery_percent is not None
-            assert later.battery_percent is not None
-            change = later.battery_percent - earlier.battery_percent
-            assert change >= 0 if later.charging else change <= 0
-
-    def test_the_charger_warms_it(self) -> None:
-        by_charger: dict[bool | None, list[float]] = {True: [], False: []}
-        for _, conditions in self.WEEK:
-            by_charger[conditions.charging].append(conditions.temperature_celsius or math.nan)
-        assert max(by_charger[True]) > 37.0
-        assert sum(by_charger[False]) / len(by_charger[False]) < 34.0
-
-    def test_lets_the_device_train_at_some_times_and_not_at_others(self) -> None:
-        eligibility = Eligibility(EligibilityPolicy(require_charging=True))
-        blocked = [
-            bool(eligibility.update(conditions, now_s=at_s, local_time_s=at_s - START_S))
-            for at_s, conditions in self.WEEK
-        ]
-        assert 0.05 < blocked.count(False) / len(blocked) < 0.6
-
-    def test_a_wearer_who_always_forgets_the_charger_ends_with_an_empty_battery(self) -> None:
-        habits = WearerHabits(forgets_charger=1.0)
-        _, last = scripted_days(1, midnight_s=START_S, habits=habits)[-1]
-        assert (last.battery_percent, last.charging) == (0, False)

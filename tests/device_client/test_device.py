@@ -28,9 +28,12 @@ from device_client.ledger import LOG_NAME, PrivacyLedger
 from device_client.outbox import PREFIX, Outbox
 from device_client.readiness import READ_EVERY_S
 from device_client.studies import LOOK_EVERY_S
-from firmware_sim.virtual_board import VirtualBoard
+from firmware_sim.board.board_state import BoardState
+from firmware_sim.board.virtual_board import VirtualBoard
+from firmware_sim.profiles.catalogue import load_profile
 from firmware_sim.virtual_device import SteadyBoard
 from firmware_sim.virtual_flash import VirtualFlash
+from firmware_sim.wearer.traces import TracedWearer, parse_traces
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.errors import ConfigError, CoveyError
 from tests.device_client.one_device import BUNDLE, START_S, OneDevice
@@ -254,15 +257,19 @@ def test_training_pauses_keeps_its_progress_and_goes_on() -> None:
     assert one.journal.named("trained")[-1]["steps"] == 5
 
 
+_THIRD_HOUR = ("device,time,event", f"phone,{START_S + 10_800},wifi_begins")
+
+
 def test_a_day_of_conditions_decides_when_it_trains() -> None:
     """Hot until the second hour, metered until the third; then it takes part."""
-    script = [
-        (START_S, Conditions(temperature_celsius=60.0, unmetered=False)),
-        (START_S + 7_200, Conditions(temperature_celsius=30.0, unmetered=False)),
-        (START_S + 10_800, Conditions(temperature_celsius=30.0, unmetered=True)),
-    ]
+    phone, wearer = load_profile("phone_fast"), TracedWearer(parse_traces(_THIRD_HOUR, where="the test")["phone"])
+    cools = msgspec.structs.replace(phone, thermal=msgspec.structs.replace(phone.thermal, time_constant_s=8_000.0))
+    state = BoardState(START_S, charge_mwh=12_000.0, celsius=60.0)
     one = OneDevice(eligibility=EligibilityConfig(require_idle=False))
-    one.board = VirtualBoard(script, one.clock)
+    one.board = VirtualBoard(cools, wearer, clock=one.clock, state=state)
+    # 60 to 42 °C on the way to 29 °C takes 8,000 s · ln(31 / 13) = 1.93 hours.
+    cool_s = one.board.next_change_s(celsius=(42.0,))
+    assert START_S + 6_900 < cool_s < START_S + 7_200
     one.start()
     one.scripts["watch"].open_round()
     one.until("trained", most=3000)

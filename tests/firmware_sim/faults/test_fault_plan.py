@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -150,6 +152,21 @@ def test_every_kind_can_be_said_in_toml() -> None:
 def test_what_is_wrong_is_told_with_its_key_its_value_and_what_is_allowed(table: dict[str, Any], told: str) -> None:
     with pytest.raises(SettingsError, match=told):
         parse_faults([{"kind": "crash", "at_s": 5}, table])
+
+
+def test_the_page_about_faults_is_right() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "simulation-faults.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert len(parse_faults(tomllib.loads(example)["fault"])) == 3
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\|([^|]*)\|$", page, re.MULTILINE))
+    common = {"at_s", "every_s", "probability", "target"}
+    for name, kind in KINDS.items():
+        keys = {field.name for field in msgspec.structs.fields(kind)}
+        own = keys - (common if issubclass(kind, Timed) else {"at_s", "for_s"})
+        assert set(re.findall(r"`(\w+)`", rows[name])) == own, name
+    with pytest.raises(SettingsError) as error:
+        parse_faults([{"kind": "crash", "at_s": 5}, {"kind": "crash", "at_s": 5, "shere": 0.3}])
+    assert str(error.value) in page
 
 
 # When.

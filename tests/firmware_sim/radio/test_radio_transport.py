@@ -201,6 +201,28 @@ def test_a_broker_s_restart_reaches_every_device() -> None:
     assert _kinds(air.run(device, 20.0)) == [Disconnected, Connected]
 
 
+def _cut_off_in_the_middle_of_a_download(kind: Any) -> list[type[TransportEvent]]:
+    air = Air(kind)
+    device = air.device(WIFI)
+    air.run(device, 20.0)
+    device.subscribe("down/1")
+    air.run(device, 25.0)
+    air.watcher.publish("down/1", bytes(20_000))
+    air.run(device, 28.0)
+    air.broker.restart(keep_retained=True)
+    return _kinds(air.run(device, 60.0))
+
+
+def test_a_download_that_a_restart_cuts_off_never_arrives() -> None:
+    assert _cut_off_in_the_middle_of_a_download(RadioTransport) == [Disconnected, Connected]
+
+
+def test_a_transport_that_delivers_what_had_not_arrived_is_caught() -> None:
+    change = ("for one in self._events if one[0] <= at_s]", "for one in self._events]")
+    copy = broken_copy("firmware_sim.radio.transport", change)
+    assert Received in _cut_off_in_the_middle_of_a_download(copy.RadioTransport)
+
+
 def test_a_silent_connection_pings_twice_a_minute() -> None:
     air = Air()
     device = air.device(WIFI, [(0.0, "home"), (3_610.0, "nowhere")])
@@ -233,6 +255,26 @@ def test_two_runs_are_alike_to_the_last_bit() -> None:
         return [*told, (device.use.joules, Disconnected(repr(air.seen())))]
 
     assert run() == run()
+
+
+def test_looking_more_often_changes_nothing() -> None:
+    def run(*, looks_every_s: float) -> tuple[list[TransportEvent], list[tuple[str, bytes]], float]:
+        air = Air()
+        link = replace(WIFI, loss=0.2, jitter_s=0.5)
+        device = air.device(link, [(0.0, "home"), (500.0, "nowhere"), (600.0, "town")], outages=[Interval(100, 150)])
+        told = []
+        for number in range(60):
+            for look in range(1, round(20 / looks_every_s) + 1):
+                told += [event for _, event in air.run(device, 20.0 * number + look * looks_every_s)]
+                assert device.backlog() <= number
+                assert device.use.joules >= 0
+            device.publish(f"up/{number}", bytes(500))
+        return told, air.seen(), device.use.joules
+
+    seldom, often = run(looks_every_s=20), run(looks_every_s=0.5)
+    assert len(seldom[1]) > 40
+    assert seldom[:2] == often[:2]
+    assert seldom[2] == pytest.approx(often[2])
 
 
 def test_a_radio_without_any_link_waits_for_ever() -> None:

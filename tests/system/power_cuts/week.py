@@ -6,9 +6,8 @@ import functools
 import hashlib
 import heapq
 import itertools
-import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
@@ -24,13 +23,15 @@ from device_client.config import (
 from device_client.device import Device
 from device_client.device_ports import Connection, DevicePorts
 from device_client.device_store import create_identity
-from device_client.eligibility import Conditions
 from device_client.errors import StoreError
 from device_client.ports import Float32, Graph
-from firmware_sim.virtual_board import VirtualBoard, scripted_days
+from firmware_sim.board.virtual_board import VirtualBoard, first_state
+from firmware_sim.profiles.catalogue import load_profile
 from firmware_sim.virtual_broker import VirtualBroker
 from firmware_sim.virtual_device import VirtualClock, VirtualHardware, virtual_device
 from firmware_sim.virtual_flash import PowerCut, PowerCutError
+from firmware_sim.wearer.habits import Habits
+from firmware_sim.wearer.wearer import Wearer
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.errors import CoveyError
 from fl_protocol.messages import UpdateHeaderMsg
@@ -60,10 +61,8 @@ _STORE_KEY = hashlib.sha256(b"a wearer's store").digest()
 Moment = Literal["before", "during", "after"]
 
 
-@functools.cache
-def _wearers_days(seed: int, days: int) -> Sequence[tuple[float, Conditions]]:
-    """Hundreds of weeks that differ in their cuts have the same habits."""
-    return tuple(scripted_days(seed, midnight_s=MIDNIGHT_S, days=days))
+_WATCH = load_profile("smartwatch")
+_HABITS = Habits(forgets_charger=0.2, docked=0.0)
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,9 @@ class Week:
         self.true, self.clock = VirtualClock(MIDNIGHT_S), DeviceClock(MIDNIGHT_S)
         self._cut_by_s = np.inf
         self._ends_s = MIDNIGHT_S + variant.days * _DAY_S
-        self._board = VirtualBoard(_wearers_days(seed, math.ceil(variant.days) + 2), self.true)
+        wearer = Wearer(seed, 0, _HABITS)
+        state = first_state(_WATCH, wearer, time_s=MIDNIGHT_S, seed=seed, index=0)
+        self._board = VirtualBoard(_WATCH, wearer, clock=self.true, state=state)
         self._bell, self._lives, self._numbers = WakefulBell(), itertools.count(1), itertools.count(1)
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._errands: list[Callable[[Device], None]] = []  # what the wearer wants done, until it is

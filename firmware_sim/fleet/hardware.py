@@ -1,0 +1,408 @@
+"""Surroundings of virtual hardware: a profile's board with its wearer, radio, clock and flash, and what befalls it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import simpy
+
+from device_client.config import EligibilityConfig
+from device_client.eligibility import BATTERY_MARGIN_PERCENT, TEMPERATURE_MARGIN_CELSIUS
+from firmware_sim.board.board_state import BoardState
+from firmware_sim.board.flash_wear import FlashWear
+from firmware_sim.board.virtual_board import VirtualBoard, first_state, sensor_offset_celsius
+from firmware_sim.clock.real_time_clock import ClockModel, RealTimeClock
+from firmware_sim.faults.flash_damage import damage
+from firmware_sim.faults.kinds import CorruptedFlash, Crash, Hang, Packets, RebootLoop, SlowLoris
+from firmware_sim.faults.packets import FaultyTransport
+from firmware_sim.faults.plan import FaultPlan, Strike
+from firmware_sim.faults.trickling_edge import TricklingEdge
+from firmware_sim.fleet.edge import ShardEdge
+from firmware_sim.fleet.links import FleetRadio
+from firmware_sim.fleet.record import DeviceRecord, Energy
+from firmware_sim.fleet.surroundings import Ending, FleetClock
+from firmware_sim.labelled_chance import key_of, uniform
+from firmware_sim.profiles.hardware_profile import HardwareProfile, Job, RadioLink
+from firmware_sim.radio.links import LinkModel
+from firmware_sim.radio.radio import Radio
+from firmware_sim.virtual_flash import VirtualFlash
+from firmware_sim.wearer.situation import Situation, Wearing
+from fl_protocol.errors import GraphError
+from fl_protocol.transport import Transport
+
+HEARD_WITHIN_S = 5.0
+"""How long a job that has nothing to do waits for the study's manifest before it ends."""
+WATCHDOG_S = 60.0
+"""From a hang until the watchdog bites."""
+BOOT_S = 20.0
+"""From a reset until the daemon runs again."""
+_STARTS_WITHIN_S = 300.0
+"""How long at most a system takes to start a job whose conditions hold: it bundles them."""
+_SHORTEST_S = 1e-3
+
+
+@dataclass(frozen=True)
+class HardwareTerms:
+    """What all devices of a fleet have in common.
+
+    Args:
+        seed: of the fleet.
+        began_s: Unix seconds of the beginning; `ends_s` of the end.
+        eligibility: the wearers' rules, whose thresholds matter.
+        tenant: name on the wire.
+        faults: of the run.
+        job_period_s: instead of the profiles'.
+    """
+
+    seed: str
+    began_s: float
+    ends_s: float
+    eligibility: EligibilityConfig
+    tenant: str
+    faults: FaultPlan
+    job_period_s: float | None = None
+
+
+@dataclass
+class HardwareSurroundings:
+    """`firmware_sim.fleet.surroundings.Surroundings` of one device; see the module docstring.
+
+    Args:
+        record: the device's.
+        environment: of its shard.
+        profile: of its hardware.
+        wearer: who carries it.
+        terms: of the fleet.
+    """
+
+    record: DeviceRecord
+    environment: simpy.Environment
+    profile: HardwareProfile
+    wearer: Wearing
+    terms: HardwareTerms
+    clock: RealTimeClock = field(init=False)
+    board: VirtualBoard = field(init=False)
+
+    def __post_init__(self) -> None:
+        record, terms, profile = self.record, self.terms, self.profile
+        self._true = FleetClock(self.environment, terms.began_s, utc_offset_s=self.wearer.utc_offset_s)
+        self._started_s = self._settled_s = float(self.environment.now)
+        self._schedule = terms.faults.faults_of(record.name, record.profile)
+        offset = sensor_offset_celsius(profile, seed=terms.seed, index=record.index)
+        self.board = VirtualBoard(
+            profile, self.wearer, clock=self._true, state=self._board_state(), sensor_offset_celsius=offset
+        )
+        self.clock = self._make_clock()
+        self._connections: list[tuple[FleetRadio, list[float]]] = []
+        rules = terms.eligibility
+        floor, ceiling = rules.minimum_battery_percent, rules.maximum_temperature_celsius
+        self._percents = (floor, floor + BATTERY_MARGIN_PERCENT)
+        self._celsius = (ceiling, ceiling - TEMPERATURE_MARGIN_CELSIUS) if ceiling < math.inf else ()
+        self._looked_s = self._started_s + HEARD_WITHIN_S
+        self._start_up()
+
+    def prepare(self, flash: VirtualFlash) -> None:
+        """Worn, damaged by what struck while it slept, full or read-only while that lasts."""
+        flash.capacity_bytes = self.profile.flash.capacity_bytes
+        flash.page_writes = self.record.page_writes
+        FlashWear(self.profile.flash).take(flash)
+        now_s, slept_s = self._true.now_s(), self.record.struck_until_s
+        for strike in self._schedule.strikes(slept_s, now_s):
+            if isinstance(strike.fault, CorruptedFlash) and strike.fault.damage in {"bit_flips", "torn"}:
+                damage(flash, strike.fault, key=strike.key)
+        for fault, strike in self._schedule.active_strikes(CorruptedFlash, now_s):
+            if fault.damage in {"full", "read_only"}:
+                damage(flash, fault, key=strike.key)
+        flash.page_writes = 0
+        self.record.struck_until_s = now_s
+
+    def connect(self, edge: ShardEdge, wake: Callable[[], None]) -> Transport:
+        """Its radio, behind what befalls its network."""
+        record, terms, schedule = self.record, self.terms, self._schedule
+        links = {"home": _link_model(self.profile.home), "away": _link_model(self.profile.away)}
+        on_mains = self.profile.battery is None
+        radio = Radio(
+            links,
+            place=(lambda _time_s: "home") if on_mains else (lambda time_s: self.wearer.situation(time_s).place),
+            next_place_change_s=(lambda _time_s: math.inf) if on_mains else self.wearer.next_move_s,
+            outages=schedule.outages(),
+            seed=f"{terms.seed} {record.lives}",
+            device=record.name,
+        )
+        trickling = TricklingEdge(edge, gap_s=schedule.upload_gap_s, upload_prefix=f"fl/v1/{terms.tenant}/up/")
+        transport = FleetRadio(
+            radio,
+            trickling if schedule.has(SlowLoris) else edge,
+            now_s=self._true.now_s,
+            record=record,
+            due=lambda at_s: self._wake_at(at_s, wake),
+        )
+        self._connections.append((transport, [0.0, 0, 0, 0]))
+        if not schedule.has(Packets):
+            return transport
+        return FaultyTransport(
+            transport,
+            down=lambda: schedule.packet_rates(self._true.now_s(), up=False),
+            up=lambda: schedule.packet_rates(self._true.now_s(), up=True),
+            key=key_of(terms.seed, "packets", record.name, str(record.lives)),
+        )
+
+    def compute_s(self, flop: float) -> float:
+        """By the profile's speed at the present temperature; it drains and warms the board."""
+        self.board.advance(self._true.now_s())
+        seconds = self.board.compute_s(flop)
+        if self.board.is_on:
+            self.board.spend(flop * self.profile.processor.joule_per_flop, seconds, "compute")
+        return seconds
+
+    def check_memory(self, num_bytes: int) -> None:
+        """Raises GraphError: there is not so much."""
+        if num_bytes > self.profile.memory_bytes:
+            raise GraphError(
+                f"training this model takes {num_bytes:,} bytes of memory, and this {self.profile.name} has "
+                f"{self.profile.memory_bytes:,} for it; take a smaller model or batch"
+            )
+
+    def shard_s(self, device_s: float) -> float:
+        """By how much its clock is wrong now."""
+        true_s = self._true.now_s()
+        return device_s - self.clock.error_at(true_s) - self.terms.began_s
+
+    def settle(self) -> None:
+        """Radio and being awake drain the board; the clock is set when there is a network."""
+        now_s = self._true.now_s()
+        self.board.advance(now_s)
+        awake_s, self._settled_s = float(self.environment.now) - self._settled_s, float(self.environment.now)
+        joules = self.profile.processor.awake_mw / 1000 * awake_s
+        if self.board.is_on:
+            self.board.spend(joules, awake_s, "base")
+        for transport, told in self._connections:
+            self._account_radio(transport, told)
+            if transport.is_connected:
+                self.clock.connected()
+
+    def ending(self, *, is_done: Callable[[], bool]) -> Ending | None:
+        """A brown-out, a strike, or the end of the job."""
+        now_s = float(self.environment.now)
+        if not self.board.is_on:
+            return Ending("brown_out", is_clean=False)
+        true_s = self._true.now_s()
+        struck = [one for one in self._schedule.strikes(self.record.struck_until_s, true_s + _SHORTEST_S) if _ends(one)]
+        if struck:
+            self.record.struck_until_s = true_s + _SHORTEST_S
+            return Ending(str(struck[0].fault.__struct_config__.tag), is_clean=False)
+        loops = self._schedule.active_strikes(RebootLoop, true_s)
+        if any(now_s >= self._started_s + fault.reboots_every_s for fault, _ in loops):
+            return Ending("reboot_loop", is_clean=False)
+        job = self.profile.residency
+        if isinstance(job, Job):
+            if now_s >= self._started_s + job.longest_run_s or not self._may_run(job, true_s):
+                return Ending("job_stopped", is_clean=True)
+            if now_s >= self._looked_s:
+                self._looked_s = now_s + HEARD_WITHIN_S
+                if is_done():
+                    return Ending("job_over", is_clean=True)
+        return None
+
+    def next_change_s(self) -> float:
+        """The board's, the radio's, the next strike, or the end of the job."""
+        began_s, true_s, now_s = self.terms.began_s, self._true.now_s(), float(self.environment.now)
+        changes_s = [self.board.next_change_s(battery_percents=self._percents, celsius=self._celsius) - began_s]
+        changes_s += [transport.next_event_s() - began_s for transport, _ in self._connections]
+        changes_s.append(self._schedule.next_s(true_s) - began_s)
+        changes_s += [
+            self._started_s + fault.reboots_every_s for fault, _ in self._schedule.active_strikes(RebootLoop, true_s)
+        ]
+        job = self.profile.residency
+        if isinstance(job, Job):
+            changes_s += [self._looked_s, self._started_s + job.longest_run_s]
+        return max(now_s + _SHORTEST_S, min(changes_s))
+
+    def next_start_s(self, ending: Ending) -> float:
+        """When the system starts it: a job in its time, what was reset after its boot."""
+        now_s, true_s = float(self.environment.now), self._true.now_s()
+        if ending.kind == "brown_out":
+            return self._charged_s() + BOOT_S
+        if ending.kind == "hang":
+            hangs = self._schedule.active(Hang, true_s)
+            return now_s + min([WATCHDOG_S, *(fault.for_s for fault in hangs)]) + BOOT_S
+        job = self.profile.residency
+        if isinstance(job, Job):
+            period_s = self.terms.job_period_s or job.period_s
+            earliest_s = self._started_s + period_s if ending.is_clean else now_s + BOOT_S
+            return self._job_start_s(job, max(now_s, earliest_s))
+        return now_s + BOOT_S
+
+    def first_start_s(self, at_s: float) -> float:
+        """When the daemon of a device that is switched on at `at_s` starts."""
+        job = self.profile.residency
+        return self._job_start_s(job, at_s) if isinstance(job, Job) else at_s
+
+    def leave(self) -> None:
+        """Board, clock and energy last."""
+        record = self.record
+        self.settle()
+        state = self.board.state()
+        record.board, record.clock = state, self.clock.state()
+        percent = None
+        if self.profile.battery is not None:
+            used = state.compute_mwh + state.radio_mwh + state.base_mwh
+            percent = 100 * used / self.profile.battery.capacity_mwh
+        record.energy = Energy(
+            compute_mwh=state.compute_mwh,
+            radio_mwh=state.radio_mwh,
+            base_mwh=state.base_mwh,
+            battery_percent=percent,
+        )
+
+    def _start_up(self) -> None:
+        """What starting the daemon takes."""
+        processor = self.profile.processor
+        self.board.advance(self._true.now_s())
+        if self.board.is_on:
+            joules = processor.start_cpu_s * processor.flop_per_s * processor.joule_per_flop
+            self.board.spend(joules, processor.start_cpu_s, "base")
+
+    def _board_state(self) -> BoardState:
+        """Where the board stands: as the last life left it, or at the run's beginning."""
+        if self.record.board is not None:
+            return self.record.board
+        terms = self.terms
+        return first_state(self.profile, self.wearer, time_s=terms.began_s, seed=terms.seed, index=self.record.index)
+
+    def _make_clock(self) -> RealTimeClock:
+        """Its clock, as the last life left it."""
+        terms, profile, name = self.terms, self.profile, self.record.name
+        drift = _deviation(key_of(terms.seed, "drift", name)) * profile.clock.drift_sd_ppm
+        model = ClockModel(
+            drift_ppm=drift,
+            utc_offset_s=self.wearer.utc_offset_s,
+            jumps_per_day=profile.clock.jumps_per_day,
+            jump_s=3600.0,
+        )
+        clock = RealTimeClock(
+            model,
+            true_s=self._true.now_s,
+            began_s=terms.began_s,
+            jumps=self._schedule.clock_jumps(),
+            seed=terms.seed,
+            device=name,
+        )
+        if self.record.clock:
+            clock.restore(self.record.clock)
+        return clock
+
+    def _account_radio(self, transport: FleetRadio, told: list[float]) -> None:
+        """What the radio took since it was asked last."""
+        use, record = transport.use, self.record
+        if self.board.is_on and use.joules > told[0]:
+            self.board.spend(use.joules - told[0], 0.0, "radio")
+        record.bytes_up += use.up_bytes - int(told[1])
+        record.bytes_down += use.down_bytes - int(told[2])
+        record.bytes_metered += use.metered_bytes - int(told[3])
+        told[:] = [use.joules, use.up_bytes, use.down_bytes, use.metered_bytes]
+
+    def _wake_at(self, at_s: float, wake: Callable[[], None]) -> None:
+        """Ring when something is there."""
+        if at_s == math.inf:
+            return
+
+        def ring(_event: simpy.Event) -> None:
+            wake()
+
+        delay_s = max(0.0, at_s - self._true.now_s())
+        self.environment.timeout(delay_s).callbacks.append(ring)
+
+    def _may_run(self, job: Job, true_s: float) -> bool:
+        """Whether a job's conditions hold."""
+        return _holds(job, self.wearer.situation(true_s), self.profile)
+
+    def _job_start_s(self, job: Job, earliest_s: float) -> float:
+        """When the system starts a job: soon after its conditions hold; never, if they do not in this run."""
+        true_s = self.terms.began_s + earliest_s
+        while true_s < self.terms.ends_s:
+            change_s = self.wearer.next_change_s(true_s)
+            if _holds(job, self.wearer.situation(true_s), self.profile):
+                chance = uniform(key_of(self.terms.seed, "job", self.record.name), math.floor(true_s))
+                start_s = true_s + _STARTS_WITHIN_S * chance
+                if start_s < change_s:
+                    return start_s - self.terms.began_s
+            true_s = change_s
+        return math.inf
+
+    def _charged_s(self) -> float:
+        """When an empty device is on again, seconds of the shard's time."""
+        true_s = self._true.now_s()
+        while not self.board.is_on and true_s < self.terms.ends_s:
+            true_s = self.board.next_change_s()
+            if true_s < math.inf:
+                self.board.advance(true_s)
+        return min(true_s, self.terms.ends_s) - self.terms.began_s
+
+
+class HardwareWorld:
+    """`firmware_sim.fleet.surroundings.World` of virtual hardware.
+
+    Args:
+        terms: of the fleet.
+        profile_of: a device's hardware, given its record.
+        wearer_of: who carries it.
+    """
+
+    def __init__(
+        self,
+        terms: HardwareTerms,
+        *,
+        profile_of: Callable[[DeviceRecord], HardwareProfile],
+        wearer_of: Callable[[DeviceRecord], Wearing],
+    ) -> None:
+        self._terms, self._profile_of, self._wearer_of = terms, profile_of, wearer_of
+        self._switched_on = simpy.Environment()
+
+    def first_start_s(self, record: DeviceRecord) -> float:
+        """When it appears, and its system then starts the daemon."""
+        appears_s = self._terms.faults.appears_s(record.name)
+        at_s = 0.0 if appears_s is None else appears_s - self._terms.began_s
+        return self.surroundings(record, self._switched_on).first_start_s(at_s)
+
+    def surroundings(self, record: DeviceRecord, environment: simpy.Environment) -> HardwareSurroundings:
+        """Of a device whose daemon starts now."""
+        return HardwareSurroundings(record, environment, self._profile_of(record), self._wearer_of(record), self._terms)
+
+
+def _holds(job: Job, situation: Situation, profile: HardwareProfile) -> bool:
+    """Whether what a job waits for is there."""
+    return (
+        (situation.on_charger or not job.charging)
+        and (situation.idle or not job.idle)
+        and (not job.unmetered or not profile.link(situation.place).metered)
+    )
+
+
+def _ends(strike: Strike) -> bool:
+    """Whether a strike ends the daemon: a flash that fails under it does not."""
+    return isinstance(strike.fault, Crash | Hang)
+
+
+def _link_model(link: RadioLink) -> LinkModel:
+    """A profile's link, as the radio simulates it."""
+    return LinkModel(
+        kind=link.kind,
+        metered=link.metered,
+        up_bytes_per_s=link.up_bytes_per_s,
+        down_bytes_per_s=link.down_bytes_per_s,
+        latency_s=link.latency_s,
+        jitter_s=link.jitter_s,
+        loss=link.loss,
+        joules_per_byte_up=link.up_joule_per_byte,
+        joules_per_byte_down=link.down_joule_per_byte,
+        tail_joules=link.wake_joule,
+        tail_s=1.0 if link.wake_joule else 0.0,
+    )
+
+
+def _deviation(key: int) -> float:
+    """A standard normal number of a key (Box and Muller 1958); for hardware, never for noise."""
+    return math.sqrt(-2 * math.log(1 - uniform(key, 0))) * math.cos(2 * math.pi * uniform(key, 1))
