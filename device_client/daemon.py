@@ -73,9 +73,10 @@ class DeviceDaemon:
         Records grow old unnoticed meanwhile; the next turn looks through them.
         """
         runners = self.studies.running
+        wakes_s = [self.studies.next_change_s(), *(runner.next_wake_s() for runner in runners)]
         if self.readiness.changes_by_itself and any(_cares(runner) for runner in runners):
-            return self.clock.now_s()
-        return min([self.studies.next_change_s(), *(runner.next_wake_s() for runner in runners)])
+            wakes_s.append(self.clock.now_s() + READ_EVERY_S)
+        return min(wakes_s)
 
     def _look(self) -> ConditionsRead:
         """Whether the device may train; a change is told to the journal."""

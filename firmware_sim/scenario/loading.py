@@ -97,7 +97,8 @@ def _check_files(loaded: LoadedScenario) -> None:
     if scenario.population.traces is not None and not relative_to_config(path, scenario.population.traces).exists():
         line = line_of(loaded.text, ("population", "traces"))
         raise ConfigError(
-            f"scenario {path}: line {line}: population.traces: expected a CSV file, there is no {scenario.population.traces}"
+            f"scenario {path}: line {line}: population.traces: expected a CSV file, got {scenario.population.traces}, "
+            "which is not there"
         )
     if scenario.fidelity == "recorded" and scenario.recorded is None:
         raise ConfigError(f"scenario {path}: recorded: this key is missing; the fidelity recorded plays a run back")
