@@ -39,7 +39,7 @@ from firmware_sim.scenario.loading import TASK, LoadedScenario
 from fl_protocol.adapters.files import write_atomic
 
 MOST_DEVICES = 64
-"""Processes of one machine; each takes about 80 MB."""
+"""Processes of one machine; each device's takes about 100 MB."""
 _HOUR_S = 3600.0
 # As the ideal device of a virtual run reads: this machine's own load and network say nothing about a wearer's.
 _BOARD = BoardConfig(battery="none", thermal_zone="none", network="unmetered", idle="idle")

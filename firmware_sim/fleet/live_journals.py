@@ -27,7 +27,7 @@ class LiveJournals:
     """
 
     def __init__(self, began_s: float, *, goal: int, devices: Sequence[str]) -> None:
-        self.chronicle, self.totals = Chronicle(began_s=began_s, goal=goal), Totals()
+        self.chronicle, self.totals = Chronicle(began_s=0.0, goal=goal), Totals()
         self.records = {name: DeviceRecord(index=index_of(name), name=name, profile=PROFILE) for name in devices}
         self.starts = 0
         self.ended_s: float | None = None
@@ -74,7 +74,7 @@ class LiveJournals:
         return self._pending <= 0
 
     def _from_aggregator(self, kind: str, fields: dict[str, Any]) -> None:
-        self.chronicle.write(kind, at_s=self._began_s + self._event_s, **fields)
+        self.chronicle.write(kind, at_s=self._event_s, **fields)
         if kind in _LAST:
             self.ended_s = self._event_s
 
