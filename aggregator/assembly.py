@@ -29,6 +29,7 @@ from aggregator.helper_calls import HelperCalls, HelperLink
 from aggregator.in_force import config_of, tasks_in_force
 from aggregator.intake import Intake, IntakeLimits
 from aggregator.service import AggregatorService
+from aggregator.shards import LeaseTerms
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.database import Database
 from aggregator.store.tasks import StoredTask
@@ -196,6 +197,7 @@ def make_service(
     helpers: Mapping[str, HelperIdentity] | None = None,
     links: Mapping[str, HelperLink] | None = None,
     commits: Commits | None = None,
+    leases: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
 ) -> AggregatorService:
     """The parts of one process, connected; a simulation passes its own transport, time and randomness.
 
@@ -214,6 +216,7 @@ def make_service(
         helpers: of secure rounds, by name.
         links: to those that are not asked over the broker.
         commits: whole updates; None to do so in this process.
+        leases: how long they are taken for.
     """
     committer = Committer(tenant=tenant, worker=name, store=store, entropy=entropy, now_s=now_s)
     commits = commits or CommitsHere(lambda batch: committer.commit(batch, lambda: tasks_in_force(store)))
@@ -237,6 +240,7 @@ def make_service(
         transport=transport,
         journal=journal,
         now_s=now_s,
+        terms=leases,
     )
     coordinator = None
     if coordinates:
@@ -251,7 +255,9 @@ def make_service(
             links=links,
         )
         ports = RunnerPorts(tenant, store, announcer, journal, entropy, now_s, name, calls)
-        coordinator = Coordinator(name=name, ports=ports, load=lambda task: _load(task, ports), monotonic_s=monotonic_s)
+        coordinator = Coordinator(
+            name=name, ports=ports, load=lambda task: _load(task, ports), monotonic_s=monotonic_s, terms=leases
+        )
     return AggregatorService(
         transport=transport,
         store=store,

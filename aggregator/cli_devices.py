@@ -76,7 +76,7 @@ def device_list(config: Config, as_json: AsJson = False) -> None:
         "device admit request.json --config aggregator.toml --ca ca --out answer.json --next-period",
     ),
 )
-def device_admit(  # noqa: PLR0917 - typer makes options of parameters
+def device_admit(
     request: Annotated[Path, typer.Argument(help="File made by `covey-device pseudonyms request`.")],
     config: Config,
     ca: Ca,

@@ -22,7 +22,7 @@ from aggregator.round_events import (
     RoundOrder,
 )
 from aggregator.rounds import why_not
-from aggregator.shards import LEASE_S, RENEW_EVERY_S
+from aggregator.shards import LeaseTerms
 from aggregator.store.leases import COORDINATOR
 from aggregator.store.sweep import Sweeper
 from aggregator.store.tasks import Order, StoredTask
@@ -49,9 +49,19 @@ class Coordinator:
         ports: what tasks are run with.
         load: makes a task's runner.
         monotonic_s: seconds that no clock setting moves.
+        terms: of its lease.
     """
 
-    def __init__(self, *, name: str, ports: RunnerPorts, load: LoadTask, monotonic_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        ports: RunnerPorts,
+        load: LoadTask,
+        monotonic_s: Callable[[], float],
+        terms: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
+    ) -> None:
+        self._terms = terms
         self.name, self._ports, self._load, self._monotonic_s = name, ports, load, monotonic_s
         self._runners: dict[str, TaskRunner] = {}
         self._sweeper = Sweeper(ports.store.database, ports.store.blobs)
@@ -120,7 +130,7 @@ class Coordinator:
 
     def _do_what_is_due(self, now_s: float, *, arrived: bool) -> None:
         """Lease, tasks, orders, rounds, tidying: each when its time has come. Raises DatabaseError."""
-        if not happened_within(RENEW_EVERY_S, self._renewed_s, now_s):
+        if not happened_within(self._terms.renew_every_s, self._renewed_s, now_s):
             self._lead(now_s)
             self._renewed_s = now_s
         if not self._leads:
@@ -147,7 +157,7 @@ class Coordinator:
     def _lead(self, now_s: float) -> None:
         """Take or renew the lease; say so when that changes."""
         led, store = self._leads, self._ports.store
-        taken = store.leases.take({COORDINATOR}, self.name, until_s=now_s + LEASE_S, now_s=now_s)
+        taken = store.leases.take({COORDINATOR}, self.name, until_s=now_s + self._terms.lease_s, now_s=now_s)
         self._leads = COORDINATOR in taken
         if self._leads and not led:
             self._note("coordinating", worker=self.name)

@@ -17,6 +17,19 @@ RENEW_EVERY_S = 5.0
 LONGEST_S = 120.0
 """Nobody takes a lease for this long: one that ends later was taken under a clock that has been set back since."""
 
+
+class LeaseTerms(NamedTuple):
+    """How long this process takes leases for, and how often it renews them.
+
+    Args:
+        lease_s: below `LONGEST_S`. Others take over only so long after this process died.
+        renew_every_s: well below `lease_s`.
+    """
+
+    lease_s: float = LEASE_S
+    renew_every_s: float = RENEW_EVERY_S
+
+
 ALL_SHARDS = tuple(f"shard-{number:02d}" for number in range(NUM_SHARDS))
 
 

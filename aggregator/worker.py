@@ -14,7 +14,7 @@ from aggregator.committer import Committer
 from aggregator.errors import DatabaseError
 from aggregator.intake import Intake
 from aggregator.outage import Outage
-from aggregator.shards import ALL_SHARDS, LEASE_S, RENEW_EVERY_S, plan_shards
+from aggregator.shards import ALL_SHARDS, LEASE_S, LeaseTerms, plan_shards
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.leases import INGEST, STOPPED
 from fl_protocol.adapters.journal import Journal
@@ -41,6 +41,7 @@ class IngestWorker:
         transport: the broker connection.
         journal: where events are told.
         now_s: Unix seconds.
+        terms: of its leases.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class IngestWorker:
         transport: Transport,
         journal: Journal,
         now_s: Callable[[], float],
+        terms: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
     ) -> None:
+        self._terms = terms
         self.name, self._tenant, self._store, self._intake = name, tenant, store, intake
         self._committer, self._transport, self._journal, self._now_s = committer, transport, journal, now_s
         self._connected = False
@@ -138,7 +141,7 @@ class IngestWorker:
             self._intake.look_after_transfers()
             if quiet:
                 self._intake.release_held()
-        if not happened_within(RENEW_EVERY_S, self._renewed_s, now_s):
+        if not happened_within(self._terms.renew_every_s, self._renewed_s, now_s):
             self._renewed_s = now_s
             self._guarded(self._renew)
 
@@ -151,7 +154,7 @@ class IngestWorker:
         plan = plan_shards(leases.all(), self.name, workers=alive, now_s=now_s)
         if plan.give_back:
             leases.release(plan.give_back, self.name)
-        self._serve(leases.take(plan.keep | plan.take, self.name, until_s=now_s + LEASE_S, now_s=now_s))
+        self._serve(leases.take(plan.keep | plan.take, self.name, until_s=now_s + self._terms.lease_s, now_s=now_s))
         self._committer.store_counts()
         self._committer.keep_only({(one.task, one.number) for one in self._store.rounds.live()})
         return 0

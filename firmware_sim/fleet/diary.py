@@ -56,6 +56,7 @@ class Diary:
         totals = self._totals
         match event:
             case "charged":
+                self._count_hour(_ELIGIBLE, totals.eligible_hours)
                 self._count_hour(_BEGAN, totals.began_hours)
             case "update_delivered":
                 self._record.updates += 1

@@ -19,6 +19,7 @@ from aggregator.helper.service import HelperLimits, HelperService
 from aggregator.intake import IntakeLimits
 from aggregator.rounds import Phase, RoundState
 from aggregator.service import AggregatorService
+from aggregator.shards import LeaseTerms
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.blobs import Blobs
 from aggregator.store.database import Database
@@ -34,7 +35,7 @@ from fl_protocol.topics import down_filter, round_topic
 
 BUSY_FOR_S = 30.0
 """How long after something happened the aggregator looks around often: transfers may be incomplete, helpers asked."""
-BUSY_EVERY_S, IDLE_EVERY_S = 5.0, 600.0
+BUSY_EVERY_S, IDLE_EVERY_S = 10.0, 600.0
 """How often it looks around by itself: renewing its leases takes longer than a hundred devices do. Deadlines it meets
 exactly."""
 _MOST_STEPS = 100_000
@@ -234,6 +235,7 @@ class Hub:
             monotonic_s=self.clock.now_s,
             limits=IntakeLimits(),
             helpers=settings.pinned_helpers(),
+            leases=LeaseTerms(lease_s=110.0, renew_every_s=50.0),  # there is nobody who would take over
         )
         self._service.start()
 
