@@ -31,8 +31,8 @@ from firmware_sim.settings import BrokerChoice
 
 WHY = {
     "outcome": "a round's deadline is met or missed by how long messages and processes take",
-    "arrived": "a round closes when its goal is seen to be reached: the simulator hands over together what arrives in one "
-    "window, and all of it is counted; live, updates come one by one",
+    "arrived": "a round closes when its goal is seen to be reached: the simulator hands over together what arrives in "
+    "one window, and all of it is counted; live, updates come one by one",
     "counted": "which updates come before that follows in virtual time from simulated latency, live from how this "
     "machine schedules its processes",
     "model_digest": "the model is made of other updates, or was trained from a model that was",
