@@ -22,10 +22,11 @@ from device_client.cli_store import run_until_stopped
 from device_client.device_ports import DevicePorts
 from device_client.terminal import visible
 from firmware_sim.fleet.life_file import begin_life
-from firmware_sim.run_folder import HOST
 from firmware_sim.seeded_entropy import SeededEntropy
 from fl_protocol.adapters.journal import JsonLines
 from fl_protocol.errors import ConfigError, CoveyError
+
+_THIS_MACHINE = {"127.0.0.1"}
 
 
 class SeededDevice(RealDevice):
@@ -38,10 +39,10 @@ class SeededDevice(RealDevice):
 
     def __init__(self, files: DeviceFiles, ports: DevicePorts, store: EncryptedFiles, watchdog: Systemd) -> None:
         # Security: what has predictable noise must not reach an aggregator that somebody else reads.
-        if elsewhere := {study.broker.host for study in files.config.studies} - {HOST}:
+        if elsewhere := {study.broker.host for study in files.config.studies} - _THIS_MACHINE:
             raise ConfigError(
                 f"configuration {files.path}: a device with seeded noise protects nobody, so its broker has to be on "
-                f"{HOST}, got {', '.join(sorted(elsewhere))}; run covey-device"
+                f"127.0.0.1, got {', '.join(sorted(elsewhere))}; run covey-device"
             )
         seed = begin_life(files.path.parent).entropy_seed
         seeded = replace(ports, entropy=SeededEntropy(seed), jitter=SeededEntropy(f"{seed} session"))

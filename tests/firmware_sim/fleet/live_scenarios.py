@@ -20,7 +20,7 @@ days = 0.01
 checkpoint_hours = 1
 fidelity = "real"
 model = "watch_features"
-helpers = 2
+helpers = 1
 history_days = 1.0
 held_out_windows = 50
 

@@ -89,7 +89,9 @@ def test_seeded_noise_is_for_a_broker_on_this_machine_only(device_toml: Path) ->
 
 def test_a_device_that_would_talk_to_any_broker_is_caught(device_toml: Path) -> None:
     broken = broken_copy(
-        "firmware_sim.fleet.live_device", ("if elsewhere :=", "if False and (elsewhere :="), ("- {HOST}:", "- {HOST}):")
+        "firmware_sim.fleet.live_device",
+        ("if elsewhere :=", "if False and (elsewhere :="),
+        ("- _THIS_MACHINE:", "- _THIS_MACHINE):"),
     )
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         check_stays_on_this_machine(broken, device_toml)
@@ -101,3 +103,12 @@ def test_its_errors_and_exit_codes_are_those_of_the_device(tmp_path: Path) -> No
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("live_device: configuration ")
+
+
+def test_a_process_loads_no_more_than_the_device_needs() -> None:
+    """There are up to 64 of them on a machine."""
+    program = "import sys, firmware_sim.fleet.live_device; print(*{name.split('.')[0] for name in sys.modules})"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    loaded = set(result.stdout.split())
+    assert "device_client" in loaded
+    assert not loaded & {"aggregator", "sqlalchemy", "simpy", "typer", "rich", "matplotlib"}
