@@ -7,16 +7,18 @@ Which devices share a shard changes nothing: each has its own seeds, and they me
 from __future__ import annotations
 
 import traceback
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import simpy
+from simpy.events import URGENT
 
 from firmware_sim.fleet.diary import Diary
 from firmware_sim.fleet.edge import ShardEdge
 from firmware_sim.fleet.living import Living
 from firmware_sim.fleet.maker import DeviceMaker
 from firmware_sim.fleet.record import DeviceRecord
+from firmware_sim.fleet.services import Services
 from firmware_sim.fleet.surroundings import Ending, Surroundings, World
 from firmware_sim.fleet.windows import Download, FleetEvent, Registration, Totals, Window, WindowReport
 
@@ -65,6 +67,8 @@ class Shard:
         Args:
             window: begins where the last one ended, or later.
         """
+        if window.services.broker_away != self._edge.is_down:
+            self._at(window.starts_s, lambda: self._broker_changes(window.services))
         if window.down:
             opened = self._environment.timeout(window.starts_s - self._environment.now)
             opened.callbacks.append(lambda _event: self._take(window.down))
@@ -81,6 +85,20 @@ class Shard:
             self.totals.starts,
             len(self._living),
         )
+
+    def _at(self, time_s: float, action: Callable[[], None]) -> None:
+        """Do something at a time, before everything that a device does then."""
+        event = self._environment.event()
+        event._ok, event._value = True, None  # as `simpy.Timeout` does, which knows no urgency
+        event.callbacks.append(lambda _event: action())
+        self._environment.schedule(event, priority=URGENT, delay=time_s - self._environment.now)
+
+    def _broker_changes(self, services: Services) -> None:
+        """The broker goes, or comes back."""
+        if services.broker_away:
+            self._edge.go_down(keep_retained=services.keeps_retained)
+        else:
+            self._edge.come_up()
 
     def _take(self, down: Iterable[Download]) -> None:
         """What the hub has sent leaves the broker."""
