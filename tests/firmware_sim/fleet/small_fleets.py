@@ -81,3 +81,11 @@ def ran(
     run.should_stop = lambda: should_stop(run)
     run.run()
     return Ran(run, list(read_events(folder / EVENTS)), (folder / EVENTS).read_bytes())
+
+
+HARDWARE: dict[str, Any] = {
+    "population": {"profiles": {"raspberry_pi_zero_2_w": 1}},
+    "eligibility": {"maximum_temperature_celsius": 85.0, "require_idle": False},
+    "exchange_s": 2.0,
+}
+"""Changes that give every device a small computer on the mains instead of ideal surroundings."""
