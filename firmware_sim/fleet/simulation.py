@@ -30,6 +30,7 @@ from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 
 SCENARIO, METRICS, REPORT, _TIMES = "scenario.toml", "fleet.json", "report.html", "wall.json"
+_SERVICES = {"broker_restart": "broker", "aggregator_kill": "aggregator"}
 EngineName = Literal["local", "ray"]
 
 
@@ -207,7 +208,7 @@ def planned_faults(loaded: LoadedScenario) -> tuple[FaultSpan, ...]:
         lasts_s = float(getattr(fault, "for_s", 0.0) or 0.0)
         starts_s = 0.0 if at_s is None else float(at_s)
         ends_s = scenario.duration_s if at_s is None else starts_s + lasts_s
-        target = str(getattr(fault, "target", "broker" if kind == "broker_restart" else "fleet"))
+        target = str(getattr(fault, "target", _SERVICES.get(kind, "fleet")))
         detail = ", ".join(
             f"{name} {getattr(fault, name):g}" for name in ("probability", "every_s") if getattr(fault, name, None)
         )

@@ -128,6 +128,11 @@ class Scenario(Section, frozen=True, kw_only=True):
         return self.begins.timestamp()
 
     @property
+    def ends_s(self) -> float:
+        """Unix seconds of the virtual end."""
+        return self.began_s + self.duration_s
+
+    @property
     def duration_s(self) -> float:
         """Virtual seconds of the whole run."""
         return self.days * 86_400.0
