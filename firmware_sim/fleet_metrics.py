@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import msgspec
+
+from firmware_sim.errors import FleetError
+
+T = TypeVar("T")
 
 Fidelity = Literal["real", "recorded", "surrogate", "noop"]
 """``real``: LiteRT runs every step; ``recorded``: accuracy by round as an earlier real run had it; ``surrogate``:
@@ -88,8 +93,15 @@ class Epsilons(msgspec.Struct, frozen=True, kw_only=True):
     counts: tuple[int, ...]
 
 
+class LiveTerms(msgspec.Struct, frozen=True, kw_only=True):
+    """What is particular to a live run: the broker that carried it, and what of the scenario was left out."""
+
+    broker: str
+    left_out: tuple[str, ...]
+
+
 class FleetMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole run.
+    """A whole run. Of a live one all times are real: what is called virtual elsewhere too.
 
     Args:
         scenario: its name; `text` is the TOML that was run.
@@ -101,6 +113,7 @@ class FleetMetrics(msgspec.Struct, frozen=True, kw_only=True):
         declined: rounds that devices left out, by reason (``coin``, ``budget``, ``floors``, ...).
         deliveries: updates by outcome: ``delivered``, ``expired``, ``refused``, ``pending``.
         wall_s, peak_rss_bytes: what the simulation itself took, all processes together.
+        live: of a live run; None for a simulated one.
     """
 
     covey: str
@@ -124,3 +137,24 @@ class FleetMetrics(msgspec.Struct, frozen=True, kw_only=True):
     epsilons: Epsilons | None
     wall_s: float
     peak_rss_bytes: int
+    live: LiveTerms | None = None
+
+
+def read_metrics(source: Path, kind: type[T]) -> T:
+    """What a run measured.
+
+    Args:
+        source: the file in the run's folder.
+        kind: what it holds.
+
+    Raises:
+        FleetError: the folder holds no such file, or one that cannot be read.
+    """
+    try:
+        return msgspec.json.decode(source.read_bytes(), type=kind)
+    except OSError as error:
+        raise FleetError(
+            f"{source.parent} holds no run that can be reported: {error.strerror} ({source.name})"
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FleetError(f"{source} cannot be read ({error})") from error

@@ -87,7 +87,7 @@ class SteadyLine:
         self._environment, self._edge, self._began_s = environment, edge, began_s
         self._record, self._wake = record, wake
         self._inbox: deque[TransportEvent] = deque()
-        self._connected = self._is_closed = False
+        self._connected = self._is_over = False
         self._sent_until_s = self._received_until_s = 0.0
 
     @property
@@ -102,17 +102,13 @@ class SteadyLine:
 
     def open(self) -> None:
         """Connect."""
-        self._is_closed = False
-        self._connect()
-
-    def _connect(self) -> None:
-        """Connect, unless the daemon has ended meanwhile: another one has the name now."""
-        if not (self._connected or self._is_closed):
+        if not (self._connected or self._is_over):
             accepted = self._edge.connect(self, will=None, at_s=self._now_s())
             self._connected = accepted is not None
             self._inbox.append(accepted if accepted is not None else Disconnected("the broker is down"))
+            self._wake()
             if accepted is None:
-                self._later(5.0, self._connect)
+                self._later(5.0, self.open)
 
     def poll(self, timeout_s: float) -> TransportEvent | None:
         """The next event that has arrived; never waits, since time is virtual."""
@@ -145,7 +141,7 @@ class SteadyLine:
 
     def close(self) -> None:
         """Disconnect, once everything has arrived."""
-        self._is_closed = True
+        self._is_over = True
         if self._connected:
             self._connected = False
             self._edge.disconnect(self, at_s=max(self._sent_until_s, self._now_s()) + LATENCY_S, clean=True)
@@ -164,7 +160,7 @@ class SteadyLine:
             self._connected = False
             self._inbox.append(Disconnected(reason))
             self._wake()
-            self._later(5.0, self._connect)
+            self._later(5.0, self.open)
 
     def _arrived(self, topic: str, payload: bytes) -> None:
         """It is here, unless the connection was lost meanwhile."""

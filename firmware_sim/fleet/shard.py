@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import simpy
 
+from device_client.errors import LedgerError, StoreError
 from firmware_sim.fleet.diary import Diary
 from firmware_sim.fleet.edge import ShardEdge
 from firmware_sim.fleet.living import Living
 from firmware_sim.fleet.maker import DeviceMaker
 from firmware_sim.fleet.record import DeviceRecord
+from firmware_sim.fleet.services import Services
 from firmware_sim.fleet.surroundings import Ending, Surroundings, World
 from firmware_sim.fleet.windows import FleetEvent, Registration, Totals, Upload, Window, WindowReport
 
@@ -91,6 +93,8 @@ class Shard:
             window: begins where the last one ended, or later.
         """
         self._environment.pass_until(window.starts_s)
+        if window.services.broker_away != self._edge.is_down:
+            self._broker_changes(window.services)
         for message in window.down:
             self._edge.take(message)
         while self._environment.peek() < window.ends_s:
@@ -105,6 +109,13 @@ class Shard:
             self.totals.starts,
             len(self._living),
         )
+
+    def _broker_changes(self, services: Services) -> None:
+        """The broker goes, or comes back."""
+        if services.broker_away:
+            self._edge.go_down(keep_retained=services.keeps_retained)
+        else:
+            self._edge.come_up()
 
     def put_down(self, now_s: float) -> Left:
         """End every daemon that runs, and give its devices as they are; another shard goes on with them.
@@ -142,6 +153,12 @@ class Shard:
             living = self._started(record, surroundings, diary)
             ending = yield from living.life(self._environment)
             self._ended(living, surroundings, ending, diary)
+        except (StoreError, LedgerError) as error:
+            start_s = surroundings.start_without_store_s()
+            if start_s is None:
+                self._crashed(record, surroundings, diary, error)
+            else:
+                self._without_store(record, surroundings, diary, error, start_s)
         except Exception as error:
             self._crashed(record, surroundings, diary, error)
 
@@ -177,15 +194,28 @@ class Shard:
         self.totals.turns += living.turns
         self._start_at(living.record, surroundings.next_start_s(ending))
 
-    def _crashed(self, record: DeviceRecord, surroundings: Surroundings, diary: Diary, error: Exception) -> None:
-        """A daemon raised what it should not have: a finding, with what leads to it."""
-        trace = "".join(traceback.format_exception(error))
-        diary.tell("crash", detail=f"{type(error).__name__}: {error}\n{trace}")
+    def _without_store(
+        self, record: DeviceRecord, surroundings: Surroundings, diary: Diary, error: Exception, start_s: float
+    ) -> None:
+        """A daemon refused to work on a store that its flash has damaged, or does not take: what it has to do."""
+        kind = "store_damaged" if start_s == math.inf else "store_unavailable"
+        diary.tell(kind, detail=f"{type(error).__name__}: {error}")
+        self._abandon(record, surroundings)
+        self._start_at(record, start_s)
+
+    def _abandon(self, record: DeviceRecord, surroundings: Surroundings) -> None:
+        """Keep what a daemon leaves that ended by an error."""
         living = self._living.pop(record.name, None)
         if living is not None:
             living.abandon()
             self.totals.turns += living.turns
         surroundings.leave()
+
+    def _crashed(self, record: DeviceRecord, surroundings: Surroundings, diary: Diary, error: Exception) -> None:
+        """A daemon raised what it should not have: a finding, with what leads to it."""
+        trace = "".join(traceback.format_exception(error))
+        diary.tell("crash", detail=f"{type(error).__name__}: {error}\n{trace}")
+        self._abandon(record, surroundings)
         record.crashes += 1
         restarts = record.crashes < MOST_CRASHES
         self._start_at(record, self._environment.now + RESTART_AFTER_S if restarts else math.inf)

@@ -21,7 +21,7 @@ from firmware_sim.fleet.engines import Engine, InProcess, Processes
 from firmware_sim.fleet.measuring import accuracy_on_curve, metrics_of
 from firmware_sim.fleet.run import FleetRun, Progress
 from firmware_sim.fleet.windows import FleetEvent
-from firmware_sim.fleet_metrics import FaultSpan, FleetMetrics, FleetRound
+from firmware_sim.fleet_metrics import FaultSpan, FleetMetrics, FleetRound, read_metrics
 from firmware_sim.fleet_report import fleet_report_html
 from firmware_sim.scenario.loading import LoadedScenario, load_scenario
 from firmware_sim.sensors.assembly import make_sensor
@@ -30,6 +30,7 @@ from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 
 SCENARIO, METRICS, REPORT, _TIMES = "scenario.toml", "fleet.json", "report.html", "wall.json"
+_SERVICES = {"broker_restart": "broker", "aggregator_kill": "aggregator"}
 EngineName = Literal["local", "ray"]
 
 
@@ -115,7 +116,7 @@ def simulate(
             told=told,
             should_stop=should_stop,
             faults=planned_faults(loaded),
-            measure=_measure_of(loaded),
+            measure=measure_of(loaded),
         )
         finished = run.run()
     finally:
@@ -125,9 +126,14 @@ def simulate(
     if not finished:
         return RunResult(finished=False, metrics=None)
     metrics = metrics_of(run, accuracies=_accuracies(run), wall_s=wall_s)
+    write_results(folder, metrics)
+    return RunResult(finished=True, metrics=metrics)
+
+
+def write_results(folder: Path, metrics: FleetMetrics) -> None:
+    """Leave metrics and report in a run's folder."""
     write_atomic(folder / METRICS, msgspec.json.format(msgspec.json.encode(metrics), indent=1), mode=0o644)
     write_atomic(folder / REPORT, fleet_report_html(metrics).encode(), mode=0o644)
-    return RunResult(finished=True, metrics=metrics)
 
 
 def replayed(scenario: Path, *, seed: int, device: str) -> Iterator[FleetEvent]:
@@ -147,7 +153,7 @@ def replayed(scenario: Path, *, seed: int, device: str) -> Iterator[FleetEvent]:
             yield from mine
 
 
-def _measure_of(loaded: LoadedScenario) -> Callable[[Float32], tuple[float, float]] | None:
+def measure_of(loaded: LoadedScenario) -> Callable[[Float32], tuple[float, float]] | None:
     """How a model does on people who are on no device; None where no model is trained, or nobody records."""
     scenario = loaded.scenario
     if scenario.fidelity != "real" or scenario.sensors.kind == "none" or not scenario.held_out_windows:
@@ -184,10 +190,7 @@ def played_back(path: Path, rounds: Sequence[FleetRound]) -> list[tuple[float | 
     Raises:
         FleetError: it cannot be read, or has no accuracy.
     """
-    try:
-        earlier = msgspec.json.decode(path.read_bytes(), type=FleetMetrics)
-    except (OSError, msgspec.DecodeError) as error:
-        raise FleetError(f"recorded: expected the folder of a run that has {METRICS}, got {path} ({error})") from error
+    earlier = read_metrics(path, FleetMetrics)
     known = [(one.accuracy, one.loss) for one in earlier.rounds if one.accuracy is not None]
     if not known:
         raise FleetError(f"recorded: the run in {path.parent} has no accuracy; take one with fidelity real")
@@ -208,7 +211,7 @@ def planned_faults(loaded: LoadedScenario) -> tuple[FaultSpan, ...]:
         lasts_s = float(getattr(fault, "for_s", 0.0) or 0.0)
         starts_s = 0.0 if at_s is None else float(at_s)
         ends_s = scenario.duration_s if at_s is None else starts_s + lasts_s
-        target = str(getattr(fault, "target", "broker" if kind == "broker_restart" else "fleet"))
+        target = str(getattr(fault, "target", _SERVICES.get(kind, "fleet")))
         detail = ", ".join(
             f"{name} {getattr(fault, name):g}" for name in ("probability", "every_s") if getattr(fault, name, None)
         )
