@@ -21,7 +21,9 @@ class VirtualBroker:
     def __init__(self, *, maximum_packet_bytes: int | None = None) -> None:
         self.maximum_packet_bytes = maximum_packet_bytes
         self.retained: dict[str, bytes] = {}
+        self.is_down = False
         self._clients: list[VirtualTransport] = []
+        self._waiting: list[VirtualTransport] = []
         self._sessions: dict[str, VirtualSession] = {}
 
     def attach(self, client: VirtualTransport, session_name: str | None) -> VirtualSession | None:
@@ -38,11 +40,17 @@ class VirtualBroker:
 
     def detach(self, client: VirtualTransport) -> None:
         """End a connection."""
-        if client in self._clients:
-            self._clients.remove(client)
+        for clients in (self._clients, self._waiting):
+            if client in clients:
+                clients.remove(client)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
-        """Deliver to every subscriber, or to its session; keep, or with an empty payload forget, when retained."""
+        """Deliver to every subscriber, or to its session; keep, or with an empty payload forget, when retained.
+
+        A broker that is down does nothing, with last wills too.
+        """
+        if self.is_down:
+            return
         if retain and payload:
             self.retained[topic] = payload
         elif retain:
@@ -62,15 +70,39 @@ class VirtualBroker:
         """Go on from what another one has kept. Only of bytes that this program has written: they are a pickle."""
         self.retained, self._sessions = pickle.loads(state)  # noqa: S301 - see above
 
+    def go_down(self, *, keep_retained: bool, keep_sessions: bool) -> None:
+        """Cut every connection and accept none, until `come_up`; the clients then come back by themselves."""
+        self.is_down = True
+        self._forget(keep_retained=keep_retained, keep_sessions=keep_sessions)
+        for client in list(self._clients):
+            client.drop("the broker is down")
+            self.wait(client)
+
+    def come_up(self) -> None:
+        """Accept connections again."""
+        self.is_down = False
+        waiting, self._waiting = self._waiting, []
+        for client in waiting:
+            client.open()
+
+    def wait(self, client: VirtualTransport) -> None:
+        """Have a client connected once the broker is there again."""
+        if client not in self._waiting:
+            self._waiting.append(client)
+
     def restart(self, *, keep_retained: bool, keep_sessions: bool = False) -> None:
         """Cut every connection, as a broker that was killed does; the clients reconnect by themselves."""
+        self._forget(keep_retained=keep_retained, keep_sessions=keep_sessions)
+        for client in list(self._clients):
+            client.drop("the broker restarted")
+            client.open()
+
+    def _forget(self, *, keep_retained: bool, keep_sessions: bool) -> None:
+        """Forget what a broker that dies does not keep."""
         if not keep_retained:
             self.retained.clear()
         if not keep_sessions:
             self._sessions.clear()
-        for client in list(self._clients):
-            client.drop("the broker restarted")
-            client.open()
 
 
 class VirtualSession:
@@ -181,7 +213,9 @@ class VirtualTransport:
 
     def open(self) -> None:
         """Connect."""
-        if not self._connected:
+        if self._broker.is_down:
+            self._broker.wait(self)
+        elif not self._connected:
             kept = self._broker.attach(self, self.session_name)
             self._connected = True
             self._session = kept if kept is not None else VirtualSession(self._receive_maximum)

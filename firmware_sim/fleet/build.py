@@ -23,6 +23,7 @@ from firmware_sim.fleet.hardware import HardwareTerms, HardwareWorld
 from firmware_sim.fleet.hub import Hub, HubSettings
 from firmware_sim.fleet.maker import DeviceMaker
 from firmware_sim.fleet.record import DeviceRecord
+from firmware_sim.fleet.services import ServicePlan
 from firmware_sim.fleet.shard import Shard
 from firmware_sim.fleet.surroundings import IdealWorld, World
 from firmware_sim.profiles.population import Population
@@ -135,13 +136,24 @@ def new_records(loaded: LoadedScenario, number: int, count: int) -> tuple[Device
     )
 
 
+def fault_plan(loaded: LoadedScenario) -> FaultPlan:
+    """What befalls a scenario's fleet."""
+    scenario = loaded.scenario
+    return FaultPlan(loaded.faults, seed=scenario.seed, began_s=scenario.began_s, ends_s=scenario.ends_s)
+
+
+def service_plan(loaded: LoadedScenario) -> ServicePlan:
+    """When a scenario's broker and aggregator are away."""
+    scenario, schedule = loaded.scenario, fault_plan(loaded).service_faults()
+    return ServicePlan(schedule, began_s=scenario.began_s, ends_s=scenario.ends_s, every_s=scenario.exchange_s)
+
+
 def world_of(loaded: LoadedScenario) -> World:
     """What the devices of a scenario are in."""
     scenario = loaded.scenario
     if not loaded.profiles:
         return IdealWorld(scenario.began_s)
-    ends_s, hours = scenario.began_s + scenario.duration_s, scenario.population.job_period_hours
-    plan = FaultPlan(loaded.faults, seed=scenario.seed, began_s=scenario.began_s, ends_s=ends_s)
+    plan, ends_s, hours = fault_plan(loaded), scenario.ends_s, scenario.population.job_period_hours
     terms = HardwareTerms(
         seed=str(scenario.seed),
         began_s=scenario.began_s,

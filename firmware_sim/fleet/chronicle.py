@@ -11,6 +11,10 @@ from firmware_sim.fleet_metrics import FleetRound
 
 _TOLD = frozenset(
     {
+        "aggregator_killed",
+        "aggregator_started",
+        "broker_down",
+        "broker_up",
         "clock_jumped",
         "model_rolled_back",
         "round_aborted",

@@ -15,6 +15,7 @@ _TOLD = frozenset(
         "charged",
         "participation_ended",
         "store_failed",
+        "study_stopped",
         "training_paused",
         "update_delivered",
         "update_expired",

@@ -108,13 +108,20 @@ class ShardEdge:
     def go_down(self, *, keep_retained: bool) -> None:
         """The broker dies: every connection is cut."""
         self._is_down, now_s = True, self._now_s()
+        for name, uploads in self._up.items():  # what would arrive later never does
+            self._up[name] = [one for one in uploads if one.arrives_s <= now_s - self._began_s]
         clients = [self._clients[name] for name in sorted(self._clients)]
         for client in clients:
             self._forget(client.name)
-            client.cut("the broker restarted", now_s)
+            client.cut("the broker is down", now_s)
         if not keep_retained:
             self.retained.clear()
             self._below.clear()
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the broker is down."""
+        return self._is_down
 
     def come_up(self) -> None:
         """The broker accepts connections again."""

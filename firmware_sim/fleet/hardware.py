@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import simpy
@@ -15,7 +15,7 @@ from firmware_sim.board.flash_wear import FlashWear
 from firmware_sim.board.virtual_board import VirtualBoard, first_state, sensor_offset_celsius
 from firmware_sim.clock.real_time_clock import ClockModel, RealTimeClock
 from firmware_sim.faults.flash_damage import damage
-from firmware_sim.faults.kinds import CorruptedFlash, Crash, Hang, Packets, RebootLoop, SlowLoris
+from firmware_sim.faults.kinds import CorruptedFlash, Crash, Hang, Packets, RebootLoop, SlowLoris, Timed
 from firmware_sim.faults.packets import FaultyTransport
 from firmware_sim.faults.plan import FaultPlan, Strike
 from firmware_sim.faults.trickling_edge import TricklingEdge
@@ -101,21 +101,16 @@ class HardwareSurroundings:
         self._percents = (floor, floor + BATTERY_MARGIN_PERCENT)
         self._celsius = (ceiling, ceiling - TEMPERATURE_MARGIN_CELSIUS) if ceiling < math.inf else ()
         self._looked_s = self._started_s + HEARD_WITHIN_S
+        self._flash = VirtualFlash()
+        self._wear = FlashWear(profile.flash, page_writes_before=record.page_writes)
         self._start_up()
 
     def prepare(self, flash: VirtualFlash) -> None:
         """Worn, damaged by what struck while it slept, full or read-only while that lasts."""
-        flash.capacity_bytes = self.profile.flash.capacity_bytes
-        flash.page_writes = self.record.page_writes
-        FlashWear(self.profile.flash).take(flash)
-        now_s, slept_s = self._true.now_s(), self.record.struck_until_s
-        for strike in self._schedule.strikes(slept_s, now_s):
-            if isinstance(strike.fault, CorruptedFlash) and strike.fault.damage in {"bit_flips", "torn"}:
-                damage(flash, strike.fault, key=strike.key)
-        for fault, strike in self._schedule.active_strikes(CorruptedFlash, now_s):
-            if fault.damage in {"full", "read_only"}:
-                damage(flash, fault, key=strike.key)
-        flash.page_writes = 0
+        self._flash = flash
+        now_s = self._true.now_s()
+        self._damage(self._schedule.strikes(self.record.struck_until_s, now_s))
+        self._tend_flash(now_s)
         self.record.struck_until_s = now_s
 
     def connect(self, edge: ShardEdge, wake: Callable[[], None]) -> Transport:
@@ -132,12 +127,12 @@ class HardwareSurroundings:
             device=record.name,
         )
         trickling = TricklingEdge(edge, gap_s=schedule.upload_gap_s, upload_prefix=f"fl/v1/{terms.tenant}/up/")
-        transport = FleetRadio(
+        transport: FleetRadio = FleetRadio(
             radio,
             trickling if schedule.has(SlowLoris) else edge,
             now_s=self._true.now_s,
             record=record,
-            due=lambda at_s: self._wake_at(at_s, wake),
+            due=lambda at_s: self._wake_at(at_s, transport, wake),
         )
         self._connections.append((transport, [0.0, 0, 0, 0]))
         if not schedule.has(Packets):
@@ -171,8 +166,9 @@ class HardwareSurroundings:
         return device_s - self.clock.error_at(true_s) - self.terms.began_s
 
     def settle(self) -> None:
-        """Radio and being awake drain the board; the clock is set when there is a network."""
+        """Radio and being awake drain the board; the clock is set by a network; the flash fills or is free."""
         now_s = self._true.now_s()
+        self._tend_flash(now_s)
         self.board.advance(now_s)
         awake_s, self._settled_s = float(self.environment.now) - self._settled_s, float(self.environment.now)
         joules = self.profile.processor.awake_mw / 1000 * awake_s
@@ -192,6 +188,7 @@ class HardwareSurroundings:
         struck = [one for one in self._schedule.strikes(self.record.struck_until_s, true_s + _SHORTEST_S) if _ends(one)]
         if struck:
             self.record.struck_until_s = true_s + _SHORTEST_S
+            self._damage(struck)
             return Ending(str(struck[0].fault.__struct_config__.tag), is_clean=False)
         loops = self._schedule.active_strikes(RebootLoop, true_s)
         if any(now_s >= self._started_s + fault.reboots_every_s for fault, _ in loops):
@@ -210,7 +207,6 @@ class HardwareSurroundings:
         """The board's, the radio's, the next strike, or the end of the job."""
         began_s, true_s, now_s = self.terms.began_s, self._true.now_s(), float(self.environment.now)
         changes_s = [self.board.next_change_s(battery_percents=self._percents, celsius=self._celsius) - began_s]
-        changes_s += [transport.next_event_s() - began_s for transport, _ in self._connections]
         changes_s.append(self._schedule.next_s(true_s) - began_s)
         changes_s += [
             self._started_s + fault.reboots_every_s for fault, _ in self._schedule.active_strikes(RebootLoop, true_s)
@@ -218,7 +214,8 @@ class HardwareSurroundings:
         job = self.profile.residency
         if isinstance(job, Job):
             changes_s += [self._looked_s, self._started_s + job.longest_run_s]
-        return max(now_s + _SHORTEST_S, min(changes_s))
+        heard_s = min((transport.next_event_s() - began_s for transport, _ in self._connections), default=math.inf)
+        return min(max(now_s, heard_s), max(now_s + _SHORTEST_S, min(changes_s)))
 
     def next_start_s(self, ending: Ending) -> float:
         """When the system starts it: a job in its time, what was reset after its boot."""
@@ -234,6 +231,15 @@ class HardwareSurroundings:
             earliest_s = self._started_s + period_s if ending.is_clean else now_s + BOOT_S
             return self._job_start_s(job, max(now_s, earliest_s))
         return now_s + BOOT_S
+
+    def start_without_store_s(self) -> float | None:
+        """After a full or read-only flash is well again; never, if it is damaged for good or worn out."""
+        true_s, began_s = self._true.now_s(), self.terms.began_s
+        ends_s = [strike.ends_s for fault, strike in self._failing(true_s) if not _is_for_good(fault)]
+        struck = self._schedule.strikes(began_s, true_s + _SHORTEST_S)
+        if any(_is_for_good(strike.fault) for strike in struck) or self._wear.share(self._flash.page_writes) >= 1:
+            return math.inf
+        return max(ends_s) - began_s + BOOT_S if ends_s else None
 
     def first_start_s(self, at_s: float) -> float:
         """When the daemon of a device that is switched on at `at_s` starts."""
@@ -256,6 +262,25 @@ class HardwareSurroundings:
             base_mwh=state.base_mwh,
             battery_percent=percent,
         )
+
+    def _failing(self, true_s: float) -> list[tuple[CorruptedFlash, Strike]]:
+        """What is wrong with the flash now."""
+        return self._schedule.active_strikes(CorruptedFlash, true_s)
+
+    def _tend_flash(self, true_s: float) -> None:
+        """Full, read-only, worn out, or well again."""
+        flash = self._flash
+        flash.capacity_bytes, flash.read_only = self.profile.flash.capacity_bytes, False
+        self._wear.take(flash)
+        for fault, strike in self._failing(true_s):
+            if not _is_for_good(fault):
+                damage(flash, fault, key=strike.key)
+
+    def _damage(self, strikes: Iterable[Strike]) -> None:
+        """Flip bits and tear files."""
+        for strike in strikes:
+            if isinstance(strike.fault, CorruptedFlash) and _is_for_good(strike.fault):
+                damage(self._flash, strike.fault, key=strike.key)
 
     def _start_up(self) -> None:
         """What starting the daemon takes."""
@@ -304,13 +329,14 @@ class HardwareSurroundings:
         record.bytes_metered += use.metered_bytes - int(told[3])
         told[:] = [use.joules, use.up_bytes, use.down_bytes, use.metered_bytes]
 
-    def _wake_at(self, at_s: float, wake: Callable[[], None]) -> None:
-        """Ring when something is there."""
+    def _wake_at(self, at_s: float, transport: FleetRadio, wake: Callable[[], None]) -> None:
+        """Ring when something is there, unless the device has found it by then."""
         if at_s == math.inf:
             return
 
         def ring(_event: simpy.Event) -> None:
-            wake()
+            if transport.next_event_s() <= self._true.now_s():
+                wake()
 
         delay_s = max(0.0, at_s - self._true.now_s())
         self.environment.timeout(delay_s).callbacks.append(ring)
@@ -382,8 +408,13 @@ def _holds(job: Job, situation: Situation, profile: HardwareProfile) -> bool:
 
 
 def _ends(strike: Strike) -> bool:
-    """Whether a strike ends the daemon: a flash that fails under it does not."""
-    return isinstance(strike.fault, Crash | Hang)
+    """Whether a strike ends the daemon: a flash that is full or read-only does not, one that lost bytes resets it."""
+    return isinstance(strike.fault, Crash | Hang) or _is_for_good(strike.fault)
+
+
+def _is_for_good(fault: Timed) -> bool:
+    """Whether a fault leaves a flash with other bytes than were written."""
+    return isinstance(fault, CorruptedFlash) and fault.damage in {"bit_flips", "torn"}
 
 
 def _link_model(link: RadioLink) -> LinkModel:

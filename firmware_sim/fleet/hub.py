@@ -25,6 +25,7 @@ from aggregator.store.blobs import Blobs
 from aggregator.store.database import Database
 from aggregator.task_creation import create_task
 from firmware_sim.errors import FleetError
+from firmware_sim.fleet.services import RUNNING, Services
 from firmware_sim.fleet.windows import Download, Registration, Upload
 from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
@@ -71,10 +72,17 @@ class HubSettings:
 
 
 class HubState(NamedTuple):
-    """What a hub is beside its databases, picklable: how often each process was started, and what the broker keeps."""
+    """What a hub is beside its databases, picklable.
+
+    Args:
+        lives: how often each process was started.
+        broker: what it keeps.
+        services: which are away.
+    """
 
     lives: dict[str, int]
     broker: bytes
+    services: Services
 
 
 class _RunningHelper(NamedTuple):
@@ -111,6 +119,7 @@ class Hub:
     _helpers: dict[str, _RunningHelper] = field(default_factory=dict, init=False)
     _lives: dict[str, int] = field(default_factory=dict, init=False)
     _service: AggregatorService | None = field(default=None, init=False)
+    services: Services = field(default=RUNNING, init=False)
 
     def __post_init__(self) -> None:
         self.broker = HubBroker(self.settings.tenant, self._down.append)
@@ -121,10 +130,11 @@ class Hub:
         create_task(self.store, path, now_s=self.clock.now_s())
 
     def start(self) -> None:
-        """Start aggregator and helpers, anew or as after `kill`."""
+        """Start aggregator and helpers, anew or as after `put_down`; not what is away."""
         for name in self.settings.helpers:
             self._start_helper(name)
-        self._start_aggregator()
+        if not self.services.aggregator_away:
+            self._start_aggregator()
 
     def kill(self) -> None:
         """What SIGKILL of the aggregator leaves: its database, and the broker's session."""
@@ -139,13 +149,13 @@ class Hub:
         for helper in self._helpers.values():
             helper.kill()
         self._helpers.clear()
-        self.broker.restart(keep_retained=True, keep_sessions=True)
-        return HubState(dict(self._lives), self.broker.kept_state())
+        return HubState(dict(self._lives), self.broker.kept_state(), self.services)
 
     def take_up(self, state: HubState) -> None:
         """Go on from what was put down, before `start`."""
-        self._lives = dict(state.lives)
+        self._lives, self.services = dict(state.lives), state.services
         self.broker.restore(state.broker)
+        self.broker.is_down = state.services.broker_away
 
     def retained(self) -> tuple[Download, ...]:
         """What a device that connects finds at the broker."""
@@ -158,24 +168,58 @@ class Hub:
             for helper in self._helpers.values():
                 helper.service.store.devices.add_all(self.settings.tenant, registrations)
 
-    def work(self, uploads: Iterable[Upload], now_s: float) -> tuple[Download, ...]:
+    def work(self, uploads: Iterable[Upload], now_s: float, services: Services | None = None) -> tuple[Download, ...]:
         """Take what arrived, do what is due, and say what goes down.
 
         Args:
             uploads: in the order in which they arrived.
             now_s: seconds since the virtual beginning.
+            services: what is away from now on; None: nothing changes.
         """
         self.clock.time_s = self.settings.began_s + now_s
+        before, self.services = self.services, self.services if services is None else services
+        self._come_back(before)
         count = 0
         for upload in uploads:
             self.broker.publish(upload.topic, upload.payload, retain=False)
             count += 1
+        if self.services.aggregator_away and not before.aggregator_away:
+            self._strike_aggregator()
         self._step_until_quiet()
+        if self.services.broker_away and not before.broker_away:
+            self._strike_broker()
         down = tuple(self._down)
         self._down.clear()
-        if count or down:
+        if count or down or self.services != before:
             self._busy_until_s = now_s + BUSY_FOR_S
         return down
+
+    def _come_back(self, before: Services) -> None:
+        """Start what is not away any more."""
+        if before.broker_away and not self.services.broker_away:
+            self.broker.come_up()
+            self._note("broker_up", "broker")
+        if before.aggregator_away and not self.services.aggregator_away:
+            self._start_aggregator()
+            self._note("aggregator_started", "aggregator")
+
+    def _strike_aggregator(self) -> None:
+        """Kill the aggregator in the middle of what it does."""
+        for _ in range(self.services.steps if self._service is not None else 0):
+            self._step()
+        self.kill()
+        self._note("aggregator_killed", "aggregator")
+
+    def _strike_broker(self) -> None:
+        """The broker dies, and with it what it has not handed on."""
+        services = self.services
+        self.broker.go_down(keep_retained=services.keeps_retained, keep_sessions=services.keeps_sessions)
+        self._down[:] = [one for one in self._down if services.lets_through(one.device)]
+        self._note("broker_down", "broker")
+
+    def _note(self, event: str, service: str) -> None:
+        """Tell the run what happened to a service."""
+        self.journal.write(event, at_s=self.clock.now_s(), device=service)
 
     def next_wake_s(self, now_s: float) -> float:
         """When it has to look around again by itself, seconds since the virtual beginning."""
@@ -205,13 +249,17 @@ class Hub:
     def _step_until_quiet(self) -> None:
         """Let everybody work until nothing is left to do at this moment."""
         for _ in range(_MOST_STEPS):
-            for helper in self._helpers.values():
-                helper.service.step()
-            if self._service is not None:
-                self._service.step()
+            self._step()
             if not self._is_busy:
                 return
         raise FleetError(f"the aggregator did not come to rest after {_MOST_STEPS} steps at one moment")
+
+    def _step(self) -> None:
+        """Let everybody work once."""
+        for helper in self._helpers.values():
+            helper.service.step()
+        if self._service is not None:
+            self._service.step()
 
     @property
     def _is_busy(self) -> bool:
@@ -290,7 +338,7 @@ class HubBroker(VirtualBroker):
     @property
     def has_events(self) -> bool:
         """Whether somebody has messages that were not taken."""
-        return any(client.has_events for client in self._clients)
+        return any(client.has_events for client in (*self._clients, *self._waiting))
 
     def for_devices(self) -> list[tuple[str, bytes]]:
         """What is retained for devices, by topic."""

@@ -87,7 +87,7 @@ class SteadyLine:
         self._environment, self._edge, self._began_s = environment, edge, began_s
         self._record, self._wake = record, wake
         self._inbox: deque[TransportEvent] = deque()
-        self._connected = False
+        self._connected = self._is_over = False
         self._sent_until_s = self._received_until_s = 0.0
 
     @property
@@ -102,10 +102,11 @@ class SteadyLine:
 
     def open(self) -> None:
         """Connect."""
-        if not self._connected:
+        if not (self._connected or self._is_over):
             accepted = self._edge.connect(self, will=None, at_s=self._now_s())
             self._connected = accepted is not None
             self._inbox.append(accepted if accepted is not None else Disconnected("the broker is down"))
+            self._wake()
             if accepted is None:
                 self._later(5.0, self.open)
 
@@ -140,6 +141,7 @@ class SteadyLine:
 
     def close(self) -> None:
         """Disconnect, once everything has arrived."""
+        self._is_over = True
         if self._connected:
             self._connected = False
             self._edge.disconnect(self, at_s=max(self._sent_until_s, self._now_s()) + LATENCY_S, clean=True)

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from device_client.ports import Float32
-from firmware_sim.fleet.build import build_hub
+from firmware_sim.fleet.build import build_hub, service_plan
 from firmware_sim.fleet.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from firmware_sim.fleet.chronicle import Chronicle
 from firmware_sim.fleet.engines import Engine, PutDown
 from firmware_sim.fleet.hub import Hub
 from firmware_sim.fleet.record import DeviceRecord
+from firmware_sim.fleet.services import Services
 from firmware_sim.fleet.windows import (
     Download,
     FleetEvent,
@@ -117,6 +118,7 @@ class FleetRun:
     def _begin(self) -> tuple[Hub, tuple[Download, ...]]:
         """A hub and shards: new, or as they were put down."""
         scenario = self.loaded.scenario
+        self._services = service_plan(self.loaded)
         found = latest_checkpoint(self.folder)
         clock = VirtualClock(scenario.began_s)
         self._blobs = MemoryBlobs(clock.now_s, SeededEntropy(f"{scenario.seed} blobs"))
@@ -159,10 +161,12 @@ class FleetRun:
         number = round(self.now_s / every_s)
         while number * every_s < ends_s:
             self.now_s = number * every_s
-            self.engine.begin(Window(self.now_s, self.now_s + every_s, down))
+            services = self._services.at(number)
+            down = tuple(one for one in down if services.lets_through(one.device))
+            self.engine.begin(Window(self.now_s, self.now_s + every_s, down, services))
             # What was for single devices when the run was put down waits until they are connected again.
             held, self._held = self._held, ()
-            down = (*held, *self._work(hub))
+            down = (*held, *self._work(hub, services))
             reports = self.engine.collect()
             self._take(hub, reports)
             if hub.is_finished:  # a while is left for the last receipts
@@ -215,15 +219,15 @@ class FleetRun:
                 params = hub.store.models.params(hub.store.models.record(TASK, version))
                 self.chronicle.measured[number] = self.measure(params)
 
-    def _work(self, hub: Hub) -> tuple[Download, ...]:
+    def _work(self, hub: Hub, services: Services) -> tuple[Download, ...]:
         """Let the hub work, if there is something to do; what goes down."""
-        arrived = self._arrived(self.now_s)
-        if not arrived and self.now_s < self._hub_wakes_s:
+        arrived, changes = self._arrived(self.now_s), services != hub.services
+        if not arrived and not changes and self.now_s < self._hub_wakes_s:
             return ()
         self._enrol(hub)
-        down = hub.work(arrived, self.now_s)
+        down = hub.work(arrived, self.now_s, services)
         # A round that was closed needs another look at once; receipts alone need none.
-        soon = any(not one.device for one in down)
+        soon = changes or any(not one.device for one in down)
         self._hub_wakes_s = self.now_s + self.loaded.scenario.exchange_s if soon else hub.next_wake_s(self.now_s)
         return down
 
@@ -246,7 +250,8 @@ class FleetRun:
         wakes_s = [report.next_s for report in reports]
         wakes_s += [one.arrives_s for one in self._in_flight[:1]]
         next_s = min([*wakes_s, self._hub_wakes_s])
-        return max(number + 1, math.floor(next_s / self.loaded.scenario.exchange_s))
+        next_number = max(number + 1, math.floor(next_s / self.loaded.scenario.exchange_s))
+        return int(min(next_number, self._services.next_change(number)))
 
     def _put_down(self, hub: Hub) -> Checkpoint:
         """Put everything down durably, so that another process can go on."""

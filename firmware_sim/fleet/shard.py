@@ -7,16 +7,19 @@ Which devices share a shard changes nothing: each has its own seeds, and they me
 from __future__ import annotations
 
 import traceback
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import simpy
+from simpy.events import URGENT
 
+from device_client.errors import LedgerError, StoreError
 from firmware_sim.fleet.diary import Diary
 from firmware_sim.fleet.edge import ShardEdge
 from firmware_sim.fleet.living import Living
 from firmware_sim.fleet.maker import DeviceMaker
 from firmware_sim.fleet.record import DeviceRecord
+from firmware_sim.fleet.services import Services
 from firmware_sim.fleet.surroundings import Ending, Surroundings, World
 from firmware_sim.fleet.windows import Download, FleetEvent, Registration, Totals, Window, WindowReport
 
@@ -65,6 +68,8 @@ class Shard:
         Args:
             window: begins where the last one ended, or later.
         """
+        if window.services.broker_away != self._edge.is_down:
+            self._at(window.starts_s, lambda: self._broker_changes(window.services))
         if window.down:
             opened = self._environment.timeout(window.starts_s - self._environment.now)
             opened.callbacks.append(lambda _event: self._take(window.down))
@@ -81,6 +86,20 @@ class Shard:
             self.totals.starts,
             len(self._living),
         )
+
+    def _at(self, time_s: float, action: Callable[[], None]) -> None:
+        """Do something at a time, before everything that a device does then."""
+        event = self._environment.event()
+        event._ok, event._value = True, None  # as `simpy.Timeout` does, which knows no urgency
+        event.callbacks.append(lambda _event: action())
+        self._environment.schedule(event, priority=URGENT, delay=time_s - self._environment.now)
+
+    def _broker_changes(self, services: Services) -> None:
+        """The broker goes, or comes back."""
+        if services.broker_away:
+            self._edge.go_down(keep_retained=services.keeps_retained)
+        else:
+            self._edge.come_up()
 
     def _take(self, down: Iterable[Download]) -> None:
         """What the hub has sent leaves the broker."""
@@ -120,6 +139,12 @@ class Shard:
             living = self._started(record, surroundings, diary)
             ending = yield from living.life(self._environment)
             self._ended(living, surroundings, ending, diary)
+        except (StoreError, LedgerError) as error:
+            start_s = surroundings.start_without_store_s()
+            if start_s is None:
+                self._crashed(record, surroundings, diary, error)
+            else:
+                self._without_store(record, surroundings, diary, error, start_s)
         except Exception as error:
             self._crashed(record, surroundings, diary, error)
 
@@ -155,14 +180,27 @@ class Shard:
         self.totals.turns += living.turns
         self._start_at(living.record, surroundings.next_start_s(ending))
 
-    def _crashed(self, record: DeviceRecord, surroundings: Surroundings, diary: Diary, error: Exception) -> None:
-        """A daemon raised what it should not have: a finding, with what leads to it."""
-        trace = "".join(traceback.format_exception(error))
-        diary.tell("crash", detail=f"{type(error).__name__}: {error}\n{trace}")
+    def _without_store(
+        self, record: DeviceRecord, surroundings: Surroundings, diary: Diary, error: Exception, start_s: float
+    ) -> None:
+        """A daemon refused to work on a store that its flash has damaged, or does not take: what it has to do."""
+        kind = "store_damaged" if start_s == float("inf") else "store_unavailable"
+        diary.tell(kind, detail=f"{type(error).__name__}: {error}")
+        self._abandon(record, surroundings)
+        self._start_at(record, start_s)
+
+    def _abandon(self, record: DeviceRecord, surroundings: Surroundings) -> None:
+        """Keep what a daemon leaves that ended by an error; one that did not start leaves its flash as it was."""
         living = self._living.pop(record.name, None)
         if living is not None:
             living.abandon()
         surroundings.leave()
+
+    def _crashed(self, record: DeviceRecord, surroundings: Surroundings, diary: Diary, error: Exception) -> None:
+        """A daemon raised what it should not have: a finding, with what leads to it."""
+        trace = "".join(traceback.format_exception(error))
+        diary.tell("crash", detail=f"{type(error).__name__}: {error}\n{trace}")
+        self._abandon(record, surroundings)
         self._crashes[record.name] = self._crashes.get(record.name, 0) + 1
         if self._crashes[record.name] < MOST_CRASHES:
             self._start_at(record, self._environment.now + RESTART_AFTER_S)

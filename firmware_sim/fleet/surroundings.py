@@ -72,6 +72,11 @@ class Surroundings(Protocol):
     def next_start_s(self, ending: Ending) -> float:
         """When its system starts the daemon again."""
 
+    def start_without_store_s(self) -> float | None:
+        """When its system starts a daemon again that could not use its store: infinity for never; None: the flash is
+        well, so that this is a defect of the daemon.
+        """
+
     def leave(self) -> None:
         """Put what has to last into the record."""
 
@@ -156,6 +161,9 @@ class IdealSurroundings:
         """At once."""
         del ending
         return float(self._environment.now)
+
+    def start_without_store_s(self) -> None:
+        """Its flash is well."""
 
     def leave(self) -> None:
         """Nothing lasts."""

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from firmware_sim.fleet.services import RUNNING, Services
+
 
 class Upload(NamedTuple):
     """A message that a device published, as it arrives at the broker.
@@ -66,11 +68,13 @@ class Window:
     Args:
         starts_s, ends_s: of it.
         down: what is at the devices' door at its beginning, in order.
+        services: what is away in it.
     """
 
     starts_s: float
     ends_s: float
     down: tuple[Download, ...] = ()
+    services: Services = RUNNING
 
 
 @dataclass(frozen=True)
