@@ -49,7 +49,11 @@ class Diary:
     ) -> None:
         self._record, self._now_s, self._totals, self._add = record, now_s, totals, add
         self._tells_all = tells_all
-        self._count_hour(_AWAKE, totals.awake_hours)
+        self.count_awake()
+
+    def count_awake(self) -> None:
+        """Count the device as awake in this hour; to be called in every hour of a life."""
+        self._count_hour(_AWAKE, self._totals.awake_hours)
 
     def write(self, event: str, /, *, at_s: float, **fields: Any) -> None:
         """Count an event, and tell of it if it is worth a line."""

@@ -189,7 +189,9 @@ class HardwareSurroundings:
         if struck:
             self.record.struck_until_s = true_s + _SHORTEST_S
             self._damage(struck)
-            return Ending(str(struck[0].fault.__struct_config__.tag), is_clean=False)
+            # Not "crash": that is what a daemon does by itself, and a finding.
+            kind = str(struck[0].fault.__struct_config__.tag)
+            return Ending("killed" if kind == "crash" else kind, is_clean=False)
         loops = self._schedule.active_strikes(RebootLoop, true_s)
         if any(now_s >= self._started_s + fault.reboots_every_s for fault, _ in loops):
             return Ending("reboot_loop", is_clean=False)

@@ -68,6 +68,7 @@ class Living:
         take_compute_s: how long what it has computed since the last call takes.
         surroundings: what it is in.
         record_until: stores what its wearer has recorded until a time, seconds of the shard's time.
+        count_awake: told of every turn.
     """
 
     record: DeviceRecord
@@ -78,6 +79,7 @@ class Living:
     take_compute_s: Callable[[], float]
     surroundings: Surroundings
     record_until: Callable[[float], None]
+    count_awake: Callable[[], None]
     turns: int = 0
 
     def life(self, environment: simpy.Environment) -> Generator[simpy.Event, Any, Ending]:
@@ -89,6 +91,7 @@ class Living:
                 self.record_until(environment.now)
             self.device.step()
             self.turns += 1
+            self.count_awake()
             if compute_s := self.take_compute_s():
                 self.record.compute_s += compute_s
                 yield environment.timeout(compute_s)

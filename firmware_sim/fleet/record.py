@@ -53,6 +53,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
         recorded_until_s: up to when its wearer's recordings were stored, seconds of the run.
         board, clock: where they stand; None and empty before its first life.
         energy: that it has used.
+        crashes: how often the daemon raised what it should not have.
         hours: the last ones in which it was counted as awake, eligible, having begun, having delivered; -1 for none.
     """
 
@@ -76,6 +77,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
     board: BoardState | None = None
     clock: bytes = b""
     energy: Energy = msgspec.field(default_factory=Energy)
+    crashes: int = 0
     hours: list[int] = msgspec.field(default_factory=lambda: [-1, -1, -1, -1])
 
 

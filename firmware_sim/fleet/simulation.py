@@ -56,6 +56,9 @@ def begin_run(folder: Path, loaded: LoadedScenario, *, seed: int | None = None) 
         if loaded.scenario.model.endswith(".covey"):
             (folder / Path(loaded.scenario.model).name).write_bytes(loaded.bundle_path.read_bytes())
             text = text.replace(loaded.scenario.model, Path(loaded.scenario.model).name)
+        for named in (loaded.scenario.population.traces, loaded.scenario.recorded):
+            if named is not None:  # relative to the file, which is another one now
+                text = text.replace(named, str(relative_to_config(loaded.path, named).resolve()))
         write_atomic(folder / SCENARIO, text.encode(), mode=0o644)
     except FileExistsError:
         raise FleetError(f"{folder} exists; give another folder with --out, or go on with --resume {folder}") from None
@@ -136,9 +139,9 @@ def write_results(folder: Path, metrics: FleetMetrics) -> None:
 def replayed(scenario: Path, *, seed: int, device: str) -> Iterator[FleetEvent]:
     """Everything that one device of a run does, as it is simulated once more. Raises FleetError, ConfigError."""
     loaded = load_scenario(scenario)
-    names = {device_name(0), device_name(loaded.scenario.devices - 1)}
-    if not min(names) <= device <= max(names):
-        raise FleetError(f"device {device}: expected one from {min(names)} to {max(names)}")
+    count = loaded.scenario.devices
+    if device not in {device_name(index) for index in range(count)}:
+        raise FleetError(f"device {device}: expected one from {device_name(0)} to {device_name(count - 1)}")
     with tempfile.TemporaryDirectory() as folder:
         kept = begin_run(Path(folder) / "run", loaded, seed=seed)
         found: list[FleetEvent] = []

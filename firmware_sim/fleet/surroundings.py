@@ -22,7 +22,7 @@ class Ending(NamedTuple):
     """Why a daemon ends.
 
     Args:
-        kind: ``job_over``, or what befell the device (``crash``, ``brown_out``, ``watchdog``, ...).
+        kind: ``job_over``, or what befell the device (``killed``, ``hang``, ``brown_out``, ...).
         is_clean: whether its system lets it put things aside first.
     """
 
