@@ -50,6 +50,7 @@ _STOPPED = 130
 app = make_app("covey-fleet", _HELP)
 app.command()(cli_scenarios.run)
 app.command()(cli_scenarios.replay)
+app.command()(cli_scenarios.calibrate)
 app.command("scenarios")(cli_scenarios.scenarios_command)
 add_report_commands(app)
 

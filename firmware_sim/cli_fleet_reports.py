@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
-import msgspec
 import typer
 
 from aggregator.command_line import say_table
 from firmware_sim.errors import FleetError
-from firmware_sim.fleet_metrics import FleetMetrics
+from firmware_sim.fleet_metrics import FleetMetrics, read_metrics
 from fl_protocol.adapters.files import write_atomic
 
-T = TypeVar("T")
 _SIMULATED, _LIVE = "fleet.json", "metrics.json"
 
 
@@ -61,26 +59,6 @@ def compare(
     say_table("Measured", ("part", "", *comparison.names, "difference", "ratio"), table_rows(comparison, none="-"))
     if out is not None:
         _write(out, comparison_html(comparison))
-
-
-def read_metrics(source: Path, kind: type[T]) -> T:
-    """What a run measured.
-
-    Args:
-        source: the file in the run's folder.
-        kind: what it holds.
-
-    Raises:
-        FleetError: the folder holds no such file, or one that cannot be read.
-    """
-    try:
-        return msgspec.json.decode(source.read_bytes(), type=kind)
-    except OSError as error:
-        raise FleetError(
-            f"{source.parent} holds no run that can be reported: {error.strerror} ({source.name})"
-        ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FleetError(f"{source} cannot be read ({error})") from error
 
 
 def _write(path: Path, text: str) -> None:

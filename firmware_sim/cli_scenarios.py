@@ -37,6 +37,7 @@ def run(
     engine: Annotated[str, typer.Option(help="local: processes of this machine; ray: Ray actors.")] = "local",
     shards: Annotated[int, typer.Option(min=1, help="Parts that are simulated at the same time.")] = 2,
     resume: Annotated[Path | None, typer.Option(help="Folder of a run that was stopped or killed.")] = None,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Write the events as Parquet too.")] = False,
 ) -> None:
     """Simulate a fleet: real devices on virtual hardware, the real aggregator, in virtual time.
 
@@ -59,11 +60,13 @@ def run(
     console = Console()
     if resume is not None:
         _simulate(console, resume, resumed_run(resume), engine=engine, shards=shards)
+        _write_parquet(resume, wanted=parquet)
         return
     loaded = [load_scenario(path) for path in scenarios or []]  # all of them before the first is run
     for one in loaded:
         folder = out or _new_folder(one.scenario.name)
         _simulate(console, folder, begin_run(folder, one, seed=seed), engine=engine, shards=shards)
+        _write_parquet(folder, wanted=parquet)
 
 
 def replay(
@@ -88,6 +91,23 @@ def replay(
             return
 
 
+def calibrate(folder: Annotated[Path, typer.Argument(help="Folder of a run with the fidelity real.")]) -> None:
+    """Fit the curve of a surrogate to a run in which a model was trained; print it as a scenario's table.
+
+    Example: covey-fleet calibrate runs/first-round-2026-01-31-120000 >> my.toml
+    """
+    from firmware_sim.fleet.calibration import fitted_curve  # noqa: PLC0415 - as above
+    from firmware_sim.fleet.simulation import METRICS  # noqa: PLC0415
+    from firmware_sim.fleet_metrics import FleetMetrics, read_metrics  # noqa: PLC0415
+
+    fit = fitted_curve(read_metrics(folder / METRICS, FleetMetrics).rounds)
+    curve = fit.curve
+    typer.echo(f"# fitted to {folder.name}: errors of {100 * fit.error:.1f} points (root mean square)")
+    typer.echo(
+        f"[surrogate]\nfloor = {curve.floor:.3f}\nceiling = {curve.ceiling:.3f}\nupdates = {curve.updates:.0f}.0"
+    )
+
+
 def scenarios_command() -> None:
     """List the scenarios that come with covey."""
     from aggregator.command_line import say_table  # noqa: PLC0415 - as above
@@ -99,6 +119,14 @@ def scenarios_command() -> None:
         for one in loaded
     ]
     say_table("Scenarios", ("name", "devices", "days", "fidelity", "about"), rows)
+
+
+def _write_parquet(folder: Path, *, wanted: bool) -> None:
+    """The events as Parquet beside the CSV. Raises FleetError: pyarrow is missing."""
+    from firmware_sim.fleet_events import to_parquet  # noqa: PLC0415 - as above
+
+    if wanted:
+        to_parquet(folder / "events.csv", folder / "events.parquet")
 
 
 def _new_folder(name: str) -> Path:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import msgspec
+
+from firmware_sim.errors import FleetError
+
+T = TypeVar("T")
 
 Fidelity = Literal["real", "recorded", "surrogate", "noop"]
 """``real``: LiteRT runs every step; ``recorded``: accuracy by round as an earlier real run had it; ``surrogate``:
@@ -124,3 +129,23 @@ class FleetMetrics(msgspec.Struct, frozen=True, kw_only=True):
     epsilons: Epsilons | None
     wall_s: float
     peak_rss_bytes: int
+
+
+def read_metrics(source: Path, kind: type[T]) -> T:
+    """What a run measured.
+
+    Args:
+        source: the file in the run's folder.
+        kind: what it holds.
+
+    Raises:
+        FleetError: the folder holds no such file, or one that cannot be read.
+    """
+    try:
+        return msgspec.json.decode(source.read_bytes(), type=kind)
+    except OSError as error:
+        raise FleetError(
+            f"{source.parent} holds no run that can be reported: {error.strerror} ({source.name})"
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FleetError(f"{source} cannot be read ({error})") from error

@@ -70,7 +70,7 @@ class RealTimeClock:
         device: its name.
     """
 
-    __slots__ = ("_error_s", "_jumps", "_key", "_model", "_set_s", "_true_s", "_whole_days")
+    __slots__ = ("_asked", "_error_s", "_jumps", "_key", "_model", "_set_s", "_true_s", "_whole_days")
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class RealTimeClock:
         self._jumps = tuple(sorted(jumps))
         self._set_s, self._error_s = began_s, error_s
         self._whole_days: tuple[int, float] | None = None
+        self._asked = -math.inf, 0.0
 
     def now_s(self) -> float:
         """Unix seconds, as this clock has them."""
@@ -99,6 +100,12 @@ class RealTimeClock:
 
     def error_at(self, true_s: float) -> float:
         """How much it is ahead at a true time, which is not before it was last set."""
+        if true_s != self._asked[0]:  # a daemon looks at its clock many times in a turn
+            self._asked = true_s, self._error_at(true_s)
+        return self._asked[1]
+
+    def _error_at(self, true_s: float) -> float:
+        """As `error_at`, computed."""
         drifted_s = (true_s - self._set_s) * self._model.drift_ppm * 1e-6
         planned_s = sum(by_s for at_s, by_s in self._jumps if self._set_s < at_s <= true_s)
         return self._error_s + drifted_s + planned_s + self._jumped_by_chance(true_s)
@@ -110,6 +117,7 @@ class RealTimeClock:
             return False
         chance = uniform(self._key, _NTP, math.floor(true_s))
         self._set_s, self._error_s, self._whole_days = true_s, model.ntp_error_s * (2 * chance - 1), None
+        self._asked = -math.inf, 0.0
         return True
 
     def state(self) -> bytes:
@@ -125,7 +133,7 @@ class RealTimeClock:
         if len(state) != _STATE.size:
             raise LocalMisuseError(f"state: expected {_STATE.size} bytes, got {len(state)}")
         self._set_s, self._error_s = _STATE.unpack(state)
-        self._whole_days = None
+        self._whole_days, self._asked = None, (-math.inf, 0.0)
 
     def _jumped_by_chance(self, true_s: float) -> float:
         """Sum of the jumps since it was last set."""

@@ -127,12 +127,12 @@ class HardwareSurroundings:
             device=record.name,
         )
         trickling = TricklingEdge(edge, gap_s=schedule.upload_gap_s, upload_prefix=f"fl/v1/{terms.tenant}/up/")
-        transport = FleetRadio(
+        transport: FleetRadio = FleetRadio(
             radio,
             trickling if schedule.has(SlowLoris) else edge,
             now_s=self._true.now_s,
             record=record,
-            due=lambda at_s: self._wake_at(at_s, wake),
+            due=lambda at_s: self._wake_at(at_s, transport, wake),
         )
         self._connections.append((transport, [0.0, 0, 0, 0]))
         if not schedule.has(Packets):
@@ -207,7 +207,6 @@ class HardwareSurroundings:
         """The board's, the radio's, the next strike, or the end of the job."""
         began_s, true_s, now_s = self.terms.began_s, self._true.now_s(), float(self.environment.now)
         changes_s = [self.board.next_change_s(battery_percents=self._percents, celsius=self._celsius) - began_s]
-        changes_s += [transport.next_event_s() - began_s for transport, _ in self._connections]
         changes_s.append(self._schedule.next_s(true_s) - began_s)
         changes_s += [
             self._started_s + fault.reboots_every_s for fault, _ in self._schedule.active_strikes(RebootLoop, true_s)
@@ -215,7 +214,8 @@ class HardwareSurroundings:
         job = self.profile.residency
         if isinstance(job, Job):
             changes_s += [self._looked_s, self._started_s + job.longest_run_s]
-        return max(now_s + _SHORTEST_S, min(changes_s))
+        heard_s = min((transport.next_event_s() - began_s for transport, _ in self._connections), default=math.inf)
+        return min(max(now_s, heard_s), max(now_s + _SHORTEST_S, min(changes_s)))
 
     def next_start_s(self, ending: Ending) -> float:
         """When the system starts it: a job in its time, what was reset after its boot."""
@@ -329,13 +329,14 @@ class HardwareSurroundings:
         record.bytes_metered += use.metered_bytes - int(told[3])
         told[:] = [use.joules, use.up_bytes, use.down_bytes, use.metered_bytes]
 
-    def _wake_at(self, at_s: float, wake: Callable[[], None]) -> None:
-        """Ring when something is there."""
+    def _wake_at(self, at_s: float, transport: FleetRadio, wake: Callable[[], None]) -> None:
+        """Ring when something is there, unless the device has found it by then."""
         if at_s == math.inf:
             return
 
         def ring(_event: simpy.Event) -> None:
-            wake()
+            if transport.next_event_s() <= self._true.now_s():
+                wake()
 
         delay_s = max(0.0, at_s - self._true.now_s())
         self.environment.timeout(delay_s).callbacks.append(ring)

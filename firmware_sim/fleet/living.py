@@ -96,8 +96,11 @@ class Living:
             ending = self.surroundings.ending(is_done=self.is_done)
             if ending is not None:
                 return ending
-            if self.bell.wants_to_wait:
-                yield from self.bell.until(self._quiet_until_s(environment.now))
+            # A turn after which nothing is left to do is followed by one that finds that out, and then waits.
+            if self.bell.wants_to_wait or all(runner.work is None for runner in self.device.studies.running):
+                quiet_s = self._quiet_until_s(environment.now)
+                if quiet_s > environment.now:
+                    yield from self.bell.until(quiet_s)
 
     def is_done(self) -> bool:
         """Whether nothing is left to do but to wait for another round."""

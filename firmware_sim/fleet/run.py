@@ -22,6 +22,7 @@ from firmware_sim.fleet.services import Services
 from firmware_sim.fleet.windows import (
     Download,
     FleetEvent,
+    Registration,
     Totals,
     Upload,
     Window,
@@ -91,6 +92,7 @@ class FleetRun:
     peak_rss_bytes: int = field(default=0, init=False)
     finished: bool = field(default=False, init=False)
     _task_ended_s: float | None = field(default=None, init=False)
+    _enrolling: list[Registration] = field(default_factory=list, init=False)
     _held: tuple[Download, ...] = field(default=(), init=False)
     _hub_wakes_s: float = field(default=0.0, init=False)
     _put_down_s: float = field(default=0.0, init=False)
@@ -203,7 +205,7 @@ class FleetRun:
         self._measure(hub)
         for upload in merged_uploads(reports):
             heapq.heappush(self._in_flight, upload)
-        hub.register(sorted(one for report in reports for one in report.registrations))
+        self._enrolling += (one for report in reports for one in report.registrations)
         news = [*self.chronicle.take_news(), *(event for report in reports for event in report.events)]
         self._events.append_window(news)
         for event in news:
@@ -222,11 +224,17 @@ class FleetRun:
         arrived, changes = self._arrived(self.now_s), services != hub.services
         if not arrived and not changes and self.now_s < self._hub_wakes_s:
             return ()
+        self._enrol(hub)
         down = hub.work(arrived, self.now_s, services)
-        # What came of that may need another look at once.
-        every_s = self.loaded.scenario.exchange_s
-        self._hub_wakes_s = self.now_s + every_s if down or arrived or changes else hub.next_wake_s(self.now_s)
+        # A round that was closed needs another look at once, and so does what comes back; receipts alone need none.
+        soon = changes or any(not one.device for one in down)
+        self._hub_wakes_s = self.now_s + self.loaded.scenario.exchange_s if soon else hub.next_wake_s(self.now_s)
         return down
+
+    def _enrol(self, hub: Hub) -> None:
+        """Register the devices that have enrolled: many at once, before anything that they have sent is looked at."""
+        hub.register(sorted(self._enrolling))
+        self._enrolling.clear()
 
     def _arrived(self, now_s: float) -> list[Upload]:
         """What has arrived at the broker by now, in order."""
@@ -247,6 +255,7 @@ class FleetRun:
 
     def _put_down(self, hub: Hub) -> Checkpoint:
         """Put everything down durably, so that another process can go on."""
+        self._enrol(hub)
         left = self.engine.put_down(self.now_s)
         self._add_up(left)
         checkpoint = Checkpoint(

@@ -21,7 +21,7 @@ from firmware_sim.fleet.engines import Engine, InProcess, Processes
 from firmware_sim.fleet.measuring import accuracy_on_curve, metrics_of
 from firmware_sim.fleet.run import FleetRun, Progress
 from firmware_sim.fleet.windows import FleetEvent
-from firmware_sim.fleet_metrics import FaultSpan, FleetMetrics, FleetRound
+from firmware_sim.fleet_metrics import FaultSpan, FleetMetrics, FleetRound, read_metrics
 from firmware_sim.fleet_report import fleet_report_html
 from firmware_sim.scenario.loading import LoadedScenario, load_scenario
 from firmware_sim.sensors.assembly import make_sensor
@@ -182,10 +182,7 @@ def played_back(path: Path, rounds: Sequence[FleetRound]) -> list[tuple[float | 
     Raises:
         FleetError: it cannot be read, or has no accuracy.
     """
-    try:
-        earlier = msgspec.json.decode(path.read_bytes(), type=FleetMetrics)
-    except (OSError, msgspec.DecodeError) as error:
-        raise FleetError(f"recorded: expected the folder of a run that has {METRICS}, got {path} ({error})") from error
+    earlier = read_metrics(path, FleetMetrics)
     known = [(one.accuracy, one.loss) for one in earlier.rounds if one.accuracy is not None]
     if not known:
         raise FleetError(f"recorded: the run in {path.parent} has no accuracy; take one with fidelity real")

@@ -25,8 +25,8 @@ from fl_protocol.errors import LocalMisuseError
 
 _MOST_RETRANSMISSIONS = 15
 """As Linux gives up (net.ipv4.tcp_retries2)."""
-_MOST_STEPS = 64
-"""Of changes that leave the link as it was, looked over before one of them is named as the next change."""
+_HORIZON_S = 43_200.0
+"""So far ahead changes that leave the link as it was are looked over; one beyond that is named as the next change."""
 _STATE = struct.Struct("<dddQ")
 _LOSS, _JITTER, _DUTY = range(3)
 
@@ -92,14 +92,12 @@ class Radio:
     def next_change_s(self, time_s: float) -> float:
         """When the link is another one than at `time_s`, strictly after it; infinity if never.
 
-        A place with many changes that change nothing may be named early; it is never named late.
+        One that is half a day away may be named early, when it changes nothing; none is named late.
         """
         begins_s, ends_s, link = self._span
         if not begins_s <= time_s < ends_s:
             link, ends_s = self._look(time_s)
-            for _ in range(_MOST_STEPS):
-                if ends_s == math.inf:
-                    break
+            while ends_s - time_s < _HORIZON_S:
                 later, until_s = self._look(ends_s)
                 if later != link:
                     break

@@ -190,6 +190,8 @@ class RadioTransport:
                 self._try(self._due_s)
             elif self._state is _State.CONNECTING:
                 self._greet(self._due_s)
+            elif self._radio.link_at(self._due_s) == self._link:  # a change that changes nothing
+                self._due_s = self._radio.next_change_s(self._due_s)
             else:
                 at_s = self._due_s
                 self._edge.disconnect(self, at_s=at_s, clean=False)
