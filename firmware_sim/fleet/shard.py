@@ -164,6 +164,9 @@ class Shard:
         living, enrolled = self._maker.start(
             record, surroundings, environment=self._environment, edge=self._edge, journal=diary
         )
+        for event, detail in record.news:
+            diary.tell(event, detail=detail)
+        record.news.clear()
         self._registrations += enrolled
         self._living[record.name] = living
         return living
@@ -174,7 +177,7 @@ class Shard:
         if ending.is_clean:
             living.sleep()
         else:
-            diary.tell(ending.kind)
+            diary.tell(ending.kind, detail=ending.detail)
             living.abandon()
         surroundings.leave()
         self.totals.turns += living.turns

@@ -100,6 +100,12 @@ def _check_files(loaded: LoadedScenario) -> None:
             f"scenario {path}: line {line}: population.traces: expected a CSV file, got {scenario.population.traces}, "
             "which is not there"
         )
+    if scenario.rollout is not None and not scenario.population.profiles:
+        line = line_of(loaded.text, ("rollout",))
+        raise ConfigError(
+            f"scenario {path}: line {line}: rollout: expected population.profiles beside it; ideal devices have no "
+            "firmware"
+        )
     if scenario.fidelity == "recorded" and scenario.recorded is None:
         raise ConfigError(f"scenario {path}: recorded: this key is missing; the fidelity recorded plays a run back")
     if scenario.sensors.kind != "none":
