@@ -168,6 +168,9 @@ def _faults(metrics: FleetMetrics) -> str:
     rows = [row for kind in sorted({fault.kind for fault in metrics.faults}) for row in _fault_rows(metrics, kind)]
     header = ("fault", "whom it struck", "began", "lasted", "")
     after = table_html(rows, header=header) if rows else ""
+    if metrics.firmware:
+        versions = [(version, f"{devices:,}") for version, devices in metrics.firmware.items()]
+        after += table_html(versions, header=("firmware in the end", "devices"), numbers=range(1, 2))
     return _section("Faults and attacks", [plot], otherwise="No fault was injected, and nobody attacked.", after=after)
 
 
