@@ -26,6 +26,9 @@ _TOLD = frozenset(
 )
 """Journal's events that become a line of the table of events."""
 
+_EVERY_END = "the daemon is stopped"
+"""Why a daemon stops its studies when it ends as it should: worth no line."""
+
 
 class Diary:
     """`fl_protocol.adapters.journal.Journal` of one device for one life of its daemon.
@@ -79,7 +82,7 @@ class Diary:
         if self._tells_all:
             about = ", ".join(f"{name}={value}" for name, value in sorted(fields.items()))
             self.tell(event, round_number=int(fields.get("round") or 0), detail=about)
-        elif event in _TOLD:
+        elif event in _TOLD and fields.get("reason") != _EVERY_END:
             value = fields.get("epsilon")
             self.tell(
                 event,

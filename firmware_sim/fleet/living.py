@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import simpy
 
 from device_client.device import Device
+from device_client.errors import StoreError
 from firmware_sim.fleet.record import DeviceRecord, packed
 from firmware_sim.fleet.surroundings import Ending, Surroundings
 from firmware_sim.virtual_flash import VirtualFlash
@@ -115,7 +117,8 @@ class Living:
 
     def sleep(self) -> None:
         """End the daemon, and put everything into the record."""
-        self.device.close()
+        with contextlib.suppress(StoreError):  # a flash that takes nothing keeps what it had
+            self.device.close()
         self.abandon()
 
     def abandon(self) -> None:

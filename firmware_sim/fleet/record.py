@@ -54,6 +54,9 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
         board, clock: where they stand; None and empty before its first life.
         energy: that it has used.
         crashes: how often the daemon raised what it should not have.
+        slots: the boot loader's partition, where firmware is simulated, and of what it did: `firmware`, the version
+            that runs; `booted_s`, when it booted last; `boot_cause`, the ending that it boots after next.
+        news: (event, detail) that are to be told when its daemon starts.
         hours: the last ones in which it was counted as awake, eligible, having begun, having delivered; -1 for none.
     """
 
@@ -78,6 +81,11 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
     clock: bytes = b""
     energy: Energy = msgspec.field(default_factory=Energy)
     crashes: int = 0
+    slots: Image = msgspec.field(default_factory=dict)
+    firmware: str = ""
+    booted_s: float | None = None
+    boot_cause: str = ""
+    news: list[tuple[str, str]] = msgspec.field(default_factory=list)
     hours: list[int] = msgspec.field(default_factory=lambda: [-1, -1, -1, -1])
 
 

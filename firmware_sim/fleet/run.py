@@ -232,7 +232,7 @@ class FleetRun:
             return ()
         self._enrol(hub)
         down = hub.work(arrived, self.now_s, services)
-        # A round that was closed needs another look at once; receipts alone need none.
+        # A round that was closed needs another look at once, and so does what comes back; receipts alone need none.
         soon = changes or any(not one.device for one in down)
         self._hub_wakes_s = self.now_s + self.loaded.scenario.exchange_s if soon else hub.next_wake_s(self.now_s)
         return down

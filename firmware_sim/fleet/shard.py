@@ -178,6 +178,9 @@ class Shard:
         living, enrolled = self._maker.start(
             record, surroundings, environment=self._environment, edge=self._edge, journal=diary
         )
+        for event, detail in record.news:
+            diary.tell(event, detail=detail)
+        record.news.clear()
         self._registrations += enrolled
         self._living[record.name] = living
         return living
@@ -187,7 +190,7 @@ class Shard:
         if ending.is_clean:
             living.sleep()
         else:
-            diary.tell(ending.kind)
+            diary.tell(ending.kind, detail=ending.detail)
             living.abandon()
         del self._living[living.record.name]  # only now: what fails before is a crash, which leaves a flash
         surroundings.leave()

@@ -24,10 +24,12 @@ class Ending(NamedTuple):
     Args:
         kind: ``job_over``, or what befell the device (``killed``, ``hang``, ``brown_out``, ...).
         is_clean: whether its system lets it put things aside first.
+        detail: for the table of events.
     """
 
     kind: str
     is_clean: bool
+    detail: str = ""
 
 
 class Surroundings(Protocol):

@@ -100,6 +100,12 @@ def _check_files(loaded: LoadedScenario) -> None:
             f"scenario {path}: line {line}: population.traces: expected a CSV file, got {scenario.population.traces}, "
             "which is not there"
         )
+    if scenario.rollout is not None and not scenario.population.profiles:
+        line = line_of(loaded.text, ("rollout",))
+        raise ConfigError(
+            f"scenario {path}: line {line}: rollout: expected population.profiles beside it; ideal devices have no "
+            "firmware"
+        )
     if scenario.fidelity == "recorded" and scenario.recorded is None:
         raise ConfigError(f"scenario {path}: recorded: this key is missing; the fidelity recorded plays a run back")
     if scenario.sensors.kind != "none":
@@ -177,16 +183,22 @@ def _keys_at(kind: Any, path: tuple[str | int, ...]) -> list[str]:
     here = msgspec.inspect.type_info(kind)
     for part in path:
         here = _inside(here, part)
+    here = _table(here)
     if isinstance(here, msgspec.inspect.StructType):
         return sorted(field.encode_name for field in here.fields)
     return ["other keys"]
 
 
+def _table(here: Any) -> Any:
+    """What may be left out, as if it may not."""
+    if isinstance(here, msgspec.inspect.UnionType):
+        return next(one for one in here.types if not isinstance(one, msgspec.inspect.NoneType))
+    return here
+
+
 def _inside(here: Any, part: str | int) -> Any:
     """The type of a field, or of an array's items."""
-    if isinstance(here, msgspec.inspect.UnionType):
-        tables = [one for one in here.types if not isinstance(one, msgspec.inspect.NoneType)]
-        here = tables[0]
+    here = _table(here)
     if isinstance(here, msgspec.inspect.StructType):
         return next((field.type for field in here.fields if field.encode_name == part), here)
     return getattr(here, "item_type", here)
