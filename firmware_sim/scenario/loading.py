@@ -16,7 +16,7 @@ from firmware_sim.errors import FleetError, ProfileError, SettingsError
 from firmware_sim.faults.kinds import Fault
 from firmware_sim.faults.parsing import parse_faults
 from firmware_sim.profiles.catalogue import load_profile
-from firmware_sim.profiles.hardware_profile import HardwareProfile
+from firmware_sim.profiles.hardware_profile import HardwareProfile, Job
 from firmware_sim.scenario.schema import Scenario
 from firmware_sim.scenario.toml_lines import line_of, path_of
 from firmware_sim.sensors.assembly import make_sensor
@@ -83,7 +83,7 @@ def load_scenario(path: Path, *, changes: dict[str, Any] | None = None) -> Loade
     task = _task_of(path, text, scenario, bundle_path, publisher_key)
     try:
         faults = parse_faults(scenario.faults)
-        profiles = {name: (load_profile(name), weight) for name, weight in scenario.population.profiles.items()}
+        profiles = {name: (_profile(name, scenario), weight) for name, weight in scenario.population.profiles.items()}
     except (SettingsError, ProfileError) as error:
         raise ConfigError(f"scenario {path}: {error}") from error
     loaded = LoadedScenario(path, text, scenario, bundle_path, publisher_key, bundle, task, faults, profiles)
@@ -190,6 +190,19 @@ def _inside(here: Any, part: str | int) -> Any:
     if isinstance(here, msgspec.inspect.StructType):
         return next((field.type for field in here.fields if field.encode_name == part), here)
     return getattr(here, "item_type", here)
+
+
+def _profile(name: str, scenario: Scenario) -> HardwareProfile:
+    """A profile with the scenario's network, its jobs waiting only for what the wearers' rules ask for.
+
+    Raises ProfileError.
+    """
+    profile = load_profile(name)
+    if scenario.population.network == "away":
+        profile = msgspec.structs.replace(profile, home=profile.away)
+    if isinstance(profile.residency, Job) and not scenario.eligibility.require_unmetered:
+        profile = msgspec.structs.replace(profile, residency=msgspec.structs.replace(profile.residency, unmetered=False))
+    return profile
 
 
 def _bundle_of(path: Path, scenario: Scenario) -> tuple[Path, str]:
