@@ -64,12 +64,15 @@ class Population(Section, frozen=True, kw_only=True):
         profiles: weights by the profiles' names (``covey-fleet profiles`` lists them). Empty: every device is ideal: on
             the mains, on a network that never fails, and its computing takes no time.
         job_period_hours: how often at most systems start the daemon, instead of what the profiles say.
+        network: ``away``: every device has its profile's network of away from home wherever it is, such as phones whose
+            only network is cellular.
         traces: a CSV of real devices' states (docs/simulation-hardware.md), relative to the file; devices take its
             traces in turn, and ``[wearers]`` says nothing then.
     """
 
     profiles: dict[str, Annotated[float, Meta(gt=0)]] = {}
     job_period_hours: Positive | None = None
+    network: Literal["profile", "away"] = "profile"
     traces: str | None = None
 
 
