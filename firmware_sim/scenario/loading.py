@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 
 from aggregator.task_file import TaskConfig, read_task
+from firmware_sim.attackers.kinds import Attacker, Replay
+from firmware_sim.attackers.parsing import parse_attackers, require_possible
 from firmware_sim.bundles import bundle_and_publisher
 from firmware_sim.errors import FleetError, ProfileError, SettingsError
 from firmware_sim.faults.kinds import Fault
@@ -45,6 +47,7 @@ class LoadedScenario:
         bundle: of the model, verified.
         task: the aggregator's.
         faults: that befall the fleet.
+        attackers: that are among the devices.
         profiles: hardware and its weights, by name; empty for ideal devices.
     """
 
@@ -57,6 +60,7 @@ class LoadedScenario:
     task: TaskConfig
     faults: tuple[Fault, ...]
     profiles: dict[str, tuple[HardwareProfile, float]]
+    attackers: tuple[Attacker, ...] = ()
 
 
 def load_scenario(path: Path, *, changes: dict[str, Any] | None = None) -> LoadedScenario:
@@ -83,10 +87,12 @@ def load_scenario(path: Path, *, changes: dict[str, Any] | None = None) -> Loade
     task = _task_of(path, text, scenario, bundle_path, publisher_key)
     try:
         faults = parse_faults(scenario.faults)
+        attackers = parse_attackers(scenario.attackers)
+        require_possible(attackers, bundle.manifest)
         profiles = {name: (load_profile(name), weight) for name, weight in scenario.population.profiles.items()}
     except (SettingsError, ProfileError) as error:
         raise ConfigError(f"scenario {path}: {error}") from error
-    loaded = LoadedScenario(path, text, scenario, bundle_path, publisher_key, bundle, task, faults, profiles)
+    loaded = LoadedScenario(path, text, scenario, bundle_path, publisher_key, bundle, task, faults, profiles, attackers)
     _check_files(loaded)
     return loaded
 
@@ -102,6 +108,13 @@ def _check_files(loaded: LoadedScenario) -> None:
         )
     if scenario.fidelity == "recorded" and scenario.recorded is None:
         raise ConfigError(f"scenario {path}: recorded: this key is missing; the fidelity recorded plays a run back")
+    computing = [one for one in loaded.attackers if not isinstance(one, Replay)]
+    if computing and scenario.fidelity != "real":
+        kind = str(computing[0].__struct_config__.tag)
+        raise ConfigError(
+            f"scenario {path}: fidelity: expected real with attackers of the kind {kind}, got {scenario.fidelity}; "
+            "without tensors there is nothing to attack"
+        )
     if scenario.sensors.kind != "none":
         try:
             make_sensor(scenario.sensors, loaded.bundle.manifest, scenario.seed)
