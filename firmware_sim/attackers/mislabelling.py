@@ -9,10 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from device_client.ports import Labels
 from device_client.training import Records
 from firmware_sim.attackers.kinds import LabelFlip
 from firmware_sim.sensors.sensor import Recorded, Sensor
+
+Int32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Mislabelling(Sensor):
         return self.sensor.held_out(count)
 
 
-def permuted(y: np.ndarray, flip: LabelFlip, labels: int) -> np.ndarray:
+def permuted(y: Labels, flip: LabelFlip, labels: int) -> Int32:
     """Labels as a flipper calls them, int32 [n]."""
     names = flip.permutation if flip.permutation is not None else tuple(range(labels - 1, -1, -1))
-    return np.array(names, np.int32)[y]
+    called: Int32 = np.array(names, np.int32)[y]
+    return called

@@ -42,7 +42,7 @@ def parse_table(table: Mapping[str, Any], kinds: Mapping[str, type[T]], *, where
         SettingsError: it says where, the key, the value, and what is allowed.
     """
     kind = table.get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise SettingsError(f"{where}: kind: expected one of {', '.join(sorted(kinds))}, got {kind!r}")
     try:
         return msgspec.convert(table, kinds[kind])
