@@ -113,8 +113,8 @@ class FleetMetrics(msgspec.Struct, frozen=True, kw_only=True):
         declined: rounds that devices left out, by reason (``coin``, ``budget``, ``floors``, ...).
         deliveries: updates by outcome: ``delivered``, ``expired``, ``refused``, ``pending``.
         attack: of runs with attackers: how many devices attack, by kind; ``backdoor_success``: fraction of held-out
-            windows of other labels that the last model takes for the target when they bear the trigger; ``replays_sent`` and
-            ``replays_refused``: updates.
+            windows of other labels that the last model takes for the target when they bear the trigger;
+            ``replays_sent`` and ``replays_refused``: updates.
         wall_s, peak_rss_bytes: what the simulation itself took, all processes together.
         live: of a live run; None for a simulated one.
     """

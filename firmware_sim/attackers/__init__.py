@@ -1,1 +1,1 @@
-"""Devices of a simulated fleet that are hostile: what they train, compute and send. The aggregator knows nothing of it."""
+"""Hostile devices of a simulated fleet: what they train, compute and send. The aggregator knows nothing of it."""

@@ -39,8 +39,8 @@ class Replayer:
         self._plan, self._devices, self._name_of, self._index_of = plan, devices, name_of, index_of
         self._has_replay = any(isinstance(one, Replay) for one in plan.attackers)
 
-    def heard(self, uploads: Iterable[Upload]) -> tuple[list[Upload], list[FleetEvent]]:
-        """What is sent again of what devices sent, and an event for each update of which it is."""
+    def heard(self, uploads: Iterable[Upload], now_s: float) -> tuple[list[Upload], list[FleetEvent]]:
+        """What is sent again of what devices sent, and an event for each update of which it is, told at `now_s`."""
         again: list[Upload] = []
         events: list[FleetEvent] = []
         for upload in uploads if self._has_replay else ():
@@ -50,7 +50,7 @@ class Replayer:
                     again.append(copy)
                     if copy.topic.endswith("/0"):
                         detail = f"of {upload.device}"
-                        events.append(FleetEvent(copy.arrives_s, sender, "", REPLAYED, detail=detail))
+                        events.append(FleetEvent(now_s, sender, "", REPLAYED, detail=detail))
         return again, events
 
     def _listeners(self, upload: Upload) -> Iterable[tuple[Attack, str]]:

@@ -204,7 +204,7 @@ class FleetRun:
         """What came of a window."""
         self._measure(hub)
         uploads = merged_uploads(reports)
-        again, repeated = self._replayer.heard(uploads)
+        again, repeated = self._replayer.heard(uploads, self.now_s)
         for upload in (*uploads, *again):
             heapq.heappush(self._in_flight, upload)
         self._enrolling += (one for report in reports for one in report.registrations)

@@ -198,7 +198,7 @@ def test_a_replay_is_the_same_sealed_update_under_the_attackers_topic_later() ->
         Upload(10.0, name, 5, upload_topic("fleet", name, update_id, 0), encode(chunk))
         for name in ("device-0000001", "device-0000002", "device-0000000")
     ]
-    again, events = replayer.heard(uploads)
+    again, events = replayer.heard(uploads, 9.0)
     assert [(one.device, one.arrives_s) for one in again] == [("device-0000001", 13.0)] * 2
     assert [one.detail for one in events] == ["of device-0000001", "of device-0000002"]
     for one in again:
