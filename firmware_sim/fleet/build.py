@@ -18,6 +18,9 @@ from device_client.config import (
     StudyConfig,
 )
 from device_client.training import Records
+from firmware_sim.attackers.kinds import LabelFlip
+from firmware_sim.attackers.mislabelling import Mislabelling
+from firmware_sim.attackers.plan import AttackPlan
 from firmware_sim.faults.plan import FaultPlan
 from firmware_sim.fleet.device_firmware import FirmwarePlan
 from firmware_sim.fleet.hardware import HardwareTerms, HardwareWorld
@@ -211,7 +214,13 @@ def device_maker(loaded: LoadedScenario) -> DeviceMaker:
         records=_records_of(loaded),
         aggregator_key=RememberingKey(settings.key_of("aggregator").public_key()),
         began_s=scenario.began_s,
+        attacks=attack_plan_of(loaded),
     )
+
+
+def attack_plan_of(loaded: LoadedScenario) -> AttackPlan:
+    """Which devices of a scenario are hostile."""
+    return AttackPlan(loaded.attackers, seed=loaded.scenario.seed)
 
 
 def _records_of(loaded: LoadedScenario) -> Callable[[int, float, float], Records] | None:
@@ -220,8 +229,16 @@ def _records_of(loaded: LoadedScenario) -> Callable[[int, float, float], Records
     if scenario.sensors.kind == "none" or scenario.fidelity != "real":
         return None
     sensor = make_sensor(scenario.sensors, loaded.bundle.manifest, scenario.seed)
+    plan = attack_plan_of(loaded)
     # A sensor's time begins at a midnight, before which nothing was recorded.
     before_s = round(scenario.history_days) * DAY_S + scenario.began_s % DAY_S
+    if any(isinstance(one, LabelFlip) for one in loaded.attackers):
+
+        def flips_of(index: int) -> tuple[LabelFlip, ...]:
+            attacks = plan.attacks_of(index, device_name(index))
+            return tuple(one.attacker for one in attacks if isinstance(one.attacker, LabelFlip))
+
+        sensor = Mislabelling(sensor, len(loaded.bundle.manifest.label.names), flips_of, before_s)
     return lambda index, from_s, to_s: sensor.records(index, max(0.0, from_s + before_s), to_s + before_s)
 
 
