@@ -14,6 +14,7 @@ from device_client.device import Device
 from device_client.device_ports import Connection
 from device_client.device_store import create_identity
 from device_client.ports import Graph, Transport
+from device_client.sealer import Sealer
 from device_client.training import LocalTraining, Records, Trainer
 from firmware_sim.fleet.edge import ShardEdge
 from firmware_sim.fleet.fidelity import EmptyTrainer, NoGraph, TimedGraph
@@ -25,6 +26,7 @@ from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.virtual_device import VirtualHardware, virtual_device
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
+from fl_protocol.sealing import seal_update
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class DeviceMaker:
             before the first.
         aggregator_key: that all are pinned to.
         began_s: Unix seconds at which the shard's time begins.
+        sealer: closes up updates.
     """
 
     seed: str
@@ -49,6 +52,7 @@ class DeviceMaker:
     records: Callable[[int, float, float], Records] | None
     aggregator_key: Ed25519PublicKey
     began_s: float
+    sealer: Sealer = seal_update
 
     def start(
         self,
@@ -84,6 +88,7 @@ class DeviceMaker:
             journal=journal,
             bell=bell,
             trainer=self._trainer(stopwatch),
+            sealer=self.sealer,
         )
         device = virtual_device(
             config,

@@ -217,6 +217,12 @@ def _task_of(path: Path, text: str, scenario: Scenario, bundle_path: Path, publi
     except ConfigError as error:
         message = str(error).removeprefix(f"task file {path}: ")
         raise ConfigError(said_of(path, text, message, TaskConfig, below="$.task")) from error
+    if scenario.wire == "off" and (task.engine != "open" or task.rule.name != "mean"):
+        line = line_of(text, ("wire",))
+        raise ConfigError(
+            f"scenario {path}: line {line}: wire: off goes with the engine open and the rule mean only, got "
+            f"{task.engine} and {task.rule.name}"
+        )
     if (task.engine == "secure") != bool(scenario.helpers):
         raise ConfigError(
             f"scenario {path}: helpers: expected at least 1 with the engine secure and none with the engine open, got "
