@@ -14,6 +14,7 @@ from device_client.device import Device
 from device_client.device_ports import Connection
 from device_client.device_store import create_identity
 from device_client.ports import Graph, Transport
+from device_client.sealer import Sealer
 from device_client.training import LocalTraining, Records, Trainer
 from firmware_sim.attackers.plan import AttackPlan
 from firmware_sim.attackers.training import HostileTrainer, Memory
@@ -27,6 +28,7 @@ from firmware_sim.fleet.windows import Registration
 from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.virtual_device import VirtualHardware, virtual_device
 from fl_protocol.bundle import ModelBundle
+from fl_protocol.sealing import seal_update
 
 _HONEST = AttackPlan((), seed=0)
 
@@ -45,6 +47,7 @@ class DeviceMaker:
         aggregator_key: that all are pinned to.
         began_s: Unix seconds at which the shard's time begins.
         attacks: which of the devices are hostile.
+        sealer: closes up updates.
     """
 
     seed: str
@@ -55,6 +58,7 @@ class DeviceMaker:
     aggregator_key: Ed25519PublicKey
     began_s: float
     attacks: AttackPlan = _HONEST
+    sealer: Sealer = seal_update
 
     def start(
         self,
@@ -90,6 +94,7 @@ class DeviceMaker:
             journal=journal,
             bell=bell,
             trainer=self._trainer(stopwatch, record, environment, counter),
+            sealer=self.sealer,
         )
         try:
             device = virtual_device(

@@ -235,6 +235,9 @@ def _task_of(path: Path, text: str, scenario: Scenario, bundle_path: Path, publi
         if isinstance(plan, dict):
             fields["plan"] = {"kind": fields.pop("kind", "train"), **plan}
         raise ConfigError(said_of(where, text, message, fields, TaskConfig, below="$.task")) from error
+    if scenario.wire == "off" and (task.engine != "open" or task.rule.name != "mean"):
+        what = "off goes with the engine open and the rule mean only"
+        raise _wrong(path, text, ("wire",), f"{what}, got {task.engine} and {task.rule.name}")
     if (task.engine == "secure") != bool(scenario.helpers):
         what = "expected at least 1 with the engine secure and none with the engine open"
         raise _wrong(path, text, ("helpers",), f"{what}, got {scenario.helpers} with {task.engine}")
