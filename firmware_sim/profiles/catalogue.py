@@ -24,7 +24,5 @@ def load_profile(name: str) -> HardwareProfile:
         ProfileError: there is none of this name; the text lists them.
     """
     if name not in profile_names():
-        raise ProfileError(
-            f"profile {name!r}: expected one of {', '.join(profile_names())}, or the path of a TOML file"
-        )
+        raise ProfileError(f"profile {name!r}: expected one of {', '.join(profile_names())}")
     return read_profile((FOLDER / f"{name}.toml").read_bytes(), where=f"{name}.toml")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,28 @@ from typing import Any
 import msgspec
 
 from aggregator.task_file import TaskConfig, read_task
+from firmware_sim.attackers.kinds import Attacker, Replay
+from firmware_sim.attackers.parsing import parse_attackers, require_possible
 from firmware_sim.bundles import bundle_and_publisher
 from firmware_sim.errors import FleetError, ProfileError, SettingsError
 from firmware_sim.faults.kinds import Fault
 from firmware_sim.faults.parsing import parse_faults
 from firmware_sim.profiles.catalogue import load_profile
-from firmware_sim.profiles.hardware_profile import HardwareProfile
+from firmware_sim.profiles.hardware_profile import HardwareProfile, Job
 from firmware_sim.scenario.schema import Scenario
-from firmware_sim.scenario.toml_lines import line_of, path_of
+from firmware_sim.scenario.telling import placed, said_of, said_of_fault
 from firmware_sim.sensors.assembly import make_sensor
-from fl_protocol.adapters.config_files import pinned_key, read_file, relative_to_config
+from fl_protocol.adapters.config_files import relative_to_config
 from fl_protocol.bundle import ModelBundle, open_bundle
-from fl_protocol.errors import ConfigError
+from fl_protocol.errors import BundleError, ConfigError, LocalMisuseError
+from fl_protocol.signing import public_key_from_hex
 
 SHIPPED = Path(__file__).resolve().parent.parent / "scenarios"
 """The scenarios that come with covey."""
+RECORDED = "fleet.json"
+"""What a run that has ended leaves, and the fidelity `recorded` plays back."""
 TASK = "study"
 """What the scenario's task is called."""
-_AT = re.compile(r" - at `(\$[^`]*)`$")
-_UNKNOWN = re.compile(r"Object contains unknown field `([^`]+)`")
-_MISSING = re.compile(r"Object missing required field `([^`]+)`")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class LoadedScenario:
         bundle: of the model, verified.
         task: the aggregator's.
         faults: that befall the fleet.
+        attackers: that are among the devices.
         profiles: hardware and its weights, by name; empty for ideal devices.
     """
 
@@ -57,6 +59,7 @@ class LoadedScenario:
     task: TaskConfig
     faults: tuple[Fault, ...]
     profiles: dict[str, tuple[HardwareProfile, float]]
+    attackers: tuple[Attacker, ...] = ()
 
 
 def load_scenario(path: Path, *, changes: dict[str, Any] | None = None) -> LoadedScenario:
@@ -78,42 +81,54 @@ def load_scenario(path: Path, *, changes: dict[str, Any] | None = None) -> Loade
     fields = _parsed(path, text)
     fields.update(changes or {})
     scenario = _converted(path, text, fields)
-    bundle_path, publisher_key = _bundle_of(path, scenario)
-    bundle = open_bundle(read_file(bundle_path, "model"), publisher=pinned_key(path, "publisher_key", publisher_key))
+    bundle_path, publisher_key = _bundle_of(path, text, scenario)
+    bundle = _opened(path, text, bundle_path, publisher_key)
     task = _task_of(path, text, scenario, bundle_path, publisher_key)
     try:
         faults = parse_faults(scenario.faults)
-        profiles = {name: (load_profile(name), weight) for name, weight in scenario.population.profiles.items()}
-    except (SettingsError, ProfileError) as error:
+    except SettingsError as error:
+        raise ConfigError(said_of_fault(f"scenario {path}", text, str(error))) from error
+    try:
+        attackers = parse_attackers(scenario.attackers)
+        require_possible(attackers, bundle.manifest)
+    except SettingsError as error:
         raise ConfigError(f"scenario {path}: {error}") from error
-    loaded = LoadedScenario(path, text, scenario, bundle_path, publisher_key, bundle, task, faults, profiles)
+    profiles = _profiles(path, text, scenario)
+    loaded = LoadedScenario(path, text, scenario, bundle_path, publisher_key, bundle, task, faults, profiles, attackers)
     _check_files(loaded)
     return loaded
 
 
 def _check_files(loaded: LoadedScenario) -> None:
     """Whether what the scenario names beside its model is there, and fits. Raises ConfigError."""
-    path, scenario = loaded.path, loaded.scenario
-    if scenario.population.traces is not None and not relative_to_config(path, scenario.population.traces).exists():
-        line = line_of(loaded.text, ("population", "traces"))
-        raise ConfigError(
-            f"scenario {path}: line {line}: population.traces: expected a CSV file, got {scenario.population.traces}, "
-            "which is not there"
-        )
+    path, text, scenario = loaded.path, loaded.text, loaded.scenario
+    traces, recorded = scenario.population.traces, scenario.recorded
+    if traces is not None and not relative_to_config(path, traces).is_file():
+        raise _wrong(path, text, ("population", "traces"), f"expected a CSV file, got {traces!r}, which is not there")
     if scenario.rollout is not None and not scenario.population.profiles:
-        line = line_of(loaded.text, ("rollout",))
-        raise ConfigError(
-            f"scenario {path}: line {line}: rollout: expected population.profiles beside it; ideal devices have no "
-            "firmware"
-        )
-    if scenario.fidelity == "recorded" and scenario.recorded is None:
-        raise ConfigError(f"scenario {path}: recorded: this key is missing; the fidelity recorded plays a run back")
+        what = "expected population.profiles beside it; ideal devices have no firmware"
+        raise _wrong(path, text, ("rollout",), what)
+    if scenario.fidelity == "recorded" and recorded is None:
+        raise _wrong(path, text, ("recorded",), "this key is missing; the fidelity recorded plays a run back")
+    if recorded is not None and not (relative_to_config(path, recorded) / RECORDED).is_file():
+        what = f"expected the folder of a run that has ended, got {recorded!r}, in which there is no {RECORDED}"
+        raise _wrong(path, text, ("recorded",), what)
+    computing = [one for one in loaded.attackers if not isinstance(one, Replay)]
+    if computing and scenario.fidelity != "real":
+        kind = str(computing[0].__struct_config__.tag)
+        came = f"got {scenario.fidelity}; without tensors there is nothing to attack"
+        what = f"expected real with attackers of the kind {kind}, {came}"
+        raise _wrong(path, text, ("fidelity",), what)
     if scenario.sensors.kind != "none":
         try:
             make_sensor(scenario.sensors, loaded.bundle.manifest, scenario.seed)
         except SettingsError as error:
-            line = line_of(loaded.text, ("sensors",))
-            raise ConfigError(f"scenario {path}: line {line}: sensors: {error}") from error
+            raise _wrong(path, text, ("sensors",), str(error)) from error
+
+
+def _wrong(path: Path, text: str, key: tuple[str, ...], what: str) -> ConfigError:
+    """An error about a key."""
+    return ConfigError(placed(f"scenario {path}", text, key, what))
 
 
 def shipped_scenarios() -> list[Path]:
@@ -149,89 +164,81 @@ def _converted(path: Path, text: str, fields: dict[str, Any]) -> Scenario:
     try:
         return msgspec.convert(fields, Scenario)
     except msgspec.ValidationError as error:
-        raise ConfigError(said_of(path, text, str(error), Scenario)) from error
+        raise ConfigError(said_of(f"scenario {path}", text, str(error), fields, Scenario)) from error
 
 
-def said_of(path: Path, text: str, message: str, kind: type, *, below: str = "$") -> str:
-    """An error of msgspec with its key, its line and what is allowed.
+def _profiles(path: Path, text: str, scenario: Scenario) -> dict[str, tuple[HardwareProfile, float]]:
+    """The fleet's hardware, and its weights. Raises ConfigError."""
+    result: dict[str, tuple[HardwareProfile, float]] = {}
+    for name, weight in scenario.population.profiles.items():
+        try:
+            result[name] = (_profile(name, scenario), weight)
+        except ProfileError as error:
+            raise _wrong(path, text, ("population", "profiles", name), str(error)) from error
+    return result
 
-    Args:
-        path: of the file.
-        text: what it holds.
-        message: msgspec's.
-        kind: what was expected at `below`.
-        below: where in the file the decoded part begins, such as ``$.task``.
+
+def _profile(name: str, scenario: Scenario) -> HardwareProfile:
+    """A profile with the scenario's network, its jobs waiting only for what the wearers' rules ask for.
+
+    Raises ProfileError.
     """
-    at = _AT.search(message)
-    inside = at[1].removeprefix("$") if at else ""
-    what, where = _AT.sub("", message), below + inside
-    if unknown := _UNKNOWN.search(what):
-        key = f"{where}.{unknown[1]}"
-        what = f"there is no such key; expected {', '.join(_keys_at(kind, path_of('$' + inside)))}"
-    elif missing := _MISSING.search(what):
-        key = f"{where}.{missing[1]}"
-        what = "this key is missing"
-    else:
-        key = where
-    line = line_of(text, path_of(key))
-    place = f"line {line}: " if line is not None else ""
-    return f"scenario {path}: {place}{key.removeprefix('$.')}: {what[:1].lower()}{what[1:]}"
+    profile = load_profile(name)
+    if scenario.population.network == "away":
+        profile = msgspec.structs.replace(profile, home=profile.away)
+    if isinstance(profile.residency, Job) and not scenario.eligibility.require_unmetered:
+        profile = msgspec.structs.replace(
+            profile, residency=msgspec.structs.replace(profile.residency, unmetered=False)
+        )
+    return profile
 
 
-def _keys_at(kind: Any, path: tuple[str | int, ...]) -> list[str]:
-    """The keys that the table at a path may have."""
-    here = msgspec.inspect.type_info(kind)
-    for part in path:
-        here = _inside(here, part)
-    here = _table(here)
-    if isinstance(here, msgspec.inspect.StructType):
-        return sorted(field.encode_name for field in here.fields)
-    return ["other keys"]
-
-
-def _table(here: Any) -> Any:
-    """What may be left out, as if it may not."""
-    if isinstance(here, msgspec.inspect.UnionType):
-        return next(one for one in here.types if not isinstance(one, msgspec.inspect.NoneType))
-    return here
-
-
-def _inside(here: Any, part: str | int) -> Any:
-    """The type of a field, or of an array's items."""
-    here = _table(here)
-    if isinstance(here, msgspec.inspect.StructType):
-        return next((field.type for field in here.fields if field.encode_name == part), here)
-    return getattr(here, "item_type", here)
-
-
-def _bundle_of(path: Path, scenario: Scenario) -> tuple[Path, str]:
+def _bundle_of(path: Path, text: str, scenario: Scenario) -> tuple[Path, str]:
     """The model's bundle, and its publisher's key. Raises ConfigError."""
     if scenario.model.endswith(".covey"):
         if scenario.publisher_key is None:
-            raise ConfigError(f"scenario {path}: publisher_key: this key is missing; a bundle of your own needs it")
+            raise _wrong(path, text, ("publisher_key",), "this key is missing; a bundle of your own needs it")
         return relative_to_config(path, scenario.model), scenario.publisher_key
     try:
         return bundle_and_publisher(scenario.model)
     except FleetError as error:
-        raise ConfigError(f"scenario {path}: model: {error}; or give the path of a .covey file") from error
+        raise _wrong(path, text, ("model",), f"{error}; or give the path of a .covey file") from error
+
+
+def _opened(path: Path, text: str, bundle_path: Path, publisher_key: str) -> ModelBundle:
+    """The model, verified. Raises ConfigError."""
+    try:
+        key = public_key_from_hex(publisher_key)
+    except LocalMisuseError as error:
+        raise _wrong(path, text, ("publisher_key",), str(error)) from error
+    try:
+        return open_bundle(bundle_path.read_bytes(), publisher=key)
+    except OSError as error:
+        what = f"expected a readable file at {bundle_path} ({error.strerror})"
+        raise _wrong(path, text, ("model",), what) from error
+    except BundleError as error:
+        raise _wrong(path, text, ("model",), str(error)) from error
 
 
 def _task_of(path: Path, text: str, scenario: Scenario, bundle_path: Path, publisher_key: str) -> TaskConfig:
     """The aggregator's task. Raises ConfigError."""
-    given = {"name", "bundle", "publisher_key"} & scenario.task.keys()
+    given, where = sorted({"name", "bundle", "publisher_key"} & scenario.task.keys()), f"scenario {path}"
     if given:
-        raise ConfigError(
-            said_of(path, text, f"Object contains unknown field `{min(given)}`", TaskConfig, below="$.task")
-        )
+        what = f"there is no such key in a scenario: covey sets it itself, got {scenario.task[given[0]]!r}"
+        raise _wrong(path, text, ("task", given[0]), what)
     fields = {**scenario.task, "name": TASK, "bundle": str(bundle_path), "publisher_key": publisher_key}
     try:
         task = read_task(msgspec.toml.encode(fields).decode(), str(path))
     except ConfigError as error:
         message = str(error).removeprefix(f"task file {path}: ")
-        raise ConfigError(said_of(path, text, message, TaskConfig, below="$.task")) from error
+        plan = fields.get("plan")
+        if isinstance(plan, dict):
+            fields["plan"] = {"kind": fields.pop("kind", "train"), **plan}
+        raise ConfigError(said_of(where, text, message, fields, TaskConfig, below="$.task")) from error
+    if scenario.wire == "off" and (task.engine != "open" or task.rule.name != "mean"):
+        what = "off goes with the engine open and the rule mean only"
+        raise _wrong(path, text, ("wire",), f"{what}, got {task.engine} and {task.rule.name}")
     if (task.engine == "secure") != bool(scenario.helpers):
-        raise ConfigError(
-            f"scenario {path}: helpers: expected at least 1 with the engine secure and none with the engine open, got "
-            f"{scenario.helpers} with {task.engine}"
-        )
+        what = "expected at least 1 with the engine secure and none with the engine open"
+        raise _wrong(path, text, ("helpers",), f"{what}, got {scenario.helpers} with {task.engine}")
     return task

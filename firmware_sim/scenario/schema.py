@@ -64,12 +64,15 @@ class Population(Section, frozen=True, kw_only=True):
         profiles: weights by the profiles' names (``covey-fleet profiles`` lists them). Empty: every device is ideal: on
             the mains, on a network that never fails, and its computing takes no time.
         job_period_hours: how often at most systems start the daemon, instead of what the profiles say.
+        network: ``away``: every device has its profile's network of away from home wherever it is, such as phones whose
+            only network is cellular.
         traces: a CSV of real devices' states (docs/simulation-hardware.md), relative to the file; devices take its
             traces in turn, and ``[wearers]`` says nothing then.
     """
 
     profiles: dict[str, Annotated[float, Meta(gt=0)]] = {}
     job_period_hours: Positive | None = None
+    network: Literal["profile", "away"] = "profile"
     traces: str | None = None
 
 
@@ -138,7 +141,8 @@ class Scenario(Section, frozen=True, kw_only=True):
         task: the aggregator's task file, without name, bundle and key (docs/tasks.md).
         helpers: of secure aggregation; none with the engine open.
         population: which hardware; `wearers`: who carries it; `sensors`: what they record; `faults`: what befalls them,
-            ``[[fault]]`` (docs/simulation-faults.md).
+            ``[[fault]]`` (docs/simulation-faults.md); `attackers`: which devices are hostile, ``[[attacker]]``
+            (docs/simulation-attackers.md).
         rollout: of an update of the firmware; it takes hardware, so not with ideal devices.
         history_days: how long wearers have recorded when the run begins.
         held_out_windows: with the fidelity ``real``: how many windows of other people each model is measured on.
@@ -168,6 +172,7 @@ class Scenario(Section, frozen=True, kw_only=True):
     held_out_windows: Annotated[int, Meta(ge=0, le=100_000)] = 400
     rollout: RolloutTable | None = None
     faults: tuple[dict[str, Any], ...] = msgspec.field(default=(), name="fault")
+    attackers: tuple[dict[str, Any], ...] = msgspec.field(default=(), name="attacker")
     surrogate: Curve = Curve()
     recorded: str | None = None
 
