@@ -19,7 +19,7 @@ _OWN_WORDS = re.compile(r"([a-z][a-z0-9_]*): ")
 _FAULT = re.compile(r"\[\[fault\]\] number (\d+)(?: \(\w+\))?: ([a-z_]+)")
 _LONGEST = 120
 _LIMITS = (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than"))
-_SIMPLE = {
+_SIMPLE: dict[type, str] = {
     msgspec.inspect.IntType: "a whole number",
     msgspec.inspect.FloatType: "a number",
     msgspec.inspect.BoolType: "true or false",
