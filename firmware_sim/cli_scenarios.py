@@ -330,10 +330,10 @@ def _summary(metrics: FleetMetrics) -> list[str]:
         lines.append(f"Accuracy:   {100 * accuracies[-1]:.1f} % ({metrics.fidelity})")
     if metrics.crashes:
         first = metrics.crashes[0]
-        lines.append(
-            f"Crashes:    {len(metrics.crashes)}; the first: {first.device}, {first.error}; see it again with "
-            f"covey-fleet replay {metrics.seed} {first.device} --scenario ..."
-        )
+        again = f"see it again with covey-fleet replay {metrics.seed} {first.device} --scenario ..."
+        if metrics.live is not None:
+            again = f"what it said is in logs/{first.device}.err"
+        lines.append(f"Crashes:    {len(metrics.crashes)}; the first: {first.device}, {first.error}; {again}")
     return lines
 
 

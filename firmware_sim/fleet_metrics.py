@@ -112,6 +112,7 @@ class FleetMetrics(msgspec.Struct, frozen=True, kw_only=True):
         refused: updates that the aggregator refused, by reason.
         declined: rounds that devices left out, by reason (``coin``, ``budget``, ``floors``, ...).
         deliveries: updates by outcome: ``delivered``, ``expired``, ``refused``, ``pending``.
+        firmware: devices by the version that they ran in the end; empty where no firmware was simulated.
         wall_s, peak_rss_bytes: what the simulation itself took, all processes together.
         live: of a live run; None for a simulated one.
     """
@@ -138,6 +139,7 @@ class FleetMetrics(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float
     peak_rss_bytes: int
     live: LiveTerms | None = None
+    firmware: dict[str, int] = {}
 
 
 def read_metrics(source: Path, kind: type[T]) -> T:

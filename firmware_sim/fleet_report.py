@@ -8,7 +8,7 @@ import math
 import shlex
 
 from firmware_sim.fleet_lead import FIDELITY, count_of_days, lead_sentences
-from firmware_sim.fleet_metrics import FleetMetrics
+from firmware_sim.fleet_metrics import FleetMetrics, ProfileUse
 from firmware_sim.fleet_plots import (
     accuracy_svg,
     bytes_svg,
@@ -35,6 +35,7 @@ def fleet_report_html(metrics: FleetMetrics) -> str:
     Args:
         metrics: what the run measured; nothing on the page comes from anywhere else.
     """
+    kind = "Simulation" if metrics.live is None else "Live run"
     lead = " ".join(sentence for sentence in lead_sentences(metrics) if sentence)
     with drawing():
         sections = [
@@ -47,8 +48,8 @@ def fleet_report_html(metrics: FleetMetrics) -> str:
             _crashes(metrics),
         ]
     return page_html(
-        f"Covey simulation: {metrics.scenario}",
-        f"<h1>Simulation: {html.escape(metrics.scenario)}</h1>"
+        f"Covey {kind.lower()}: {metrics.scenario}",
+        f"<h1>{kind}: {html.escape(metrics.scenario)}</h1>"
         f'<p class="lead">{html.escape(lead)}</p>{"".join(sections)}'
         f"<h2>The run</h2>{table_html(_run_rows(metrics))}{_scenario(metrics)}",
     )
@@ -105,7 +106,7 @@ def _cost(metrics: FleetMetrics) -> str:
     """What a device and day took."""
     figures = [
         _plot(
-            energy_svg(metrics.profiles),
+            energy_svg(metrics.profiles) if metrics.live is None else None,
             "Energy of a device in a day, mean, by what took it. The stroke: 95 in 100 devices use less. Beside it: "
             "percent of the battery that the median device gave in a day.",
         ),
@@ -118,14 +119,20 @@ def _cost(metrics: FleetMetrics) -> str:
         "profile", "devices", "updates", "battery a day", "mWh a day", "worst 5 % above", "up a day", "down a day",
         "metered a day",
     )  # fmt: skip
+
+    def energies(use: ProfileUse) -> tuple[str, str]:
+        if metrics.live is not None:
+            return "not measured", "not measured"
+        mean = use.energy_compute_mwh + use.energy_radio_mwh + use.energy_base_mwh
+        return number(mean), f"{number(use.energy_p95_mwh)} mWh"
+
     rows = [
         (
             use.profile,
             f"{use.devices:,}",
             f"{use.updates:,}",
             "mains" if use.battery_percent_median is None else f"{number(use.battery_percent_median)} %",
-            number(use.energy_compute_mwh + use.energy_radio_mwh + use.energy_base_mwh),
-            f"{number(use.energy_p95_mwh)} mWh",
+            *energies(use),
             amount(use.bytes_up),
             amount(use.bytes_down),
             amount(use.bytes_metered),
@@ -161,6 +168,9 @@ def _faults(metrics: FleetMetrics) -> str:
     rows = [row for kind in sorted({fault.kind for fault in metrics.faults}) for row in _fault_rows(metrics, kind)]
     header = ("fault", "whom it struck", "began", "lasted", "")
     after = table_html(rows, header=header) if rows else ""
+    if metrics.firmware:
+        versions = [(version, f"{devices:,}") for version, devices in metrics.firmware.items()]
+        after += table_html(versions, header=("firmware in the end", "devices"), numbers=range(1, 2))
     return _section("Faults and attacks", [plot], otherwise="No fault was injected, and nobody attacked.", after=after)
 
 
@@ -215,7 +225,9 @@ def _crashes(metrics: FleetMetrics) -> str:
 
 
 def _replay(metrics: FleetMetrics, device: str) -> str:
-    """The command that runs a device again."""
+    """The command that runs a device again; of a live run, which cannot be run again, what its process said."""
+    if metrics.live is not None:
+        return f"logs/{device}.err"
     return shlex.join(["covey-fleet", "replay", str(metrics.seed), device, "--scenario", f"{metrics.scenario}.toml"])
 
 
@@ -236,11 +248,23 @@ def _run_rows(metrics: FleetMetrics) -> list[tuple[str, str]]:
     """What the run was, and what the simulation itself took."""
     began = datetime.datetime.fromtimestamp(metrics.began_s, datetime.timezone.utc)
     speed = f", {number(metrics.virtual_s / metrics.wall_s)} times as fast as time" if metrics.wall_s > 0 else ""
-    return [
+    about = [
         ("software", f"covey {metrics.covey}"),
         ("seed", str(metrics.seed)),
         ("fidelity", f"{metrics.fidelity}: {FIDELITY[metrics.fidelity]}"),
         ("devices", f"{metrics.devices:,}"),
+    ]
+    if metrics.live is not None:
+        return [
+            *about,
+            ("beginning", f"{began:%Y-%m-%d %H:%M:%S} UTC"),
+            ("time", f"{duration(metrics.virtual_s)}; planned: at most {count_of_days(metrics.days)}"),
+            ("all processes together", f"{amount(metrics.peak_rss_bytes)} of memory, shared pages counted in each"),
+            ("broker", metrics.live.broker),
+            ("left out", ", ".join(metrics.live.left_out) or "nothing"),
+        ]
+    return [
+        *about,
         ("virtual beginning", f"{began:%Y-%m-%d %H:%M:%S} UTC"),
         ("virtual time", f"{duration(metrics.virtual_s)}; planned: {count_of_days(metrics.days)}"),
         ("the simulation took", f"{duration(metrics.wall_s)}{speed}; {amount(metrics.peak_rss_bytes)} of memory"),

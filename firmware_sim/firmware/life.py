@@ -106,6 +106,11 @@ class FirmwareLife:
             raise LocalMisuseError(f"image: expected one of {sorted(self._images)}, got {image.version!r}")
         return self._execute(self._slots.handle(Downloaded(image.version), now_s))
 
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether the image that runs is not confirmed yet."""
+        return self._slots.confirms_s is not None
+
     def next_event_s(self) -> float:
         """When to call `advance`; infinity if never."""
         confirms_s = self._slots.confirms_s

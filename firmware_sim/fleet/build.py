@@ -19,6 +19,7 @@ from device_client.config import (
 )
 from device_client.training import Records
 from firmware_sim.faults.plan import FaultPlan
+from firmware_sim.fleet.device_firmware import FirmwarePlan
 from firmware_sim.fleet.hardware import HardwareTerms, HardwareWorld
 from firmware_sim.fleet.hub import Hub, HubSettings
 from firmware_sim.fleet.maker import DeviceMaker
@@ -29,6 +30,7 @@ from firmware_sim.fleet.surroundings import IdealWorld, World
 from firmware_sim.profiles.population import Population
 from firmware_sim.remembering_key import RememberingKey
 from firmware_sim.scenario.loading import TASK, LoadedScenario, load_scenario
+from firmware_sim.scenario.schema import Scenario
 from firmware_sim.sensors.assembly import make_sensor
 from firmware_sim.sensors.diary import DAY_S
 from firmware_sim.virtual_device import VirtualClock
@@ -162,9 +164,18 @@ def world_of(loaded: LoadedScenario) -> World:
         tenant=TENANT,
         faults=plan,
         job_period_s=None if hours is None else hours * 3600.0,
+        firmware=_firmware_of(scenario),
     )
     profiles = {name: profile for name, (profile, _) in loaded.profiles.items()}
     return HardwareWorld(terms, profile_of=lambda record: profiles[record.profile], wearer_of=_wearers_of(loaded, plan))
+
+
+def _firmware_of(scenario: Scenario) -> FirmwarePlan | None:
+    """What runs on the devices, where a scenario updates it."""
+    table = scenario.rollout
+    if table is None:
+        return None
+    return FirmwarePlan(table.terms, table.rollout, seed=str(scenario.seed), ends_s=scenario.duration_s)
 
 
 def _wearers_of(loaded: LoadedScenario, plan: FaultPlan) -> Callable[[DeviceRecord], Wearing]:

@@ -6,6 +6,7 @@ this program's own making; a run's folder is as trusted as the program's.
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Checkpoint:
         blobs: of the aggregator.
         in_flight: uploads that have not arrived.
         held: answers that no device has seen.
+        finished: whether it is at its end.
         events_bytes: how long the table of events is.
     """
 
@@ -45,6 +47,7 @@ class Checkpoint:
     blobs: dict[str, tuple[bytes, float]]
     in_flight: list[Upload]
     held: tuple[Download, ...]
+    finished: bool
     events_bytes: int
 
 
@@ -63,9 +66,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             shutil.copyfile(database, new / database.name)
         with (new / _STATE).open("wb") as file:
             pickle.dump(checkpoint, file, protocol=pickle.HIGHEST_PROTOCOL)
+        for written in new.iterdir():
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
         fsync_folder(new)
-        shutil.rmtree(old, ignore_errors=True)
-        if here.exists():
+        if here.exists():  # else the old one is all there is: this process went on from it
+            shutil.rmtree(old, ignore_errors=True)
             here.rename(old)
         new.rename(here)
         fsync_folder(folder)
@@ -88,7 +94,16 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
             for database in kept.glob("*.db*"):
                 shutil.copyfile(database, folder / database.name)
             checkpoint = pickle.loads((kept / _STATE).read_bytes())  # noqa: S301 - see the module docstring
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+        except (
+            OSError,
+            pickle.UnpicklingError,
+            EOFError,
+            LookupError,
+            AttributeError,
+            ImportError,
+            ValueError,
+            TypeError,
+        ) as error:
             raise FleetError(f"the checkpoint {kept} cannot be read ({error}); run the scenario anew") from error
         if not isinstance(checkpoint, Checkpoint):
             raise FleetError(f"the checkpoint {kept} is of another version of covey; run the scenario anew")

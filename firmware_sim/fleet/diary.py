@@ -26,6 +26,9 @@ _TOLD = frozenset(
 )
 """Journal's events that become a line of the table of events."""
 
+_EVERY_END = "the daemon is stopped"
+"""Why a daemon stops its studies when it ends as it should: worth no line."""
+
 
 class Diary:
     """`fl_protocol.adapters.journal.Journal` of one device for one life of its daemon.
@@ -49,7 +52,11 @@ class Diary:
     ) -> None:
         self._record, self._now_s, self._totals, self._add = record, now_s, totals, add
         self._tells_all = tells_all
-        self._count_hour(_AWAKE, totals.awake_hours)
+        self.count_awake()
+
+    def count_awake(self) -> None:
+        """Count the device as awake in this hour; to be called in every hour of a life."""
+        self._count_hour(_AWAKE, self._totals.awake_hours)
 
     def write(self, event: str, /, *, at_s: float, **fields: Any) -> None:
         """Count an event, and tell of it if it is worth a line."""
@@ -75,7 +82,7 @@ class Diary:
         if self._tells_all:
             about = ", ".join(f"{name}={value}" for name, value in sorted(fields.items()))
             self.tell(event, round_number=int(fields.get("round") or 0), detail=about)
-        elif event in _TOLD:
+        elif event in _TOLD and fields.get("reason") != _EVERY_END:
             value = fields.get("epsilon")
             self.tell(
                 event,

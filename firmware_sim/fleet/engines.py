@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import resource
+import signal
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from firmware_sim.errors import FleetError
 from firmware_sim.fleet.build import ShardSpec, build_shard, index_of
 from firmware_sim.fleet.record import DeviceRecord
-from firmware_sim.fleet.shard import Shard
+from firmware_sim.fleet.shard import Left, Shard
 from firmware_sim.fleet.windows import Download, Totals, Window, WindowReport
 from fl_protocol.errors import ConfigError
 
@@ -28,9 +30,9 @@ _END_WITHIN_S = 10.0
 
 
 class PutDown(NamedTuple):
-    """What a shard leaves: its devices, what it counted, and how much memory its process took at most."""
+    """What a shard leaves, what it counted, and how much memory its process took at most."""
 
-    records: list[DeviceRecord]
+    left: Left
     totals: Totals
     peak_rss_bytes: int
 
@@ -170,7 +172,8 @@ class Processes:
             process = context.Process(
                 target=_serve, args=(theirs, self.scenario, number, self.count), name=f"shard-{number}", daemon=True
             )
-            process.start()
+            with _ignoring_interrupts():
+                process.start()
             theirs.close()
             self._workers.append(_Worker(process, mine))
 
@@ -225,18 +228,29 @@ class Processes:
         return answer
 
 
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """What is started here ignores Ctrl-C, which a terminal sends to all: a run ends after the window it is in."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _serve(line: Connection, scenario: Path, number: int, count: int) -> None:
     """A process that simulates one shard, until the line is closed."""
     host = ShardHost(scenario, number, count)
     while True:
         try:
             command, arguments = line.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         try:
             line.send((getattr(host, command)(*arguments), None))
-        except KeyboardInterrupt:
-            return
         except ConfigError as error:
             line.send((None, error))
         except Exception:

@@ -19,6 +19,7 @@ from firmware_sim.faults.kinds import CorruptedFlash, Crash, Hang, Packets, Rebo
 from firmware_sim.faults.packets import FaultyTransport
 from firmware_sim.faults.plan import FaultPlan, Strike
 from firmware_sim.faults.trickling_edge import TricklingEdge
+from firmware_sim.fleet.device_firmware import DeviceFirmware, FirmwarePlan
 from firmware_sim.fleet.edge import ShardEdge
 from firmware_sim.fleet.links import FleetRadio
 from firmware_sim.fleet.record import DeviceRecord, Energy
@@ -54,6 +55,7 @@ class HardwareTerms:
         tenant: name on the wire.
         faults: of the run.
         job_period_s: instead of the profiles'.
+        firmware: of the devices; None: it never fails and never changes.
     """
 
     seed: str
@@ -63,6 +65,7 @@ class HardwareTerms:
     tenant: str
     faults: FaultPlan
     job_period_s: float | None = None
+    firmware: FirmwarePlan | None = None
 
 
 @dataclass
@@ -101,9 +104,10 @@ class HardwareSurroundings:
         self._percents = (floor, floor + BATTERY_MARGIN_PERCENT)
         self._celsius = (ceiling, ceiling - TEMPERATURE_MARGIN_CELSIUS) if ceiling < math.inf else ()
         self._looked_s = self._started_s + HEARD_WITHIN_S
+        self._firmware: DeviceFirmware | None = None
+        self._energy_factor = 1.0
         self._flash = VirtualFlash()
         self._wear = FlashWear(profile.flash, page_writes_before=record.page_writes)
-        self._start_up()
 
     def prepare(self, flash: VirtualFlash) -> None:
         """Worn, damaged by what struck while it slept, full or read-only while that lasts."""
@@ -112,6 +116,10 @@ class HardwareSurroundings:
         self._damage(self._schedule.strikes(self.record.struck_until_s, now_s))
         self._tend_flash(now_s)
         self.record.struck_until_s = now_s
+        if self.terms.firmware is not None:
+            self._firmware = DeviceFirmware(self.terms.firmware, self.record, now_s=self._started_s)
+            self._energy_factor = self._firmware.energy_factor
+        self._start_up()
 
     def connect(self, edge: ShardEdge, wake: Callable[[], None]) -> Transport:
         """Its radio, behind what befalls its network."""
@@ -149,7 +157,7 @@ class HardwareSurroundings:
         self.board.advance(self._true.now_s())
         seconds = self.board.compute_s(flop)
         if self.board.is_on:
-            self.board.spend(flop * self.profile.processor.joule_per_flop, seconds, "compute")
+            self.board.spend(flop * self.profile.processor.joule_per_flop * self._energy_factor, seconds, "compute")
         return seconds
 
     def check_memory(self, num_bytes: int) -> None:
@@ -171,7 +179,7 @@ class HardwareSurroundings:
         self._tend_flash(now_s)
         self.board.advance(now_s)
         awake_s, self._settled_s = float(self.environment.now) - self._settled_s, float(self.environment.now)
-        joules = self.profile.processor.awake_mw / 1000 * awake_s
+        joules = self.profile.processor.awake_mw / 1000 * awake_s * self._energy_factor
         if self.board.is_on:
             self.board.spend(joules, awake_s, "base")
         for transport, told in self._connections:
@@ -185,21 +193,38 @@ class HardwareSurroundings:
         if not self.board.is_on:
             return Ending("brown_out", is_clean=False)
         true_s = self._true.now_s()
+        return self._struck(now_s, true_s) or self._firmware_ending(now_s, true_s) or self._job_ending(now_s, is_done)
+
+    def _struck(self, now_s: float, true_s: float) -> Ending | None:
+        """The end by a fault."""
         struck = [one for one in self._schedule.strikes(self.record.struck_until_s, true_s + _SHORTEST_S) if _ends(one)]
         if struck:
             self.record.struck_until_s = true_s + _SHORTEST_S
             self._damage(struck)
-            return Ending(str(struck[0].fault.__struct_config__.tag), is_clean=False)
+            # Not "crash": that is what a daemon does by itself, and a finding.
+            kind = str(struck[0].fault.__struct_config__.tag)
+            return Ending("killed" if kind == "crash" else kind, is_clean=False)
         loops = self._schedule.active_strikes(RebootLoop, true_s)
         if any(now_s >= self._started_s + fault.reboots_every_s for fault, _ in loops):
             return Ending("reboot_loop", is_clean=False)
+        return None
+
+    def _firmware_ending(self, now_s: float, true_s: float) -> Ending | None:
+        """The end by a reset of the whole device."""
+        if self._firmware is None:
+            return None
+        found = self._firmware.reset(now_s, may_update=self._is_powered(true_s))
+        return None if found is None else Ending(found[0], is_clean=False, detail=found[1])
+
+    def _job_ending(self, now_s: float, is_done: Callable[[], bool]) -> Ending | None:
+        """The end of a job; one that runs firmware on trial stays for as long as it may."""
         job = self.profile.residency
         if isinstance(job, Job):
-            if now_s >= self._started_s + job.longest_run_s or not self._may_run(job, true_s):
+            if now_s >= self._started_s + job.longest_run_s or not self._may_run(job, self._true.now_s()):
                 return Ending("job_stopped", is_clean=True)
             if now_s >= self._looked_s:
                 self._looked_s = now_s + HEARD_WITHIN_S
-                if is_done():
+                if is_done() and not (self._firmware is not None and self._firmware.is_on_trial):
                     return Ending("job_over", is_clean=True)
         return None
 
@@ -208,6 +233,8 @@ class HardwareSurroundings:
         began_s, true_s, now_s = self.terms.began_s, self._true.now_s(), float(self.environment.now)
         changes_s = [self.board.next_change_s(battery_percents=self._percents, celsius=self._celsius) - began_s]
         changes_s.append(self._schedule.next_s(true_s) - began_s)
+        if self._firmware is not None:
+            changes_s.append(self._firmware.next_change_s(now_s))
         changes_s += [
             self._started_s + fault.reboots_every_s for fault, _ in self._schedule.active_strikes(RebootLoop, true_s)
         ]
@@ -220,6 +247,9 @@ class HardwareSurroundings:
     def next_start_s(self, ending: Ending) -> float:
         """When the system starts it: a job in its time, what was reset after its boot."""
         now_s, true_s = float(self.environment.now), self._true.now_s()
+        if self._firmware is not None and ending.kind.startswith("firmware_"):
+            return max(now_s, self._firmware.starts_s)
+        self.record.boot_cause = ending.kind
         if ending.kind == "brown_out":
             return self._charged_s() + BOOT_S
         if ending.kind == "hang":
@@ -250,6 +280,8 @@ class HardwareSurroundings:
         """Board, clock and energy last."""
         record = self.record
         self.settle()
+        if self._firmware is not None:
+            self._firmware.leave()
         state = self.board.state()
         record.board, record.clock = state, self.clock.state()
         percent = None
@@ -262,6 +294,10 @@ class HardwareSurroundings:
             base_mwh=state.base_mwh,
             battery_percent=percent,
         )
+
+    def _is_powered(self, true_s: float) -> bool:
+        """Whether it is on the mains or its charger: only then its system installs an update."""
+        return self.profile.battery is None or self.wearer.situation(true_s).on_charger
 
     def _failing(self, true_s: float) -> list[tuple[CorruptedFlash, Strike]]:
         """What is wrong with the flash now."""
@@ -287,7 +323,7 @@ class HardwareSurroundings:
         processor = self.profile.processor
         self.board.advance(self._true.now_s())
         if self.board.is_on:
-            joules = processor.start_cpu_s * processor.flop_per_s * processor.joule_per_flop
+            joules = processor.start_cpu_s * processor.flop_per_s * processor.joule_per_flop * self._energy_factor
             self.board.spend(joules, processor.start_cpu_s, "base")
 
     def _board_state(self) -> BoardState:
@@ -323,7 +359,7 @@ class HardwareSurroundings:
         """What the radio took since it was asked last."""
         use, record = transport.use, self.record
         if self.board.is_on and use.joules > told[0]:
-            self.board.spend(use.joules - told[0], 0.0, "radio")
+            self.board.spend((use.joules - told[0]) * self._energy_factor, 0.0, "radio")
         record.bytes_up += use.up_bytes - int(told[1])
         record.bytes_down += use.down_bytes - int(told[2])
         record.bytes_metered += use.metered_bytes - int(told[3])

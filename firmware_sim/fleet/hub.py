@@ -151,8 +151,14 @@ class Hub:
         self._helpers.clear()
         return HubState(dict(self._lives), self.broker.kept_state(), self.services)
 
-    def take_up(self, state: HubState) -> None:
-        """Go on from what was put down, before `start`."""
+    def take_up(self, state: HubState, now_s: float) -> None:
+        """Go on from what was put down, before `start`; the same whether this hub put it down or another one.
+
+        Args:
+            state: that `put_down` gave.
+            now_s: seconds since the virtual beginning.
+        """
+        self.clock.time_s, self._busy_until_s = self.settings.began_s + now_s, 0.0
         self._lives, self.services = dict(state.lives), state.services
         self.broker.restore(state.broker)
         self.broker.is_down = state.services.broker_away

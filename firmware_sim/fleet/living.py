@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import simpy
 
 from device_client.device import Device
+from device_client.errors import StoreError
 from firmware_sim.fleet.record import DeviceRecord, packed
 from firmware_sim.fleet.surroundings import Ending, Surroundings
 from firmware_sim.virtual_flash import VirtualFlash
@@ -68,6 +70,7 @@ class Living:
         take_compute_s: how long what it has computed since the last call takes.
         surroundings: what it is in.
         record_until: stores what its wearer has recorded until a time, seconds of the shard's time.
+        count_awake: told of every turn.
     """
 
     record: DeviceRecord
@@ -78,6 +81,7 @@ class Living:
     take_compute_s: Callable[[], float]
     surroundings: Surroundings
     record_until: Callable[[float], None]
+    count_awake: Callable[[], None]
     turns: int = 0
 
     def life(self, environment: simpy.Environment) -> Generator[simpy.Event, Any, Ending]:
@@ -89,6 +93,7 @@ class Living:
                 self.record_until(environment.now)
             self.device.step()
             self.turns += 1
+            self.count_awake()
             if compute_s := self.take_compute_s():
                 self.record.compute_s += compute_s
                 yield environment.timeout(compute_s)
@@ -112,7 +117,8 @@ class Living:
 
     def sleep(self) -> None:
         """End the daemon, and put everything into the record."""
-        self.device.close()
+        with contextlib.suppress(StoreError):  # a flash that takes nothing keeps what it had
+            self.device.close()
         self.abandon()
 
     def abandon(self) -> None:

@@ -15,15 +15,15 @@ from device_client.device_ports import Connection
 from device_client.device_store import create_identity
 from device_client.ports import Graph, Transport
 from device_client.training import LocalTraining, Records, Trainer
+from firmware_sim.fleet.diary import Diary
 from firmware_sim.fleet.edge import ShardEdge
 from firmware_sim.fleet.fidelity import EmptyTrainer, NoGraph, TimedGraph
 from firmware_sim.fleet.living import FleetBell, Living
-from firmware_sim.fleet.record import DeviceRecord, unpacked
+from firmware_sim.fleet.record import DeviceRecord, packed, unpacked
 from firmware_sim.fleet.surroundings import Surroundings
 from firmware_sim.fleet.windows import Registration
 from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.virtual_device import VirtualHardware, virtual_device
-from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
 
 
@@ -57,7 +57,7 @@ class DeviceMaker:
         *,
         environment: simpy.Environment,
         edge: ShardEdge,
-        journal: Journal,
+        journal: Diary,
     ) -> tuple[Living, list[Registration]]:
         """A device whose daemon starts: from its flash, or new, and then enrolled and granted what it was made for."""
         record.lives += 1
@@ -85,13 +85,17 @@ class DeviceMaker:
             bell=bell,
             trainer=self._trainer(stopwatch),
         )
-        device = virtual_device(
-            config,
-            hardware,
-            bundle=lambda _study: self.bundle,
-            graph=lambda _bundle: self._graph(stopwatch, surroundings),
-            aggregator_key=self.aggregator_key,
-        )
+        try:
+            device = virtual_device(
+                config,
+                hardware,
+                bundle=lambda _study: self.bundle,
+                graph=lambda _bundle: self._graph(stopwatch, surroundings),
+                aggregator_key=self.aggregator_key,
+            )
+        except Exception:  # a daemon that does not start finds the same flash when it is started again
+            record.flash, record.counter = packed(flash.image()), packed(counter.image())
+            raise
         enrolled = [self._enrol(device, study) for study in config.studies] if is_new else []
         living = Living(
             record=record,
@@ -102,6 +106,7 @@ class DeviceMaker:
             take_compute_s=stopwatch.take,
             surroundings=surroundings,
             record_until=lambda to_s: self._record(device, record, to_s),
+            count_awake=journal.count_awake,
         )
         return living, enrolled
 

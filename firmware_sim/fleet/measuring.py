@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -98,7 +99,16 @@ def metrics_of(
         epsilons=_epsilons(run),
         wall_s=wall_s,
         peak_rss_bytes=run.peak_rss_bytes,
+        firmware=_firmware(run),
     )
+
+
+def _firmware(run: FleetRun) -> dict[str, int]:
+    """Devices by the version that they run in the end; one that was never on has the factory's."""
+    table = run.loaded.scenario.rollout
+    if table is None:
+        return {}
+    return dict(sorted(Counter(record.firmware or table.factory for record in run.records).items()))
 
 
 def accuracy_on_curve(curve: Curve, rounds: Sequence[FleetRound]) -> list[tuple[float | None, float | None]]:

@@ -53,6 +53,10 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
         recorded_until_s: up to when its wearer's recordings were stored, seconds of the run.
         board, clock: where they stand; None and empty before its first life.
         energy: that it has used.
+        crashes: how often the daemon raised what it should not have.
+        slots: the boot loader's partition, where firmware is simulated, and of what it did: `firmware`, the version
+            that runs; `booted_s`, when it booted last; `boot_cause`, the ending that it boots after next.
+        news: (event, detail) that are to be told when its daemon starts.
         hours: the last ones in which it was counted as awake, eligible, having begun, having delivered; -1 for none.
     """
 
@@ -76,6 +80,12 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
     board: BoardState | None = None
     clock: bytes = b""
     energy: Energy = msgspec.field(default_factory=Energy)
+    crashes: int = 0
+    slots: Image = msgspec.field(default_factory=dict)
+    firmware: str = ""
+    booted_s: float | None = None
+    boot_cause: str = ""
+    news: list[tuple[str, str]] = msgspec.field(default_factory=list)
     hours: list[int] = msgspec.field(default_factory=lambda: [-1, -1, -1, -1])
 
 

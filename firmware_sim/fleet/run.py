@@ -108,9 +108,10 @@ class FleetRun:
         """As `run`, one window at a time."""
         hub, down = self._begin()
         try:
-            yield from self._windows(hub, down)
-            if self.finished:
-                self._put_down(hub)
+            if not self.finished:  # else it was killed at its end
+                yield from self._windows(hub, down)
+                if self.finished:
+                    self._put_down(hub)
         finally:
             self._events.close()
             hub.close()
@@ -139,14 +140,15 @@ class FleetRun:
     def _take_over(self, found: Checkpoint) -> None:
         """Everything but hub and shards as it was."""
         self.chronicle, self._earlier, self.now_s = found.chronicle, found.totals, found.now_s
-        self._in_flight, self._held = found.in_flight, found.held
+        self._in_flight, self._held, self.finished = found.in_flight, found.held, found.finished
+        self.records, self.totals = found.records, found.totals
         self._note_put_down()
         self._blobs.restore(found.blobs)
         self._events = EventTable(self.folder / EVENTS, keep_bytes=found.events_bytes)
 
     def _go_on(self, hub: Hub, found: Checkpoint) -> tuple[Download, ...]:
         """Start hub and shards where they were put down; what is at the devices' door."""
-        hub.take_up(found.hub)
+        hub.take_up(found.hub, found.now_s)
         hub.start()
         self._hub_wakes_s = found.now_s
         self.engine.start(found.now_s, found.records)
@@ -163,7 +165,7 @@ class FleetRun:
             self.now_s = number * every_s
             services = self._services.at(number)
             down = tuple(one for one in down if services.lets_through(one.device))
-            self.engine.begin(Window(self.now_s, self.now_s + every_s, down, services))
+            self.engine.begin(Window(self.now_s, (number + 1) * every_s, down, services))
             # What was for single devices when the run was put down waits until they are connected again.
             held, self._held = self._held, ()
             down = (*held, *self._work(hub, services))
@@ -207,6 +209,10 @@ class FleetRun:
             heapq.heappush(self._in_flight, upload)
         self._enrolling += (one for report in reports for one in report.registrations)
         news = [*self.chronicle.take_news(), *(event for report in reports for event in report.events)]
+        self._tell_events(news)
+
+    def _tell_events(self, news: list[FleetEvent]) -> None:
+        """Events of a window, into the table and to whoever listens."""
         self._events.append_window(news)
         for event in news:
             self.heard(event)
@@ -226,7 +232,7 @@ class FleetRun:
             return ()
         self._enrol(hub)
         down = hub.work(arrived, self.now_s, services)
-        # A round that was closed needs another look at once; receipts alone need none.
+        # A round that was closed needs another look at once, and so does what comes back; receipts alone need none.
         soon = changes or any(not one.device for one in down)
         self._hub_wakes_s = self.now_s + self.loaded.scenario.exchange_s if soon else hub.next_wake_s(self.now_s)
         return down
@@ -258,6 +264,9 @@ class FleetRun:
         self._enrol(hub)
         left = self.engine.put_down(self.now_s)
         self._add_up(left)
+        for upload in (upload for one in left for upload in one.left.in_flight):
+            heapq.heappush(self._in_flight, upload)
+        self._tell_events([event for one in left for event in one.left.events])
         checkpoint = Checkpoint(
             now_s=self.now_s,
             records=self.records,
@@ -267,6 +276,7 @@ class FleetRun:
             blobs=self._blobs.kept(),
             in_flight=self._in_flight,
             held=self._held,
+            finished=self.finished,
             events_bytes=self._events.flushed_bytes(),
         )
         write_checkpoint(self.folder, checkpoint)
@@ -280,6 +290,6 @@ class FleetRun:
 
     def _add_up(self, left: list[PutDown]) -> None:
         """What all shards leave, together."""
-        self.records = sorted((record for one in left for record in one.records), key=lambda record: record.index)
+        self.records = sorted((record for one in left for record in one.left.records), key=lambda record: record.index)
         self.totals = added_up([self._earlier, *(one.totals for one in left)])
         self.peak_rss_bytes = max(self.peak_rss_bytes, sum(one.peak_rss_bytes for one in left))

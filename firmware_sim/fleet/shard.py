@@ -6,12 +6,12 @@ Which devices share a shard changes nothing: each has its own seeds, and they me
 
 from __future__ import annotations
 
+import math
 import traceback
-from collections.abc import Callable, Generator, Iterable
-from typing import Any
+from collections.abc import Generator, Iterable
+from typing import Any, NamedTuple
 
 import simpy
-from simpy.events import URGENT
 
 from device_client.errors import LedgerError, StoreError
 from firmware_sim.fleet.diary import Diary
@@ -21,12 +21,37 @@ from firmware_sim.fleet.maker import DeviceMaker
 from firmware_sim.fleet.record import DeviceRecord
 from firmware_sim.fleet.services import Services
 from firmware_sim.fleet.surroundings import Ending, Surroundings, World
-from firmware_sim.fleet.windows import Download, FleetEvent, Registration, Totals, Window, WindowReport
+from firmware_sim.fleet.windows import FleetEvent, Registration, Totals, Upload, Window, WindowReport
 
 RESTART_AFTER_S = 60.0
 """How long after a crash the system starts the daemon again."""
 MOST_CRASHES = 5
 """After so many crashes it does not any more."""
+
+
+class Left(NamedTuple):
+    """What a shard leaves: its devices, what they have sent and has not arrived, and what happened as they ended."""
+
+    records: list[DeviceRecord]
+    in_flight: tuple[Upload, ...]
+    events: tuple[FleetEvent, ...]
+
+
+class ShardTime(simpy.Environment):
+    """SimPy's time, which may also pass although nothing happens in this shard."""
+
+    def pass_until(self, time_s: float) -> None:
+        """Do what is to be done before a time; then it is that time, to the last bit.
+
+        A timeout would not do: its time is the sum of the last event's and a difference, which another shard with
+        another last event rounds to another number.
+
+        Args:
+            time_s: not before now.
+        """
+        while self.peek() < time_s:
+            self.step()
+        self._now = max(self._now, time_s)
 
 
 class Shard:
@@ -52,12 +77,11 @@ class Shard:
         self._traced = traced
         self._records = {record.name: record for record in records}
         self._maker, self._world = maker, world
-        self._environment = simpy.Environment(starts_s)
+        self._environment = ShardTime(starts_s)
         self._edge = ShardEdge(began_s=maker.began_s, now_s=lambda: maker.began_s + float(self._environment.now))
         self._living: dict[str, Living] = {}
         self._registrations: list[Registration] = []
         self._events: list[FleetEvent] = []
-        self._crashes: dict[str, int] = {}
         self.totals = Totals()
         for record in self._records.values():
             self._start_at(record, record.next_s if record.lives else world.first_start_s(record))
@@ -68,12 +92,11 @@ class Shard:
         Args:
             window: begins where the last one ended, or later.
         """
+        self._environment.pass_until(window.starts_s)
         if window.services.broker_away != self._edge.is_down:
-            self._at(window.starts_s, lambda: self._broker_changes(window.services))
-        if window.down:
-            opened = self._environment.timeout(window.starts_s - self._environment.now)
-            opened.callbacks.append(lambda _event: self._take(window.down))
-        # Not `run(until=...)`, which leaves an event behind that the next window would look for.
+            self._broker_changes(window.services)
+        for message in window.down:
+            self._edge.take(message)
         while self._environment.peek() < window.ends_s:
             self._environment.step()
         registrations, self._registrations = tuple(self._registrations), []
@@ -87,13 +110,6 @@ class Shard:
             len(self._living),
         )
 
-    def _at(self, time_s: float, action: Callable[[], None]) -> None:
-        """Do something at a time, before everything that a device does then."""
-        event = self._environment.event()
-        event._ok, event._value = True, None  # as `simpy.Timeout` does, which knows no urgency
-        event.callbacks.append(lambda _event: action())
-        self._environment.schedule(event, priority=URGENT, delay=time_s - self._environment.now)
-
     def _broker_changes(self, services: Services) -> None:
         """The broker goes, or comes back."""
         if services.broker_away:
@@ -101,12 +117,7 @@ class Shard:
         else:
             self._edge.come_up()
 
-    def _take(self, down: Iterable[Download]) -> None:
-        """What the hub has sent leaves the broker."""
-        for message in down:
-            self._edge.take(message)
-
-    def put_down(self, now_s: float) -> list[DeviceRecord]:
+    def put_down(self, now_s: float) -> Left:
         """End every daemon that runs, and give its devices as they are; another shard goes on with them.
 
         What runs now is started again at once: a system may end and restart a daemon whenever it likes.
@@ -114,16 +125,19 @@ class Shard:
         Args:
             now_s: end of the last window.
         """
-        for living in list(self._living.values()):
+        self._environment.pass_until(now_s)  # when other devices did something last must not matter to these
+        for living in self._living.values():
             living.sleep()
             living.surroundings.leave()
             living.record.next_s = now_s
-        return list(self._records.values())
+            self.totals.turns += living.turns
+        self._living.clear()
+        return Left(list(self._records.values()), self._edge.take_uploads(math.inf), tuple(self._events))
 
     def _start_at(self, record: DeviceRecord, start_s: float) -> None:
         """Have a daemon started."""
         record.next_s = start_s
-        if start_s < float("inf"):
+        if start_s < math.inf:
             start = self._environment.timeout(max(0.0, start_s - self._environment.now))
             start.callbacks.append(lambda _event: self._begin_life(record))
 
@@ -164,18 +178,21 @@ class Shard:
         living, enrolled = self._maker.start(
             record, surroundings, environment=self._environment, edge=self._edge, journal=diary
         )
+        for event, detail in record.news:
+            diary.tell(event, detail=detail)
+        record.news.clear()
         self._registrations += enrolled
         self._living[record.name] = living
         return living
 
     def _ended(self, living: Living, surroundings: Surroundings, ending: Ending, diary: Diary) -> None:
         """A daemon ends: only its record stays."""
-        del self._living[living.record.name]
         if ending.is_clean:
             living.sleep()
         else:
-            diary.tell(ending.kind)
+            diary.tell(ending.kind, detail=ending.detail)
             living.abandon()
+        del self._living[living.record.name]  # only now: what fails before is a crash, which leaves a flash
         surroundings.leave()
         self.totals.turns += living.turns
         self._start_at(living.record, surroundings.next_start_s(ending))
@@ -184,16 +201,17 @@ class Shard:
         self, record: DeviceRecord, surroundings: Surroundings, diary: Diary, error: Exception, start_s: float
     ) -> None:
         """A daemon refused to work on a store that its flash has damaged, or does not take: what it has to do."""
-        kind = "store_damaged" if start_s == float("inf") else "store_unavailable"
+        kind = "store_damaged" if start_s == math.inf else "store_unavailable"
         diary.tell(kind, detail=f"{type(error).__name__}: {error}")
         self._abandon(record, surroundings)
         self._start_at(record, start_s)
 
     def _abandon(self, record: DeviceRecord, surroundings: Surroundings) -> None:
-        """Keep what a daemon leaves that ended by an error; one that did not start leaves its flash as it was."""
+        """Keep what a daemon leaves that ended by an error."""
         living = self._living.pop(record.name, None)
         if living is not None:
             living.abandon()
+            self.totals.turns += living.turns
         surroundings.leave()
 
     def _crashed(self, record: DeviceRecord, surroundings: Surroundings, diary: Diary, error: Exception) -> None:
@@ -201,6 +219,6 @@ class Shard:
         trace = "".join(traceback.format_exception(error))
         diary.tell("crash", detail=f"{type(error).__name__}: {error}\n{trace}")
         self._abandon(record, surroundings)
-        self._crashes[record.name] = self._crashes.get(record.name, 0) + 1
-        if self._crashes[record.name] < MOST_CRASHES:
-            self._start_at(record, self._environment.now + RESTART_AFTER_S)
+        record.crashes += 1
+        restarts = record.crashes < MOST_CRASHES
+        self._start_at(record, self._environment.now + RESTART_AFTER_S if restarts else math.inf)

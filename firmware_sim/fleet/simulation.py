@@ -24,6 +24,7 @@ from firmware_sim.fleet.windows import FleetEvent
 from firmware_sim.fleet_metrics import FaultSpan, FleetMetrics, FleetRound, read_metrics
 from firmware_sim.fleet_report import fleet_report_html
 from firmware_sim.scenario.loading import LoadedScenario, load_scenario
+from firmware_sim.scenario.schema import Scenario
 from firmware_sim.scenario.toml_lines import Path as Keys
 from firmware_sim.scenario.toml_lines import with_text_at
 from firmware_sim.sensors.assembly import make_sensor
@@ -159,9 +160,9 @@ def write_results(folder: Path, metrics: FleetMetrics) -> None:
 def replayed(scenario: Path, *, seed: int, device: str) -> Iterator[FleetEvent]:
     """Everything that one device of a run does, as it is simulated once more. Raises FleetError, ConfigError."""
     loaded = load_scenario(scenario)
-    names = {device_name(0), device_name(loaded.scenario.devices - 1)}
-    if not min(names) <= device <= max(names):
-        raise FleetError(f"device {device}: expected one from {min(names)} to {max(names)}")
+    count = loaded.scenario.devices
+    if device not in {device_name(index) for index in range(count)}:
+        raise FleetError(f"device {device}: expected one from {device_name(0)} to {device_name(count - 1)}")
     with tempfile.TemporaryDirectory() as folder:
         kept = begin_run(Path(folder) / "run", loaded, seed=seed)
         found: list[FleetEvent] = []
@@ -240,7 +241,24 @@ def planned_faults(loaded: LoadedScenario) -> tuple[FaultSpan, ...]:
                 kind=kind, starts_s=starts_s, ends_s=min(ends_s, scenario.duration_s), target=target, detail=detail
             )
         )
-    return tuple(spans)
+    return (*spans, *_planned_waves(scenario))
+
+
+def _planned_waves(scenario: Scenario) -> Iterator[FaultSpan]:
+    """The waves in which an update of the firmware is offered, each until the next."""
+    table = scenario.rollout
+    if table is None:
+        return
+    ends_s = [*(wave.at_s for wave in table.waves[1:]), scenario.duration_s]
+    for wave, end_s in zip(table.waves, ends_s, strict=True):
+        detail = f"{table.image.version}, defect {table.image.defect}"
+        yield FaultSpan(
+            kind="rollout",
+            starts_s=min(wave.at_s, scenario.duration_s),
+            ends_s=min(end_s, scenario.duration_s),
+            target=f"{wave.share:.0%}",
+            detail=detail,
+        )
 
 
 def _earlier_s(folder: Path) -> float:

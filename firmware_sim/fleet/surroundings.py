@@ -22,12 +22,14 @@ class Ending(NamedTuple):
     """Why a daemon ends.
 
     Args:
-        kind: ``job_over``, or what befell the device (``crash``, ``brown_out``, ``watchdog``, ...).
+        kind: ``job_over``, or what befell the device (``killed``, ``hang``, ``brown_out``, ...).
         is_clean: whether its system lets it put things aside first.
+        detail: for the table of events.
     """
 
     kind: str
     is_clean: bool
+    detail: str = ""
 
 
 class Surroundings(Protocol):

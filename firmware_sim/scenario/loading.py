@@ -96,6 +96,9 @@ def _check_files(loaded: LoadedScenario) -> None:
     traces, recorded = scenario.population.traces, scenario.recorded
     if traces is not None and not relative_to_config(path, traces).is_file():
         raise _wrong(path, text, ("population", "traces"), f"expected a CSV file, got {traces!r}, which is not there")
+    if scenario.rollout is not None and not scenario.population.profiles:
+        what = "expected population.profiles beside it; ideal devices have no firmware"
+        raise _wrong(path, text, ("rollout",), what)
     if scenario.fidelity == "recorded" and recorded is None:
         raise _wrong(path, text, ("recorded",), "this key is missing; the fidelity recorded plays a run back")
     if recorded is not None and not (relative_to_config(path, recorded) / RECORDED).is_file():

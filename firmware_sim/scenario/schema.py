@@ -9,6 +9,8 @@ import msgspec
 from msgspec import Meta
 
 from device_client.config import EligibilityConfig
+from firmware_sim.firmware.images import FirmwareImage, Rollout, Wave
+from firmware_sim.firmware.life import FirmwareTerms
 from firmware_sim.fleet_metrics import Fidelity
 from firmware_sim.sensors.config import SensorsConfig
 from firmware_sim.wearer.habits import Habits
@@ -74,6 +76,51 @@ class Population(Section, frozen=True, kw_only=True):
     traces: str | None = None
 
 
+class RolloutTable(Section, frozen=True, kw_only=True):
+    """``[rollout]``: an update of the devices' firmware, good or bad (docs/simulation-faults.md).
+
+    Args:
+        factory: version that devices have before.
+        image: the update: ``version``, ``defect``, ``after_s``, ``energy_factor``.
+        waves: ``{at_s, share}``: from then on so large a share of the fleet in all is offered it.
+        spread_s: within a wave devices are offered it over so long a time.
+        boot_s: from reset until an image is up.
+        boot_limit: failed boots that an update gets before the other slot boots again.
+        confirm_after_s: up for so long, it is trusted.
+        watchdog_timeout_s: from a hang until the watchdog bites.
+    """
+
+    factory: Annotated[str, Meta(min_length=1, max_length=64)] = "1.0"
+    image: FirmwareImage
+    waves: Annotated[tuple[Wave, ...], Meta(min_length=1)]
+    spread_s: AtLeastZero = 0.0
+    boot_s: Positive = 20.0
+    boot_limit: Annotated[int, Meta(ge=1, le=100)] = 3
+    confirm_after_s: Positive = 300.0
+    watchdog_timeout_s: Positive = 60.0
+
+    def __post_init__(self) -> None:
+        if self.image.version == self.factory:
+            raise ValueError(f"image.version: expected another version than factory, got {self.factory!r}")
+        _ = self.rollout  # says what is wrong with the waves
+
+    @property
+    def rollout(self) -> Rollout:
+        """As the devices are offered it."""
+        return Rollout(image=self.image, waves=self.waves, spread_s=self.spread_s)
+
+    @property
+    def terms(self) -> FirmwareTerms:
+        """Of the boot loaders."""
+        return FirmwareTerms(
+            factory=self.factory,
+            boot_s=self.boot_s,
+            boot_limit=self.boot_limit,
+            confirm_after_s=self.confirm_after_s,
+            watchdog_timeout_s=self.watchdog_timeout_s,
+        )
+
+
 class Scenario(Section, frozen=True, kw_only=True):
     """A whole file.
 
@@ -95,6 +142,7 @@ class Scenario(Section, frozen=True, kw_only=True):
         helpers: of secure aggregation; none with the engine open.
         population: which hardware; `wearers`: who carries it; `sensors`: what they record; `faults`: what befalls them,
             ``[[fault]]`` (docs/simulation-faults.md).
+        rollout: of an update of the firmware; it takes hardware, so not with ideal devices.
         history_days: how long wearers have recorded when the run begins.
         held_out_windows: with the fidelity ``real``: how many windows of other people each model is measured on.
         recorded: with the fidelity ``recorded``: folder of the run whose accuracy by round is played back.
@@ -121,6 +169,7 @@ class Scenario(Section, frozen=True, kw_only=True):
     sensors: SensorsConfig = SensorsConfig(kind="none")
     history_days: Annotated[float, Meta(ge=0, le=365)] = 7.0
     held_out_windows: Annotated[int, Meta(ge=0, le=100_000)] = 400
+    rollout: RolloutTable | None = None
     faults: tuple[dict[str, Any], ...] = msgspec.field(default=(), name="fault")
     surrogate: Curve = Curve()
     recorded: str | None = None
