@@ -39,6 +39,8 @@ Examples:
 
   covey-fleet run first-round                       simulate a fleet in virtual time; scenarios lists them
 
+  covey-fleet profiles smartwatch                   a hardware profile, with sources; without a name: a list
+
   covey-fleet report runs/2026-01-31-1200           draw its report again
 
   covey-fleet compare runs/week runs/winter         set two simulated runs side by side
@@ -52,6 +54,7 @@ app.command()(cli_scenarios.run)
 app.command()(cli_scenarios.replay)
 app.command()(cli_scenarios.calibrate)
 app.command("scenarios")(cli_scenarios.scenarios_command)
+app.command("profiles")(cli_scenarios.profiles_command)
 add_report_commands(app)
 
 

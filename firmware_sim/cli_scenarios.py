@@ -14,13 +14,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from firmware_sim.errors import SettingsError
+from firmware_sim.errors import FleetError, SettingsError
 from firmware_sim.settings import BrokerChoice
+from fl_protocol.errors import CoveyError
 
 if TYPE_CHECKING:
     from firmware_sim.fleet.run import Progress as RunProgress
     from firmware_sim.fleet.simulation import RunResult
     from firmware_sim.fleet_metrics import FleetMetrics
+    from firmware_sim.profiles.hardware_profile import HardwareProfile
     from firmware_sim.scenario.loading import LoadedScenario
 
 _STOPPED = 130
@@ -50,20 +52,15 @@ def run(
     Examples:
       covey-fleet run first-round                       one that comes with covey
 
+      covey-fleet run scenarios/*.toml                  one after the other; the last line says which failed
+
       covey-fleet run my.toml --seed 7 --shards 4       one of your own
 
       covey-fleet run --resume runs/first-round-...     go on where a run was put down
 
       covey-fleet run first-round --live                in real time, with processes and a broker
     """
-    if engine not in {"local", "ray"}:
-        raise SettingsError(f"--engine: expected local or ray, got {engine}")
-    if bool(scenarios) == bool(resume):
-        raise SettingsError("expected scenarios, or --resume and the folder of a run")
-    if out is not None and len(scenarios or []) > 1:
-        raise SettingsError("--out: expected one scenario with it; leave it out for several")
-    if live and resume is not None:
-        raise SettingsError("--resume: a live run cannot be put down; start it anew with --live")
+    _check_options(scenarios or [], out=out, engine=engine, resume=resume, live=live)
     from firmware_sim.fleet.simulation import begin_run, resumed_run  # noqa: PLC0415 - help needs no database
     from firmware_sim.scenario.loading import load_scenario  # noqa: PLC0415
 
@@ -78,14 +75,33 @@ def run(
 
         for one in loaded:
             require_live(one, longest_hours=longest_hours)
+    failed: list[str] = []
     for one in loaded:
         folder = out or _new_folder(one.scenario.name)
-        begun = begin_run(folder, one, seed=seed)
-        if live:
-            _run_live(console, folder, begun, broker=broker)
-        else:
-            _simulate(console, folder, begun, engine=engine, shards=shards)
-        _write_parquet(folder, wanted=parquet)
+        try:
+            begun = begin_run(folder, one, seed=seed)
+            if live:
+                _run_live(console, folder, begun, broker=broker)
+            else:
+                _simulate(console, folder, begun, engine=engine, shards=shards)
+            _write_parquet(folder, wanted=parquet)
+        except CoveyError as error:
+            failed.append(one.scenario.name)
+            _say(console, f"Failed:     {one.scenario.name}: {error}")
+    if failed:
+        raise FleetError(f"{len(failed)} of {len(loaded)} scenarios failed: {', '.join(failed)}")
+
+
+def _check_options(scenarios: list[Path], *, out: Path | None, engine: str, resume: Path | None, live: bool) -> None:
+    """Raises SettingsError: options that do not go together."""
+    if engine not in {"local", "ray"}:
+        raise SettingsError(f"--engine: expected local or ray, got {engine}")
+    if bool(scenarios) == bool(resume):
+        raise SettingsError("expected scenarios, or --resume and the folder of a run")
+    if out is not None and len(scenarios) > 1:
+        raise SettingsError("--out: expected one scenario with it; leave it out for several")
+    if live and resume is not None:
+        raise SettingsError("--resume: a live run cannot be put down; start it anew with --live")
 
 
 def replay(
@@ -138,6 +154,46 @@ def scenarios_command() -> None:
         for one in loaded
     ]
     say_table("Scenarios", ("name", "devices", "days", "fidelity", "about"), rows)
+
+
+def profiles_command(
+    name: Annotated[str | None, typer.Argument(help="Print this profile's TOML.")] = None,
+) -> None:
+    """List the hardware profiles that come with covey, or print one, with the sources of its figures.
+
+    Examples:
+      covey-fleet profiles                battery, speed and residency of each
+
+      covey-fleet profiles smartwatch     its TOML
+    """
+    from aggregator.command_line import say_table  # noqa: PLC0415 - help needs none of it
+    from firmware_sim.profiles.catalogue import FOLDER, load_profile, profile_names  # noqa: PLC0415
+
+    if name is not None:
+        typer.echo((FOLDER / f"{load_profile(name).name}.toml").read_text(encoding="utf-8"), nl=False)
+        return
+    rows = [
+        (
+            one.name,
+            "mains" if one.battery is None else f"{one.battery.capacity_mwh / 1000:.1f} Wh",
+            f"{one.processor.flop_per_s / 1e9:g} GFLOP/s",
+            _residency(one),
+            one.title,
+        )
+        for one in map(load_profile, profile_names())
+    ]
+    say_table("Profiles", ("name", "battery", "speed", "daemon", "what it is"), rows)
+
+
+def _residency(profile: HardwareProfile) -> str:
+    """Whether a profile's daemon stays, or when its system starts it."""
+    from firmware_sim.profiles.hardware_profile import Job  # noqa: PLC0415 - as above
+
+    job = profile.residency
+    if not isinstance(job, Job):
+        return "stays"
+    conditions = [name for name in ("charging", "idle", "unmetered") if getattr(job, name)]
+    return f"a job at most every {job.period_s / 3600:g} h, while {', '.join(conditions) or 'on'}"
 
 
 def _write_parquet(folder: Path, *, wanted: bool) -> None:

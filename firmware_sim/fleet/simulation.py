@@ -27,6 +27,8 @@ from firmware_sim.fleet_metrics import FaultSpan, FleetMetrics, FleetRound, read
 from firmware_sim.fleet_report import fleet_report_html
 from firmware_sim.scenario.loading import LoadedScenario, load_scenario
 from firmware_sim.scenario.schema import Scenario
+from firmware_sim.scenario.toml_lines import Path as Keys
+from firmware_sim.scenario.toml_lines import with_text_at
 from firmware_sim.sensors.assembly import make_sensor
 from fl_protocol.adapters.config_files import relative_to_config
 from fl_protocol.adapters.files import write_atomic
@@ -56,18 +58,36 @@ def begin_run(folder: Path, loaded: LoadedScenario, *, seed: int | None = None) 
     try:
         folder.mkdir(parents=True)
         text = loaded.text if seed is None else with_seed(loaded.text, seed)
-        if loaded.scenario.model.endswith(".covey"):
-            (folder / Path(loaded.scenario.model).name).write_bytes(loaded.bundle_path.read_bytes())
-            text = text.replace(loaded.scenario.model, Path(loaded.scenario.model).name)
-        for named in (loaded.scenario.population.traces, loaded.scenario.recorded):
-            if named is not None:  # relative to the file, which is another one now
-                text = text.replace(named, str(relative_to_config(loaded.path, named).resolve()))
+        text = _with_files(folder, loaded, text)
         write_atomic(folder / SCENARIO, text.encode(), mode=0o644)
     except FileExistsError:
         raise FleetError(f"{folder} exists; give another folder with --out, or go on with --resume {folder}") from None
     except OSError as error:
         raise FleetError(f"the folder {folder} cannot be made ({error.strerror})") from error
     return load_scenario(folder / SCENARIO)
+
+
+def _with_files(folder: Path, loaded: LoadedScenario, text: str) -> str:
+    """Copy what a scenario names by path into a run's folder, so that the run can be moved; the text with new paths.
+
+    Raises OSError.
+    """
+    scenario = loaded.scenario
+    named: list[tuple[Keys, str | None, str]] = [
+        (("model",), scenario.model if scenario.model.endswith(".covey") else None, "model.covey"),
+        (("population", "traces"), scenario.population.traces, "traces.csv"),
+        (("recorded",), scenario.recorded, "recorded"),
+    ]
+    for key, name, kept in named:
+        if name is None:
+            continue
+        source, target = relative_to_config(loaded.path, name), folder / kept
+        if key == ("recorded",):
+            target.mkdir()
+            source, target = source / METRICS, target / METRICS
+        target.write_bytes(source.read_bytes())
+        text = with_text_at(text, key, kept)
+    return text
 
 
 def with_seed(text: str, seed: int) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from fl_protocol.errors import ConfigError
+
 _TABLE = re.compile(r"\s*\[(?!\[)([^\]]+)\]")
 _ARRAY = re.compile(r"\s*\[\[([^\]]+)\]\]")
 _KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
@@ -28,6 +30,32 @@ def line_of(text: str, path: Path) -> int | None:
         text: of the file.
         path: keys, and numbers counted from 0 into arrays of tables.
     """
+    lines = _lines(text)
+    return next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), None)
+
+
+def with_text_at(text: str, path: Path, value: str) -> str:
+    """A file with another text as a key's value.
+
+    Args:
+        text: of the file.
+        path: of a key that has a text on its own line.
+        value: instead of it; without quotation marks and backslashes.
+
+    Raises:
+        ConfigError: the key does not stand on a line of its own.
+    """
+    number, lines = _lines(text).get(path), text.splitlines(keepends=True)
+    found = number is not None and _KEY.match(lines[number - 1])
+    if number is None or not found:
+        raise ConfigError(f"{'.'.join(map(str, path))}: expected this key on a line of its own, and it is on none")
+    ending = "\n" if lines[number - 1].endswith("\n") else ""
+    lines[number - 1] = f'{found[0]} "{value}"{ending}'
+    return "".join(lines)
+
+
+def _lines(text: str) -> dict[Path, int]:
+    """The line of each key and table."""
     lines: dict[Path, int] = {}
     here: Path = ()
     counts: dict[Path, int] = {}
@@ -43,7 +71,7 @@ def line_of(text: str, path: Path) -> int | None:
             lines.setdefault(here, number)
         elif found := _KEY.match(line):
             lines.setdefault((*here, *_names(found[1])), number)
-    return next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), None)
+    return lines
 
 
 def _names(text: str) -> Path:
