@@ -1,4 +1,4 @@
-"""On a device there is one trainer, `LocalTraining`: what replaces it is the simulator's, and nothing on a device can."""
+"""On a device there is one trainer, `LocalTraining`: what replaces it is the simulator's."""
 
 from __future__ import annotations
 

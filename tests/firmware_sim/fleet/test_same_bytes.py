@@ -44,8 +44,9 @@ def test_another_seed_gives_other_events(scenario: str, alone: Outcome, tmp_path
         assert not set(other.models) & set(alone.models)
 
 
-def test_two_ray_actors_give_the_same_bytes(alone: Outcome, scenario: str, tmp_path: Path) -> None:
+def test_two_ray_actors_give_the_same_bytes(tmp_path: Path) -> None:
     if os.environ.get("COVEY_TESTS_NEED_RAY") != "1":
         pytest.importorskip("ray")
-    folder = folder_of(tmp_path / "run", scenario)
+    alone = simulated(folder_of(tmp_path / "alone", HARDWARE))
+    folder = folder_of(tmp_path / "run", HARDWARE)
     assert simulated(folder, make_engine("ray", folder / SCENARIO, 2)) == alone
