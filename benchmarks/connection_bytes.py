@@ -23,7 +23,7 @@ from benchmarks.counting_proxy import HOST, CountingProxy, Traffic
 from benchmarks.footprint_covey import broker_port, settings_for
 from device_client.config import DeviceConfig
 from firmware_sim.brokers import start_broker
-from firmware_sim.run_folder import create_run
+from firmware_sim.demo_folder import create_run
 from firmware_sim.watch_data import default_cache, load_recordings
 from fl_protocol.adapters.mqtt import LastWill, MqttTransport, TlsFiles
 from fl_protocol.topics import state_topic, upload_topic
@@ -68,7 +68,7 @@ def measure(folder: Path) -> dict[str, object]:
     broker = start_broker("mosquitto", run, settings)
     try:
         wrist = settings.training_wrists[0]
-        toml = run.device_toml(wrist)
+        toml = run.device_toml(wrist.device_id)
         config = msgspec.toml.decode(toml.read_bytes(), type=DeviceConfig)
         study, at = config.studies[0], toml.parent
         tls = TlsFiles(*(at / str(name) for name in (study.broker.ca, study.broker.certificate, study.broker.key)))

@@ -20,9 +20,10 @@ from benchmarks.counting_proxy import CountingProxy
 from benchmarks.footprint_run import FootprintError, Run, Schedule, wait_for, watch_phases
 from benchmarks.peers.environments import isolated
 from firmware_sim.brokers import start_broker
+from firmware_sim.demo_folder import create_run
 from firmware_sim.observation import LogTail
 from firmware_sim.processes import DaemonProcess, die_with_parent
-from firmware_sim.run_folder import RunFolder, create_run
+from firmware_sim.run_folder import RunFolder
 from firmware_sim.settings import AGGREGATOR, DemoSettings
 from firmware_sim.watch_data import PEOPLE, Wrist, default_cache, load_recordings
 
@@ -47,10 +48,12 @@ def covey_run(folder: Path, install: Install, schedule: Schedule, *, model: str 
     broker = start_broker("auto", run, settings)
     measured, companion = settings.training_wrists
     aggregator = DaemonProcess(AGGREGATOR, "aggregator.cli", run.aggregator_toml, run.log(AGGREGATOR))
-    other = DaemonProcess(companion.device_id, "device_client.cli", run.device_toml(companion), run.log("other"))
+    other = DaemonProcess(
+        companion.device_id, "device_client.cli", run.device_toml(companion.device_id), run.log("other")
+    )
     try:
-        with CountingProxy(broker_port(run.device_toml(measured))) as proxy:
-            point_at(run.device_toml(measured), proxy.port)
+        with CountingProxy(broker_port(run.device_toml(measured.device_id))) as proxy:
+            point_at(run.device_toml(measured.device_id), proxy.port)
             with _device(run, measured, install) as (process, cold_start_s):
                 other.start()
                 _wait_until_says(run, "other", "connected")
@@ -94,7 +97,7 @@ def point_at(device_toml: Path, port: int) -> None:
 @contextmanager
 def _device(run: RunFolder, wrist: Wrist, install: Install) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
     """The measured device as a user starts it, away from this repository's folder; and its cold start in seconds."""
-    command = [install.command("covey-device"), "run", "--config", str(run.device_toml(wrist))]
+    command = [install.command("covey-device"), "run", "--config", str(run.device_toml(wrist.device_id))]
     log = run.log(wrist.device_id)
     with log.open("wb") as out, log.with_suffix(".err").open("wb") as err:
         started_s = time.time()

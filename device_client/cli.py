@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except CoveyError as error:
         print(visible(f"covey-device: {error}"), file=sys.stderr)
-        return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+        return exit_code_of(error)
     except BrokenPipeError:  # whoever read the output went away
         _drop_output()
         return 1
@@ -61,6 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def exit_code_of(error: CoveyError) -> int:
+    """What a process ends with after an error."""
+    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
 
 
 def _drop_output() -> None:

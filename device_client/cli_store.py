@@ -123,7 +123,12 @@ def _list_names(_files: DeviceFiles, study: StudyConfig, names: Pseudonyms, _arg
 
 def run(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
     """Run the daemon until SIGINT or SIGTERM."""
-    with RealDevice.open(files.path, journal=JsonLines()) as device:
+    return run_until_stopped(RealDevice.open(files.path, journal=JsonLines()))
+
+
+def run_until_stopped(opened: RealDevice) -> int:
+    """Run a device's daemon until SIGINT or SIGTERM, then close it."""
+    with opened as device:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda _signum, _frame: device.stop())
         device.listen()

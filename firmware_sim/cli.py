@@ -102,7 +102,7 @@ def _stopped_run(path: Path) -> tuple[RunFolder, DemoSettings]:
 
 def _new_run(path: Path | None, settings: DemoSettings, console: Console) -> RunFolder:
     """Everything a new run needs, in its folder."""
-    from firmware_sim.run_folder import create_run  # noqa: PLC0415 - as above
+    from firmware_sim.demo_folder import create_run  # noqa: PLC0415 - as above
 
     path = path or Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")  # noqa: DTZ005 - a name
     _say(console, f"Run folder: {path}")

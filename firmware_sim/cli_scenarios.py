@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from firmware_sim.errors import SettingsError
+from firmware_sim.settings import BrokerChoice
 
 if TYPE_CHECKING:
     from firmware_sim.fleet.run import Progress as RunProgress
@@ -38,6 +39,11 @@ def run(
     shards: Annotated[int, typer.Option(min=1, help="Parts that are simulated at the same time.")] = 2,
     resume: Annotated[Path | None, typer.Option(help="Folder of a run that was stopped or killed.")] = None,
     parquet: Annotated[bool, typer.Option("--parquet", help="Write the events as Parquet too.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="In real time: a process for each device, over a real broker.")
+    ] = False,
+    broker: Annotated[BrokerChoice, typer.Option(help="--live: auto takes mosquitto where it is installed.")] = "auto",
+    longest_hours: Annotated[float, typer.Option(min=0, help="--live: refuse what would take longer.")] = 2.0,
 ) -> None:
     """Simulate a fleet: real devices on virtual hardware, the real aggregator, in virtual time.
 
@@ -47,6 +53,8 @@ def run(
       covey-fleet run my.toml --seed 7 --shards 4       one of your own
 
       covey-fleet run --resume runs/first-round-...     go on where a run was put down
+
+      covey-fleet run first-round --live                in real time, with processes and a broker
     """
     if engine not in {"local", "ray"}:
         raise SettingsError(f"--engine: expected local or ray, got {engine}")
@@ -54,6 +62,8 @@ def run(
         raise SettingsError("expected scenarios, or --resume and the folder of a run")
     if out is not None and len(scenarios or []) > 1:
         raise SettingsError("--out: expected one scenario with it; leave it out for several")
+    if live and resume is not None:
+        raise SettingsError("--resume: a live run cannot be put down; start it anew with --live")
     from firmware_sim.fleet.simulation import begin_run, resumed_run  # noqa: PLC0415 - help needs no database
     from firmware_sim.scenario.loading import load_scenario  # noqa: PLC0415
 
@@ -63,9 +73,18 @@ def run(
         _write_parquet(resume, wanted=parquet)
         return
     loaded = [load_scenario(path) for path in scenarios or []]  # all of them before the first is run
+    if live:
+        from firmware_sim.fleet.live_folder import require_live  # noqa: PLC0415 - as above
+
+        for one in loaded:
+            require_live(one, longest_hours=longest_hours)
     for one in loaded:
         folder = out or _new_folder(one.scenario.name)
-        _simulate(console, folder, begin_run(folder, one, seed=seed), engine=engine, shards=shards)
+        begun = begin_run(folder, one, seed=seed)
+        if live:
+            _run_live(console, folder, begun, broker=broker)
+        else:
+            _simulate(console, folder, begun, engine=engine, shards=shards)
         _write_parquet(folder, wanted=parquet)
 
 
@@ -155,6 +174,29 @@ def _simulate(console: Console, folder: Path, loaded: LoadedScenario, *, engine:
     _tell(console, folder, result)
 
 
+def _run_live(console: Console, folder: Path, loaded: LoadedScenario, *, broker: BrokerChoice) -> None:
+    """Run one scenario in real time, and say what came out."""
+    from firmware_sim.fleet.live_folder import create_live  # noqa: PLC0415 - as above
+    from firmware_sim.fleet.live_run import run_live  # noqa: PLC0415
+
+    scenario = loaded.scenario
+    _say(console, f"Scenario:   {scenario.name}, live: {scenario.devices} processes, at most {scenario.days:g} days")
+    _say(console, f"Run folder: {folder}")
+    made = create_live(folder, loaded)
+    with _stopped_by_signals() as should_stop, _shown(console) as told:
+        result = run_live(
+            made,
+            broker=broker,
+            told=told,
+            should_stop=should_stop,
+            said=lambda text: _say(console, f"Broker:     {text}"),
+        )
+    _tell(console, folder, result)
+    if not result.finished:
+        _say(console, "Stopped before its end")
+        raise typer.Exit(_STOPPED)
+
+
 @contextmanager
 def _shown(console: Console) -> Iterator[Callable[[RunProgress], None]]:
     """A bar: how far, rounds, devices woken a second, virtual over real time, and when it will be done."""
@@ -221,6 +263,12 @@ def _summary(metrics: FleetMetrics) -> list[str]:
         f"Simulation: {metrics.wall_s:.1f} s, {metrics.virtual_s / max(metrics.wall_s, 1e-3):,.0f} times real time, "
         f"{metrics.peak_rss_bytes / 2**20:,.0f} MiB",
     ]
+    if metrics.live is not None:
+        lines = [
+            f"Rounds:     {len(committed)} committed, {len(metrics.rounds) - len(committed)} aborted; {delivered:,} "
+            f"updates delivered in {metrics.wall_s:.1f} s; {metrics.peak_rss_bytes / 2**20:,.0f} MiB in all processes",
+            f"Left out:   {', '.join(metrics.live.left_out) or 'nothing'}",
+        ]
     accuracies = [one.accuracy for one in committed if one.accuracy is not None]
     if accuracies:
         lines.append(f"Accuracy:   {100 * accuracies[-1]:.1f} % ({metrics.fidelity})")

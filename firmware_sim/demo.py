@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 from rich.console import Console
@@ -21,17 +19,15 @@ from firmware_sim.brokers import RunningBroker
 from firmware_sim.errors import FleetError
 from firmware_sim.live import LiveRounds
 from firmware_sim.metrics import RunMetrics, gather
-from firmware_sim.observation import LogTail, Observation
-from firmware_sim.processes import DaemonProcess, Fleet
+from firmware_sim.observation import Observation
+from firmware_sim.process_run import ProcessRun, daemons_of
 from firmware_sim.report import report_html
 from firmware_sim.run_folder import RunFolder
-from firmware_sim.settings import AGGREGATOR, TASK, DemoSettings
+from firmware_sim.settings import TASK, DemoSettings
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.software import software_version
 
 POLL_S = 0.1
-LEAST_FREE_BYTES = 8 * 1024 * 1024
-"""Below this the run stops: daemons whose disk is full can neither train nor say so in their logs."""
 LAST_MEASUREMENT_WITHIN_S = 30.0
 """How long to wait, after the task is finished, for held-out wrists to measure the finished model."""
 
@@ -49,25 +45,18 @@ class DemoRun:
     def __post_init__(self) -> None:
         self.observation = Observation(self.settings)
         wrists = self.settings.training_wrists + self.settings.held_out_wrists
-        self.fleet = Fleet(
-            [
-                *(
-                    self._daemon(name, "aggregator.helper.cli", self.folder.helper_toml(name))
-                    for name in self.settings.operators
-                ),
-                self._daemon(AGGREGATOR, "aggregator.cli", self.folder.aggregator_toml),
-                *(
-                    self._daemon(wrist.device_id, "device_client.cli", self.folder.device_toml(wrist))
-                    for wrist in wrists
-                ),
-            ]
+        self._processes = ProcessRun(
+            self.folder,
+            self.broker,
+            daemons_of(
+                self.folder,
+                helpers=self.settings.operators,
+                devices=[wrist.device_id for wrist in wrists],
+                device_module="device_client.cli",
+            ),
+            self.observation.take,
+            advice=f"go on with covey-fleet demo --resume {self.folder.path}",
         )
-        self._tails = [LogTail(daemon.name, daemon.log) for daemon in self.fleet.daemons]
-        self._peak_rss_mb: dict[str, float] = {}
-
-    def _daemon(self, name: str, module: str, config: Path) -> DaemonProcess:
-        """One process of the run."""
-        return DaemonProcess(name, module, config, self.folder.log(name))
 
     def run(self) -> bool:
         """Start all, watch until the task is finished or a stop is asked for, stop all; whether it finished.
@@ -77,12 +66,9 @@ class DemoRun:
         """
         with LiveRounds(self.console, self.observation) as live, _signals_into(self.stopped):
             try:
-                self.fleet.start()
-                self._watch(live)
+                with self._processes:
+                    self._watch(live)
             finally:
-                self._read_memory()
-                self.fleet.stop()
-                self._read_logs()
                 live.refresh()
         return self.observation.finished
 
@@ -90,13 +76,10 @@ class DemoRun:
         """Follow the logs until done."""
         finished_at_s: float | None = None
         while not self.stopped and not self.observation.finished:
-            broker_happened = self.broker.watch()
-            for text in [*self.fleet.watch(), *([broker_happened] if broker_happened else [])]:
+            for text in self._processes.turn():
                 live.say(f"[yellow]{escape(text)}[/]")
                 self.observation.complaints.append(text)
-            self._read_logs()
             live.refresh()
-            self._check_disk()
             self._check_progress()
             if self.observation.finished_digest is not None:
                 now_s = time.monotonic()
@@ -104,15 +87,6 @@ class DemoRun:
                 if now_s > finished_at_s + LAST_MEASUREMENT_WITHIN_S:
                     raise FleetError("the held-out wrists did not measure the finished model in time; see the logs")
             time.sleep(POLL_S)
-
-    def _check_disk(self) -> None:
-        """Stop while there is still room to say why."""
-        free = shutil.disk_usage(self.folder.path).free
-        if free < LEAST_FREE_BYTES:
-            raise FleetError(
-                f"the disk of {self.folder.path} is full ({free // 1024} KiB left): make room, then go on with "
-                f"covey-fleet demo --resume {self.folder.path}"
-            )
 
     def _check_progress(self) -> None:
         """Stop when there will be no further round; it would wait for ever."""
@@ -124,25 +98,12 @@ class DemoRun:
                 "their privacy budget, so the run cannot finish: rounds that aborted cost privacy too; start a new run"
             )
 
-    def _read_logs(self) -> None:
-        """Take the new events of all processes."""
-        for tail in self._tails:
-            for event in tail.read():
-                self.observation.take(tail.name, event)
-
-    def _read_memory(self) -> None:
-        """Peak memory of each process while it still lives."""
-        for daemon in self.fleet.daemons:
-            peak = daemon.peak_rss_mb()
-            if peak is not None:
-                self._peak_rss_mb[daemon.name] = round(peak, 1)
-
     def _read_ledgers(self) -> None:
         """Take what was spent from the wrists' own ledgers: one that was killed may have charged without telling."""
         if self.settings.epsilon is None:
             return
         for wrist in self.settings.training_wrists:
-            with RealDevice.open(self.folder.device_toml(wrist)) as device:
+            with RealDevice.open(self.folder.device_toml(wrist.device_id)) as device:
                 ledger = device.ledger
             if ledger.reservations:
                 self.observation.epsilon[wrist.device_id] = ledger.spent_epsilon
@@ -155,7 +116,10 @@ class DemoRun:
         """
         self._read_ledgers()
         metrics = gather(
-            self.observation, covey=software_version(), broker=self.broker.description, peak_rss_mb=self._peak_rss_mb
+            self.observation,
+            covey=software_version(),
+            broker=self.broker.description,
+            peak_rss_mb=self._processes.peak_rss_mb,
         )
         folder = self.folder.path
         try:

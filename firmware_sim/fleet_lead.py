@@ -19,9 +19,15 @@ FIDELITY: dict[Fidelity, str] = {
 def lead_sentences(metrics: FleetMetrics) -> list[str]:
     """The answers, the fidelity first; each entry is a sentence or a few, as plain text."""
     if not metrics.virtual_s:
-        return [FIDELITY[metrics.fidelity], "The run ended before any virtual time had passed.", trouble(metrics)]
+        return [
+            FIDELITY[metrics.fidelity],
+            _live(metrics),
+            "The run ended before any virtual time had passed.",
+            trouble(metrics),
+        ]
     return [
         FIDELITY[metrics.fidelity],
+        _live(metrics),
         _length(metrics),
         _accuracy(metrics),
         _updates(metrics),
@@ -30,10 +36,23 @@ def lead_sentences(metrics: FleetMetrics) -> list[str]:
     ]
 
 
+def _live(metrics: FleetMetrics) -> str:
+    """Where a live run differs from its scenario; nothing for a simulated one."""
+    if metrics.live is None:
+        return ""
+    told = (
+        f"This run was live: each device was a process of its own, in real time, over {metrics.live.broker}. Live runs "
+        "have this machine's hardware and network, and seeded noise, which protects nobody."
+    )
+    return f"{told} Left out of the scenario: {', '.join(metrics.live.left_out)}." if metrics.live.left_out else told
+
+
 def _length(metrics: FleetMetrics) -> str:
     """How long the study took."""
     fleet = count(metrics.devices, "device")
-    took = f"{fleet} {'was' if metrics.devices == 1 else 'were'} simulated for {duration(metrics.virtual_s)}"
+    was = "was" if metrics.devices == 1 else "were"
+    did = "ran" if metrics.live is not None else f"{was} simulated"
+    took = f"{fleet} {did} for {duration(metrics.virtual_s)}"
     if metrics.virtual_s < 0.999 * _DAY_S * metrics.days:
         took += f", of {count_of_days(metrics.days)} planned"
     committed = [record for record in metrics.rounds if record.outcome == "committed"]

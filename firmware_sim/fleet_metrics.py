@@ -93,8 +93,15 @@ class Epsilons(msgspec.Struct, frozen=True, kw_only=True):
     counts: tuple[int, ...]
 
 
+class LiveTerms(msgspec.Struct, frozen=True, kw_only=True):
+    """What is particular to a live run: the broker that carried it, and what of the scenario was left out."""
+
+    broker: str
+    left_out: tuple[str, ...]
+
+
 class FleetMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole run.
+    """A whole run. Of a live one all times are real: what is called virtual elsewhere too.
 
     Args:
         scenario: its name; `text` is the TOML that was run.
@@ -107,6 +114,7 @@ class FleetMetrics(msgspec.Struct, frozen=True, kw_only=True):
         deliveries: updates by outcome: ``delivered``, ``expired``, ``refused``, ``pending``.
         firmware: devices by the version that they ran in the end; empty where no firmware was simulated.
         wall_s, peak_rss_bytes: what the simulation itself took, all processes together.
+        live: of a live run; None for a simulated one.
     """
 
     covey: str
@@ -131,6 +139,7 @@ class FleetMetrics(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float
     peak_rss_bytes: int
     firmware: dict[str, int] = {}
+    live: LiveTerms | None = None
 
 
 def read_metrics(source: Path, kind: type[T]) -> T:

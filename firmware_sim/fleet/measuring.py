@@ -7,14 +7,18 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
 
+from firmware_sim.fleet.chronicle import Chronicle
 from firmware_sim.fleet.record import DeviceRecord
-from firmware_sim.fleet.run import EVENTS, FleetRun
+from firmware_sim.fleet.run import EVENTS
+from firmware_sim.fleet.windows import Totals
 from firmware_sim.fleet_events import read_events
-from firmware_sim.fleet_metrics import Crash, Epsilons, FleetHour, FleetMetrics, FleetRound, ProfileUse
+from firmware_sim.fleet_metrics import Crash, Epsilons, FaultSpan, FleetHour, FleetMetrics, FleetRound, ProfileUse
+from firmware_sim.scenario.loading import LoadedScenario
 from firmware_sim.scenario.schema import Curve
 from fl_protocol.adapters.software import software_version
 
@@ -22,8 +26,44 @@ _DAY_S, _HOUR_S = 86_400.0, 3600.0
 _BINS = 20
 
 
+class MeasuredRun(Protocol):
+    """A run that has ended, virtual or live."""
+
+    @property
+    def loaded(self) -> LoadedScenario:
+        """The scenario."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the run; its events are in it."""
+
+    @property
+    def chronicle(self) -> Chronicle:
+        """What the aggregator told."""
+
+    @property
+    def records(self) -> Sequence[DeviceRecord]:
+        """The devices as they are in the end."""
+
+    @property
+    def totals(self) -> Totals:
+        """What they did."""
+
+    @property
+    def now_s(self) -> float:
+        """Seconds that it took, virtual ones if it was."""
+
+    @property
+    def faults(self) -> tuple[FaultSpan, ...]:
+        """That befell it."""
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Memory of all its processes."""
+
+
 def metrics_of(
-    run: FleetRun, *, accuracies: Sequence[tuple[float | None, float | None]], wall_s: float
+    run: MeasuredRun, *, accuracies: Sequence[tuple[float | None, float | None]], wall_s: float
 ) -> FleetMetrics:
     """The whole document.
 
@@ -84,7 +124,7 @@ def accuracy_on_curve(curve: Curve, rounds: Sequence[FleetRound]) -> list[tuple[
     return result
 
 
-def _hours(run: FleetRun) -> tuple[FleetHour, ...]:
+def _hours(run: MeasuredRun) -> tuple[FleetHour, ...]:
     """Every hour of the run, those in which nothing happened too."""
     totals = run.totals
     return tuple(
@@ -131,7 +171,7 @@ def _use(name: str, records: Sequence[DeviceRecord], days: float) -> ProfileUse:
     )
 
 
-def _epsilons(run: FleetRun) -> Epsilons | None:
+def _epsilons(run: MeasuredRun) -> Epsilons | None:
     """How the spent ε is spread over the devices; None where training had no noise."""
     privacy, spent = run.loaded.scenario.privacy, np.array([record.spent_epsilon for record in run.records])
     if not np.isfinite(spent).all():

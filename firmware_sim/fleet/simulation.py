@@ -114,7 +114,7 @@ def simulate(
             told=told,
             should_stop=should_stop,
             faults=planned_faults(loaded),
-            measure=_measure_of(loaded),
+            measure=measure_of(loaded),
         )
         finished = run.run()
     finally:
@@ -124,9 +124,14 @@ def simulate(
     if not finished:
         return RunResult(finished=False, metrics=None)
     metrics = metrics_of(run, accuracies=_accuracies(run), wall_s=wall_s)
+    write_results(folder, metrics)
+    return RunResult(finished=True, metrics=metrics)
+
+
+def write_results(folder: Path, metrics: FleetMetrics) -> None:
+    """Leave metrics and report in a run's folder."""
     write_atomic(folder / METRICS, msgspec.json.format(msgspec.json.encode(metrics), indent=1), mode=0o644)
     write_atomic(folder / REPORT, fleet_report_html(metrics).encode(), mode=0o644)
-    return RunResult(finished=True, metrics=metrics)
 
 
 def replayed(scenario: Path, *, seed: int, device: str) -> Iterator[FleetEvent]:
@@ -146,7 +151,7 @@ def replayed(scenario: Path, *, seed: int, device: str) -> Iterator[FleetEvent]:
             yield from mine
 
 
-def _measure_of(loaded: LoadedScenario) -> Callable[[Float32], tuple[float, float]] | None:
+def measure_of(loaded: LoadedScenario) -> Callable[[Float32], tuple[float, float]] | None:
     """How a model does on people who are on no device; None where no model is trained, or nobody records."""
     scenario = loaded.scenario
     if scenario.fidelity != "real" or scenario.sensors.kind == "none" or not scenario.held_out_windows:

@@ -201,14 +201,14 @@ def check_epsilon_is_the_ledgers(demo: Demo) -> None:
     assert metrics.settings.epsilon is not None
     assert set(metrics.epsilon_spent) == {wrist.device_id for wrist in metrics.settings.training_wrists}
     for wrist in metrics.settings.training_wrists:
-        with RealDevice.open(run.device_toml(wrist)) as device:
+        with RealDevice.open(run.device_toml(wrist.device_id)) as device:
             ledger = device.ledger
         assert metrics.epsilon_spent[wrist.device_id] == ledger.spent_epsilon <= metrics.settings.epsilon
         numbers = [entry.round for entry in ledger.reservations]
         assert numbers == sorted(set(numbers)), "a round was charged twice"
         assert {entry.round for entry in ledger.releases} <= set(numbers)
     for wrist in metrics.settings.held_out_wrists:
-        with RealDevice.open(run.device_toml(wrist)) as device:
+        with RealDevice.open(run.device_toml(wrist.device_id)) as device:
             assert list(device.ledger.reservations) == []
 
 
@@ -228,7 +228,7 @@ def check_model_runs_and_is_the_one_that_was_measured(demo: Demo) -> None:
     shape = bundle.manifest.input.shape
     records = []
     for wrist in metrics.settings.held_out_wrists:
-        with RealDevice.open(run.device_toml(wrist)) as device:
+        with RealDevice.open(run.device_toml(wrist.device_id)) as device:
             records.append(device.streams["default"].training())
     x, y = np.concatenate([r.x for r in records]), np.concatenate([r.y for r in records])
 

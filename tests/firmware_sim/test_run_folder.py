@@ -17,8 +17,9 @@ from aggregator.helper.assembly import HelperFiles
 from aggregator.task_file import TrainingPlan, read_task
 from device_client.assembly import DeviceFiles, RealDevice
 from firmware_sim.bundles import bundle_and_publisher
+from firmware_sim.demo_folder import create_run, write_configs
 from firmware_sim.errors import FleetError, SettingsError
-from firmware_sim.run_folder import RunFolder, create_run, write_configs
+from firmware_sim.run_folder import RunFolder
 from firmware_sim.settings import AGGREGATOR, TASK, TENANT, DemoSettings
 from firmware_sim.watch_data import Recording, Wrist, all_wrists, windows_of
 from fl_protocol.bundle import open_bundle
@@ -55,7 +56,7 @@ def test_every_configuration_loads_and_they_agree(run: RunFolder) -> None:
     pins = pinned(aggregator.config.helpers)
     key = public_key_hex(aggregator.signing_key().public_key())
     for wrist in all_wrists():
-        device = DeviceFiles.load(run.device_toml(wrist))
+        device = DeviceFiles.load(run.device_toml(wrist.device_id))
         (study,) = device.config.studies
         assert study.id == wrist.device_id
         assert study.role == ("evaluate" if wrist.person in SETTINGS.held_out else "train")
@@ -96,7 +97,7 @@ def test_with_the_engine_open_there_are_no_helpers(tmp_path: Path, recordings: l
     assert not (run.path / "helpers").exists()
     assert read_task(run.task_toml.read_text(), "task.toml").engine == "open"
     assert AggregatorFiles.load(run.aggregator_toml).config.helpers == ()
-    device = DeviceFiles.load(run.device_toml(Wrist(1, "left"))).config
+    device = DeviceFiles.load(run.device_toml(Wrist(1, "left").device_id)).config
     assert device.studies[0].helpers == ()
     assert (device.privacy.minimum_helpers, device.privacy.minimum_operators) == (0, 0)
 
@@ -114,7 +115,7 @@ def test_only_wrists_that_train_are_registered_with_the_aggregator_and_with_each
 
 def test_each_wrist_holds_its_own_windows(run: RunFolder, recordings: list[Recording]) -> None:
     for wrist in (Wrist(1, "left"), Wrist(2, "right"), Wrist(10, "right")):
-        with RealDevice.open(run.device_toml(wrist)) as device:
+        with RealDevice.open(run.device_toml(wrist.device_id)) as device:
             records = device.streams["default"].training()
             assert device.consent_problem(device.config.studies[0].study) == ""
         expected = windows_of(recordings, wrist, samples=SAMPLES)
@@ -168,7 +169,7 @@ def check_secrets_are_private(folder: Path) -> None:
 
 def test_keys_are_for_their_owner_only(run: RunFolder) -> None:
     check_secrets_are_private(run.path)
-    key = run.device_toml(Wrist(1, "left")).parent / "store.key"
+    key = run.device_toml(Wrist(1, "left").device_id).parent / "store.key"
     key.chmod(0o640)
     with pytest.raises(AssertionError):
         check_secrets_are_private(run.path)
@@ -203,7 +204,7 @@ def test_recordings_are_nowhere_in_the_clear(run: RunFolder, recordings: list[Re
 
 def test_a_window_in_the_clear_would_be_noticed(run: RunFolder, recordings: list[Recording], tmp_path: Path) -> None:
     wrist = Wrist(3, "right")
-    store = DeviceFiles.load(run.device_toml(wrist)).open_store()
+    store = DeviceFiles.load(run.device_toml(wrist.device_id)).open_store()
     (name,) = store.names("recordings/")
     plain = b"".join(store.frames(name))
     store.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from firmware_sim.chance import bits, key_of, uniform
+from firmware_sim.labelled_chance import bits, key_of, uniform
 
 
 def test_numbers_are_the_same_on_every_machine() -> None:
