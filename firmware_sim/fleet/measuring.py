@@ -103,7 +103,7 @@ def metrics_of(
     )
 
 
-def _firmware(run: FleetRun) -> dict[str, int]:
+def _firmware(run: MeasuredRun) -> dict[str, int]:
     """Devices by the version that they run in the end; one that was never on has the factory's."""
     table = run.loaded.scenario.rollout
     if table is None:
