@@ -109,7 +109,7 @@ def metrics_of(
 def _firmware(run: MeasuredRun) -> dict[str, int]:
     """Devices by the version that they run in the end; one that was never on has the factory's."""
     table = run.loaded.scenario.rollout
-    if table is None:
+    if table is None or not any(record.firmware for record in run.records):  # a live run simulates none
         return {}
     return dict(sorted(Counter(record.firmware or table.factory for record in run.records).items()))
 

@@ -16,6 +16,7 @@ from firmware_sim.fleet.engines import InProcess
 from firmware_sim.fleet.fidelity import EmptyTrainer, EmptyTraining
 from firmware_sim.fleet.living import Living
 from firmware_sim.fleet.maker import DeviceMaker, Stopwatch
+from firmware_sim.fleet.record import DeviceRecord
 from firmware_sim.fleet.run import EVENTS
 from firmware_sim.fleet.shard import MOST_CRASHES
 from firmware_sim.fleet.simulation import SCENARIO, replayed
@@ -47,17 +48,12 @@ class FailingTrainer(EmptyTrainer):
 class FailingMaker(DeviceMaker):
     """One device's trainer has the fault."""
 
-    def start(self, record: Any, *arguments: Any, **named: Any) -> Any:
-        _started.append(record.name)
-        return super().start(record, *arguments, **named)
-
-    def _trainer(self, stopwatch: Stopwatch) -> Trainer:
-        if _started[-1] == VICTIM:
+    def _trainer(self, stopwatch: Stopwatch, record: DeviceRecord, *rest: Any) -> Trainer:
+        if record.name == VICTIM:
             return FailingTrainer(1.0, stopwatch.computed)
-        return super()._trainer(stopwatch)
+        return super()._trainer(stopwatch, record, *rest)
 
 
-_started: list[str] = []
 THREE_STEPS = {**BASE["task"], "rounds": 3, "plan": {**BASE["task"]["plan"], "local_steps": 3}}
 
 

@@ -86,4 +86,5 @@ def test_a_runs_folder_finds_the_traces_that_its_scenario_names(tmp_path: Path) 
     path = scenario_file(tmp_path / "scenarios", population={"profiles": {"smartwatch": 1}, "traces": "people.csv"})
     (path.parent / "people.csv").write_text("")
     kept = begin_run(tmp_path / "run", load_scenario(path))
-    assert kept.scenario.population.traces == str(path.parent / "people.csv")
+    assert kept.scenario.population.traces is not None
+    assert (kept.path.parent / kept.scenario.population.traces).is_file()
