@@ -88,3 +88,16 @@ def test_a_runs_folder_finds_the_traces_that_its_scenario_names(tmp_path: Path) 
     kept = begin_run(tmp_path / "run", load_scenario(path))
     assert kept.scenario.population.traces is not None
     assert (kept.path.parent / kept.scenario.population.traces).is_file()
+
+
+def test_a_run_too_short_for_a_round_has_metrics_and_a_report_too(tmp_path: Path) -> None:
+    from firmware_sim.fleet.simulation import begin_run, simulate  # noqa: PLC0415 - with the database
+
+    folder = tmp_path / "run"
+    loaded = begin_run(folder, load_scenario(scenario_file(tmp_path / "scenarios", days=0.0001)))
+    result = simulate(folder, loaded, engine="local", shards=1, told=lambda progress: None, should_stop=lambda: False)
+    assert result.finished
+    assert result.metrics is not None
+    assert result.metrics.rounds == ()
+    assert sum(profile.updates for profile in result.metrics.profiles) == 0
+    assert "<html" in (folder / "report.html").read_text()
