@@ -94,7 +94,7 @@ def test_a_run_too_short_for_a_round_has_metrics_and_a_report_too(tmp_path: Path
     from firmware_sim.fleet.simulation import begin_run, simulate  # noqa: PLC0415 - with the database
 
     folder = tmp_path / "run"
-    loaded = begin_run(folder, load_scenario(scenario_file(tmp_path / "scenarios", days=0.0001)))
+    loaded = begin_run(folder, load_scenario(scenario_file(tmp_path / "scenarios", days=0.00001)))
     result = simulate(folder, loaded, engine="local", shards=1, told=lambda progress: None, should_stop=lambda: False)
     assert result.finished
     assert result.metrics is not None
