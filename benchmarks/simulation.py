@@ -1,11 +1,11 @@
-"""Covey's simulator beside Flower's and Apple's: client-rounds per second, memory, growth, and a week of 100,000 devices.
+"""Covey's simulator beside Flower's and Apple's: client-rounds per second, memory, growth; a week of 100,000 devices.
 
 All run the job of docs/simulation-benchmarks.md, each in a process tree of its own, in turns, so that a slow moment of
 the machine hits all; a rate is the median over the turns of the median round. Starting does not count on any side. pfl
 runs with one and with two processes, and the faster counts. A ratio is the rate of ours over theirs; of memory, the
 proportional memory of our whole tree over theirs, both at their highest.
 
-The week is a scenario of its own (``--scenario``), run by ``covey-fleet``'s own code with another number of devices; its
+The week is a scenario of its own (``--scenario``), run by ``covey-fleet run`` with another number of devices; its
 seconds are all of it, from the beginning to the report.
 """
 
