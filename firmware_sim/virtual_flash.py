@@ -218,7 +218,7 @@ class VirtualFlash:
 
         def effect() -> None:
             kept = []
-            for chain in chains_of(self._name_changes):
+            for chain in chains_of(self._name_changes) if self._name_changes else ():
                 # A rename between folders is one journal entry: either folder's sync makes it durable, and with it
                 # what it rests on.
                 here = [any(_folder_of(leaf) == name for leaf in change.after) for change in chain]
@@ -227,7 +227,8 @@ class VirtualFlash:
                     apply_names(change, self._synced_names)
                 kept += chain[stop:]
             self._name_changes = kept
-            self._synced_folders.update(folder for folder in self._folders if folder and _folder_of(folder) == name)
+            if len(self._synced_folders) < len(self._folders):
+                self._synced_folders.update(folder for folder in self._folders if folder and _folder_of(folder) == name)
             self.page_writes += 1
 
         self._step("sync_folder", name, effect, half=_nothing)
