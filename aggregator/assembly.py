@@ -27,6 +27,7 @@ from aggregator.coordinator import Coordinator
 from aggregator.errors import DatabaseError
 from aggregator.helper_calls import HelperCalls, HelperLink
 from aggregator.in_force import config_of, tasks_in_force
+from aggregator.ingest import OPENER, Opener
 from aggregator.intake import Intake, IntakeLimits
 from aggregator.service import AggregatorService
 from aggregator.shards import LeaseTerms
@@ -198,6 +199,7 @@ def make_service(
     links: Mapping[str, HelperLink] | None = None,
     commits: Commits | None = None,
     leases: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
+    opener: Opener = OPENER,
 ) -> AggregatorService:
     """The parts of one process, connected; a simulation passes its own transport, time and randomness.
 
@@ -216,9 +218,10 @@ def make_service(
         helpers: of secure rounds, by name.
         links: to those that are not asked over the broker.
         commits: whole updates; None to do so in this process.
+        opener: verifies headers and opens seals in this process.
         leases: how long they are taken for.
     """
-    committer = Committer(tenant=tenant, worker=name, store=store, entropy=entropy, now_s=now_s)
+    committer = Committer(tenant=tenant, worker=name, store=store, entropy=entropy, now_s=now_s, opener=opener)
     commits = commits or CommitsHere(lambda batch: committer.commit(batch, lambda: tasks_in_force(store)))
     intake = Intake(
         tenant=tenant,

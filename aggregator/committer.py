@@ -23,8 +23,10 @@ from sqlalchemy import Connection
 from aggregator.errors import BlobError, ConflictError
 from aggregator.exact_sum import MOST_UPDATES
 from aggregator.ingest import (
+    OPENER,
     Masked,
     NotNowError,
+    Opener,
     Placed,
     TaskInForce,
     Whole,
@@ -115,6 +117,7 @@ class Committer:
         store: the database and its blobs.
         entropy: cryptographic source of bytes.
         now_s: Unix seconds.
+        opener: verifies headers and opens seals.
     """
 
     def __init__(
@@ -125,8 +128,9 @@ class Committer:
         store: AggregatorStore,
         entropy: Callable[[int], bytes],
         now_s: Callable[[], float],
+        opener: Opener = OPENER,
     ) -> None:
-        self._tenant, self._worker, self._store = tenant, worker, store
+        self._tenant, self._worker, self._store, self._opener = tenant, worker, store, opener
         self._now_s = now_s
         self._sums = WorkerSums(worker, store, entropy)
         self._refused: RefusalCounts = Counter()
@@ -205,6 +209,7 @@ class Committer:
                     device=update.device,
                     device_key=Ed25519PublicKey.from_public_bytes(key.public_key),
                     update_id=update.update_id,
+                    opener=self._opener,
                 )
             except RefusedError as refusal:
                 batch.verdicts[index] = refusal
@@ -268,7 +273,9 @@ class Committer:
             if counting in batch.counted or header.task in batch.unreadable:
                 batch.verdicts[index] = None
                 return
-            opened = open_masked(whole, placed) if placed.task.is_masked else open_sealed(whole, placed)
+            opened = (
+                open_masked(whole, placed) if placed.task.is_masked else open_sealed(whole, placed, opener=self._opener)
+            )
             key = (placed.task.name, placed.counted_in, placed.round.number)
             mine = batch.sums.get(key) or self._sums.of(key, placed)
             elsewhere = max(0, batch.counted_by_all.get(key[:2], mine.num_stored) - mine.num_stored)

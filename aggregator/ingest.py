@@ -7,7 +7,7 @@ round and model; only then is it opened, and its content checked. Nothing is bel
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -20,12 +20,27 @@ from numpy.typing import NDArray
 from aggregator.exact_sum import LARGEST_NORM, norm_of
 from aggregator.robust_rules import bounded
 from fl_protocol.errors import ProtocolError, RefusalReason, RefusedError
-from fl_protocol.messages import EncodingName, UpdateEnvelopeView, UpdateHeaderMsg, decode, encode
+from fl_protocol.messages import EncodingName, UpdateBodyMsg, UpdateEnvelopeView, UpdateHeaderMsg, decode, encode
 from fl_protocol.sealing import RoundKey, open_masked_update, open_update
 from fl_protocol.secagg.masks import Words
 from fl_protocol.secagg.parties import SecureRound, masked_vector
 from fl_protocol.signing import header_signature_is_valid
 from fl_protocol.update_encoding import open_values, rotation_seed
+
+
+class Opener(NamedTuple):
+    """What verifies headers and opens seals; there is one outside of simulations, the default.
+
+    Args:
+        is_signed: whether a signature over an encoded header is of a key.
+        open_body: what is inside a seal. Raises ProtocolError.
+    """
+
+    is_signed: Callable[[bytes, bytes, Ed25519PublicKey], bool] = header_signature_is_valid
+    open_body: Callable[[UpdateHeaderMsg, bytes | memoryview, RoundKey], UpdateBodyMsg] = open_update
+
+
+OPENER = Opener()
 
 
 class Whole(NamedTuple):
@@ -113,6 +128,7 @@ def verify_header(
     device: str,
     device_key: Ed25519PublicKey,
     update_id: bytes,
+    opener: Opener = OPENER,
 ) -> Whole:
     """The signed header and the sealed bytes it vouches for.
 
@@ -122,6 +138,7 @@ def verify_header(
         device: the sender by the topic it was allowed to publish to.
         device_key: that device's registered key.
         update_id: the update by the topic, which an answer will name.
+        opener: verifies the signature.
 
     Raises:
         RefusedError: MALFORMED, BAD_SIGNATURE, or WRONG_TASK.
@@ -131,7 +148,7 @@ def verify_header(
         header = decode(envelope.header, UpdateHeaderMsg)
     except ProtocolError as error:
         raise RefusedError(RefusalReason.MALFORMED, str(error)[:200]) from error
-    if header.device != device or not header_signature_is_valid(envelope.header, envelope.signature, device_key):
+    if header.device != device or not opener.is_signed(envelope.header, envelope.signature, device_key):
         raise RefusedError(RefusalReason.BAD_SIGNATURE, f"the header is not signed by {device}'s registered key")
     # Security: before any refusal that is final, or an old envelope under a new topic would have the new update
     # dropped.
@@ -210,7 +227,7 @@ def open_masked(whole: Whole, placed: Placed) -> Masked:
     return Masked(vector, encode(replace(body, masked=b"")))
 
 
-def open_sealed(whole: Whole, placed: Placed) -> NDArray[np.float32]:
+def open_sealed(whole: Whole, placed: Placed, *, opener: Opener = OPENER) -> NDArray[np.float32]:
     """The values inside the seal, float32 [d], finite and no longer than may be added up.
 
     Raises:
@@ -218,7 +235,7 @@ def open_sealed(whole: Whole, placed: Placed) -> NDArray[np.float32]:
     """
     task = placed.task
     try:
-        body = open_update(whole.header, whole.sealed, placed.round.key)
+        body = opener.open_body(whole.header, whole.sealed, placed.round.key)
     except ProtocolError as error:
         raise RefusedError(RefusalReason.UNSEALABLE, str(error)[:200]) from error
     if body.num_parameters != task.update_length:

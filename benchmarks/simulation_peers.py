@@ -83,9 +83,23 @@ def run_job(peer: str, job: Job, *, bounds: Bounds | None = None) -> Result:
         PeerMissingError: its environment could not be made.
         PeerError: it failed, took too long, or wanted too much memory; the message says which.
     """
+    command = [str(prepare(peer)), str(SCRIPTS / PEERS[peer])]
+    return run_command(peer, [*command, job.text()], job, bounds=bounds)
+
+
+def run_command(name: str, command: Sequence[str], job: Job, *, bounds: Bounds | None = None) -> Result:
+    """Run a job by a command, in a process tree of its own.
+
+    Args:
+        name: who does it.
+        command: whose last line of output is the result.
+        job: what it does.
+        bounds: when to give up.
+
+    Raises:
+        PeerError: it failed, took too long, or wanted too much memory; the message says which.
+    """
     bounds = bounds or Bounds()
-    python = prepare(peer)
-    command = [str(python), str(SCRIPTS / PEERS[peer]), job.text()]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         with (
             subprocess.Popen(
@@ -97,11 +111,11 @@ def run_job(peer: str, job: Job, *, bounds: Bounds | None = None) -> Result:
             answer = process.stdout.read() if process.stdout else ""
             process.wait()
         if guard.reason:
-            raise PeerError(f"The peer {peer} was ended: {guard.reason}.")
+            raise PeerError(f"The peer {name} was ended: {guard.reason}.")
         if process.returncode:
             said.seek(0)
-            raise PeerError(f"The peer {peer} failed with {process.returncode}; its last words: {_last_line(said)}")
-    return result_of(peer, job, answer, peak=watch.peak(), looks=guard.looks)
+            raise PeerError(f"The peer {name} failed with {process.returncode}; its last words: {_last_line(said)}")
+    return result_of(name, job, answer, peak=watch.peak(), looks=guard.looks)
 
 
 def result_of(

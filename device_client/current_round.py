@@ -207,27 +207,40 @@ class CurrentRound:
     def in_words(self, blocked: Iterable[str]) -> str:
         """What the device is about, for its wearer."""
         number, reasons = self.manifest.round, "; ".join(blocked)
-        have = sum(download.progress[0] for download in self.downloads)
-        count = sum(download.progress[1] or 1 for download in self.downloads)
         paused = f" (paused: {reasons})" if reasons else ""
         infinitive, present = self._work_in_words()
-        words = {
-            "undecided": f"this device's clock is behind the study's: round {number} was opened in its future",
-            "busy": f"round {number} waits until the work on an earlier one is done",
-            "waiting": f"waiting to {infinitive} for round {number}: {reasons or 'ready'}",
-            "counting": f"counting the new records for round {number}",
-            "fetching": f"fetching the model of round {number}: {have} of {count} pieces{paused}",
-            "reading": f"putting the model of round {number} together",
-            "training": f"{present} for round {number}{paused}",
-            "idle": f"not in round {number}: {self.why_idle}",
-        }
-        if self.phase == "idle" and self.manifest.status != "open":
-            return {
-                "paused": f"the study is paused, after round {number}",
-                "finished": f"the study is finished, after round {number}",
-                "aborted": f"the study was ended in round {number}, and its model is not to be used",
-            }[self.manifest.status]
-        return words[self.phase]
+        match self.phase:  # asked at every turn of the daemon's loop
+            case "undecided":
+                words = f"this device's clock is behind the study's: round {number} was opened in its future"
+            case "busy":
+                words = f"round {number} waits until the work on an earlier one is done"
+            case "waiting":
+                words = f"waiting to {infinitive} for round {number}: {reasons or 'ready'}"
+            case "counting":
+                words = f"counting the new records for round {number}"
+            case "fetching":
+                have = sum(download.progress[0] for download in self.downloads)
+                count = sum(download.progress[1] or 1 for download in self.downloads)
+                words = f"fetching the model of round {number}: {have} of {count} pieces{paused}"
+            case "reading":
+                words = f"putting the model of round {number} together"
+            case "training":
+                words = f"{present} for round {number}{paused}"
+            case _:
+                words = self._idle_in_words()
+        return words
+
+    def _idle_in_words(self) -> str:
+        """Why there is nothing to do."""
+        number = self.manifest.round
+        match self.manifest.status:
+            case "paused":
+                return f"the study is paused, after round {number}"
+            case "finished":
+                return f"the study is finished, after round {number}"
+            case "aborted":
+                return f"the study was ended in round {number}, and its model is not to be used"
+        return f"not in round {number}: {self.why_idle}"
 
     def _work_in_words(self) -> tuple[str, str]:
         """What the round's plan has a device do."""

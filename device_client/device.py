@@ -382,6 +382,7 @@ class Device:
             entropy=self._ports.entropy,
             credential=pseudonym.credential if pseudonym is not None else None,
             trainer=self._ports.trainer,
+            sealer=self._ports.sealer,
         )
 
     def _interrupted(

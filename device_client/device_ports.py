@@ -13,10 +13,12 @@ from device_client.ledger import Counter
 from device_client.ports import Bell, Board, Clock, Graph, Store, Transport, Watchdog
 from device_client.pseudonyms import Pseudonym
 from device_client.recordings.window_store import WindowFiles
+from device_client.sealer import Sealer
 from device_client.training import LocalTraining, Trainer
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.integer_noise import Entropy
+from fl_protocol.sealing import seal_update
 
 
 class DeviceStore(WindowFiles, Store, Protocol):
@@ -56,6 +58,7 @@ class DevicePorts:
         connect: a transport that is opened by the caller. Raises CoveyError.
         software: name and version, for presence.
         trainer: does the local steps.
+        sealer: closes up updates.
     """
 
     store: DeviceStore
@@ -73,3 +76,4 @@ class DevicePorts:
     connect: Callable[[Connection], Transport]
     software: str
     trainer: Trainer = LocalTraining
+    sealer: Sealer = seal_update

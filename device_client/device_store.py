@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import msgspec
@@ -14,6 +15,7 @@ from device_client.ports import Float32, Store
 from fl_protocol.integer_noise import Entropy
 
 
+@functools.lru_cache(maxsize=256)  # names of the same few blobs are asked for at every start and every message
 def study_blob(kind: str, study: str) -> str:
     """Name of a study's blob of a kind; a digest, because a store's names hold no second slash."""
     return f"{kind}/{hashlib.sha256(study.encode()).hexdigest()[:32]}"

@@ -28,6 +28,7 @@ from device_client.ledger import PrivacyLedger
 from device_client.outbox import Outbox, Work
 from device_client.ports import Float32, Graph
 from device_client.record_sums import RecordSums, channels_problem
+from device_client.sealer import Sealer
 from device_client.secure_update import protected_update
 from device_client.training import Evaluation, LocalTraining, Records, Trainer, Training, evaluate
 from fl_protocol.errors import ProtocolError
@@ -65,6 +66,7 @@ class Participant:
         control: SCAFFOLD's own control variate c_i.
         feedback: what ``top_k`` has left out so far.
         trainer: does the local steps.
+        sealer: closes up the update.
     """
 
     study: str
@@ -82,6 +84,7 @@ class Participant:
     entropy: Entropy
     credential: DeviceCredentialMsg | None = None
     trainer: Trainer = LocalTraining
+    sealer: Sealer = seal_update
 
     def begin(self, manifest: RoundManifestMsg, params: Float32, control: Float32 | None, *, now_s: float) -> LocalWork:
         """Note, charge, and begin to compute.
@@ -262,7 +265,7 @@ class LocalWork:
         if recipient is None:
             raise ProtocolError("the manifest names no recipient key: the study is finished")
         body, residual = self._encoded(change)
-        envelope = seal_update(
+        envelope = self._participant.sealer(
             body,
             manifest=self.manifest,
             device=work.device,

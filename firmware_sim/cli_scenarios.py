@@ -86,6 +86,8 @@ def run(
                 _simulate(console, folder, begun, engine=engine, shards=shards)
             _write_parquet(folder, wanted=parquet)
         except CoveyError as error:
+            if len(loaded) == 1:
+                raise
             failed.append(one.scenario.name)
             _say(console, f"Failed:     {one.scenario.name}: {error}")
     if failed:

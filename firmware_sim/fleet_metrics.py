@@ -113,6 +113,9 @@ class FleetMetrics(msgspec.Struct, frozen=True, kw_only=True):
         declined: rounds that devices left out, by reason (``coin``, ``budget``, ``floors``, ...).
         deliveries: updates by outcome: ``delivered``, ``expired``, ``refused``, ``pending``.
         firmware: devices by the version that they ran in the end; empty where no firmware was simulated.
+        attack: of runs with attackers: how many devices attack, by kind; ``backdoor_success``: fraction of held-out
+            windows of other labels that the last model takes for the target when they bear the trigger;
+            ``replays_sent`` and ``replays_refused``: updates.
         wall_s, peak_rss_bytes: what the simulation itself took, all processes together.
         live: of a live run; None for a simulated one.
     """
@@ -138,6 +141,7 @@ class FleetMetrics(msgspec.Struct, frozen=True, kw_only=True):
     epsilons: Epsilons | None
     wall_s: float
     peak_rss_bytes: int
+    attack: dict[str, float] = {}
     live: LiveTerms | None = None
     firmware: dict[str, int] = {}
 

@@ -17,11 +17,13 @@ from device_client.device import Device
 from device_client.device_ports import Connection, DevicePorts
 from device_client.eligibility import Conditions
 from device_client.ports import Bell, Board, Clock, Graph, Transport
+from device_client.sealer import Sealer
 from device_client.training import LocalTraining, Trainer
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.durable import Disk
 from fl_protocol.integer_noise import Entropy
+from fl_protocol.sealing import seal_update
 
 _DAY_S = 86_400.0
 
@@ -89,6 +91,7 @@ class VirtualHardware:
         connect: a connection to the broker, not opened yet.
         bell: asked to wait when there is nothing to do.
         trainer: does the local steps.
+        sealer: closes up updates.
         files, counter_file: make the store over its flash, and the counter over its own.
     """
 
@@ -104,6 +107,7 @@ class VirtualHardware:
     journal: Journal
     bell: Bell = field(default_factory=VirtualBell)
     trainer: Trainer = LocalTraining
+    sealer: Sealer = seal_update
     files: Callable[..., EncryptedFiles] = EncryptedFiles
     counter_file: Callable[..., CounterFile] = CounterFile
 
@@ -146,5 +150,6 @@ def virtual_device(
         connect=hardware.connect,
         software="covey virtual",
         trainer=hardware.trainer,
+        sealer=hardware.sealer,
     )
     return kind(config, ports)

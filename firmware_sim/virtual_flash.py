@@ -75,7 +75,7 @@ class VirtualFlash:
     ) -> None:
         self.capacity_bytes, self.read_only, self.power_cut = capacity_bytes, read_only, power_cut
         self.page_bytes, self.operations, self.page_writes, self.written_bytes = page_bytes, 0, 0, 0
-        self._random = random if random is not None else Random(0)  # noqa: S311 - a simulation repeats itself
+        self._given_random = random
         self._files: dict[str, FileState] = {}
         self._synced_names: dict[str, FileState] = {}
         self._name_changes: list[NameChange] = []
@@ -92,6 +92,11 @@ class VirtualFlash:
         flash._synced_names, flash._synced_folders = dict(flash._files), set(flash._folders)
         flash._used_bytes = sum(len(content) for content in files.values())
         return flash
+
+    @functools.cached_property
+    def _random(self) -> Random:
+        """What decides; seeding one takes longer than all else that is done here, and most flashes need none."""
+        return self._given_random if self._given_random is not None else Random(0)  # noqa: S311 - it repeats itself
 
     def image(self) -> dict[str, bytes]:
         """Every file as the process sees it: what a kill leaves, while the power stays."""
@@ -213,7 +218,7 @@ class VirtualFlash:
 
         def effect() -> None:
             kept = []
-            for chain in chains_of(self._name_changes):
+            for chain in chains_of(self._name_changes) if self._name_changes else ():
                 # A rename between folders is one journal entry: either folder's sync makes it durable, and with it
                 # what it rests on.
                 here = [any(_folder_of(leaf) == name for leaf in change.after) for change in chain]
@@ -222,7 +227,8 @@ class VirtualFlash:
                     apply_names(change, self._synced_names)
                 kept += chain[stop:]
             self._name_changes = kept
-            self._synced_folders.update(folder for folder in self._folders if folder and _folder_of(folder) == name)
+            if len(self._synced_folders) < len(self._folders):
+                self._synced_folders.update(folder for folder in self._folders if folder and _folder_of(folder) == name)
             self.page_writes += 1
 
         self._step("sync_folder", name, effect, half=_nothing)

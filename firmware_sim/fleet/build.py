@@ -18,6 +18,9 @@ from device_client.config import (
     StudyConfig,
 )
 from device_client.training import Records
+from firmware_sim.attackers.kinds import LabelFlip
+from firmware_sim.attackers.mislabelling import Mislabelling
+from firmware_sim.attackers.plan import AttackPlan
 from firmware_sim.faults.plan import FaultPlan
 from firmware_sim.fleet.device_firmware import FirmwarePlan
 from firmware_sim.fleet.hardware import HardwareTerms, HardwareWorld
@@ -33,6 +36,7 @@ from firmware_sim.scenario.loading import TASK, LoadedScenario, load_scenario
 from firmware_sim.scenario.schema import Scenario
 from firmware_sim.sensors.assembly import make_sensor
 from firmware_sim.sensors.diary import DAY_S
+from firmware_sim.unsealed_wire import NoVerifier, unsealed_update
 from firmware_sim.virtual_device import VirtualClock
 from firmware_sim.wearer.habits import Habits
 from firmware_sim.wearer.situation import Wearing
@@ -44,6 +48,7 @@ from fl_protocol.adapters.journal import Journal
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.helper_config import HelperPin
+from fl_protocol.sealing import seal_update
 from fl_protocol.signing import public_key_hex
 
 TENANT = "fleet"
@@ -79,6 +84,7 @@ def hub_settings(loaded: LoadedScenario) -> HubSettings:
         began_s=scenario.began_s,
         helpers=tuple(f"helper-{chr(ord('a') + index)}" for index in range(scenario.helpers)),
         minimum_cohort=max(2, loaded.task.minimum_cohort),
+        is_sealed=scenario.wire == "on",
     )
 
 
@@ -209,9 +215,18 @@ def device_maker(loaded: LoadedScenario) -> DeviceMaker:
         bundle=loaded.bundle,
         graph=TfliteGraph.of_bundle(loaded.bundle) if scenario.fidelity == "real" else None,
         records=_records_of(loaded),
-        aggregator_key=RememberingKey(settings.key_of("aggregator").public_key()),
+        aggregator_key=(
+            RememberingKey(settings.key_of("aggregator").public_key()) if settings.is_sealed else NoVerifier()
+        ),
+        sealer=seal_update if settings.is_sealed else unsealed_update,
         began_s=scenario.began_s,
+        attacks=attack_plan_of(loaded),
     )
+
+
+def attack_plan_of(loaded: LoadedScenario) -> AttackPlan:
+    """Which devices of a scenario are hostile."""
+    return AttackPlan(loaded.attackers, seed=loaded.scenario.seed)
 
 
 def _records_of(loaded: LoadedScenario) -> Callable[[int, float, float], Records] | None:
@@ -220,8 +235,16 @@ def _records_of(loaded: LoadedScenario) -> Callable[[int, float, float], Records
     if scenario.sensors.kind == "none" or scenario.fidelity != "real":
         return None
     sensor = make_sensor(scenario.sensors, loaded.bundle.manifest, scenario.seed)
+    plan = attack_plan_of(loaded)
     # A sensor's time begins at a midnight, before which nothing was recorded.
     before_s = round(scenario.history_days) * DAY_S + scenario.began_s % DAY_S
+    if any(isinstance(one, LabelFlip) for one in loaded.attackers):
+
+        def flips_of(index: int) -> tuple[LabelFlip, ...]:
+            attacks = plan.attacks_of(index, device_name(index))
+            return tuple(one.attacker for one in attacks if isinstance(one.attacker, LabelFlip))
+
+        sensor = Mislabelling(sensor, len(loaded.bundle.manifest.label.names), flips_of, before_s)
     return lambda index, from_s, to_s: sensor.records(index, max(0.0, from_s + before_s), to_s + before_s)
 
 

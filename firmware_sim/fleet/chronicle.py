@@ -42,6 +42,8 @@ class Chronicle(msgspec.Struct, kw_only=True):
         news: events that were not taken yet.
         models: (round, version) of models that nobody has measured yet.
         measured: accuracy and loss of the model that a round made, by round.
+        refused_devices: updates that were refused, by the name of who sent them.
+        attack: how far attackers came, by the last model.
     """
 
     began_s: float
@@ -52,6 +54,8 @@ class Chronicle(msgspec.Struct, kw_only=True):
     news: list[FleetEvent] = msgspec.field(default_factory=list)
     models: list[tuple[int, int]] = msgspec.field(default_factory=list)
     measured: dict[int, tuple[float, float]] = msgspec.field(default_factory=dict)
+    refused_devices: dict[str, int] = msgspec.field(default_factory=dict)
+    attack: dict[str, float] = msgspec.field(default_factory=dict)
 
     def write(self, event: str, /, *, at_s: float, **fields: Any) -> None:
         """Take one event."""
@@ -65,7 +69,9 @@ class Chronicle(msgspec.Struct, kw_only=True):
                     self.models.append((int(fields["round"]), int(fields["version"])))
             case "update_refused":
                 reason = str(fields.get("reason", ""))
-                self.refused[reason] = self.refused.get(reason, 0) + int(fields.get("count", 1))
+                count, sender = int(fields.get("count", 1)), str(fields.get("device", ""))
+                self.refused[reason] = self.refused.get(reason, 0) + count
+                self.refused_devices[sender] = self.refused_devices.get(sender, 0) + count
         if event in _TOLD:
             detail = str(fields.get("reason") or fields.get("model_digest") or "")
             device = str(fields.get("device", "aggregator"))

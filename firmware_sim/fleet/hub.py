@@ -16,6 +16,7 @@ from aggregator.helper.answering import Study
 from aggregator.helper.helper_store import HelperDatabase, HelperStore
 from aggregator.helper.key_ring import Helper, KeyTerms
 from aggregator.helper.service import HelperLimits, HelperService
+from aggregator.ingest import OPENER
 from aggregator.intake import IntakeLimits
 from aggregator.rounds import Phase, RoundState
 from aggregator.service import AggregatorService
@@ -28,6 +29,7 @@ from firmware_sim.errors import FleetError
 from firmware_sim.fleet.services import RUNNING, Services
 from firmware_sim.fleet.windows import Download, Registration, Upload
 from firmware_sim.seeded_entropy import SeededEntropy
+from firmware_sim.unsealed_wire import UNSEALED, NoSigner
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
 from firmware_sim.virtual_device import VirtualClock
 from fl_protocol.adapters.journal import Journal
@@ -52,6 +54,7 @@ class HubSettings:
         began_s: Unix seconds of the virtual beginning.
         helpers: names of helpers, each of an operator of its own.
         minimum_cohort: that helpers insist on.
+        is_sealed: whether updates are sealed, and anything is signed.
     """
 
     seed: str
@@ -59,6 +62,7 @@ class HubSettings:
     began_s: float
     helpers: tuple[str, ...] = ()
     minimum_cohort: int = 2
+    is_sealed: bool = True
 
     def key_of(self, who: str) -> Ed25519PrivateKey:
         """The signing key of the aggregator or a helper."""
@@ -280,7 +284,8 @@ class Hub:
             tenant=settings.tenant,
             name="aggregator",
             coordinates=True,
-            signing_key=settings.key_of("aggregator"),
+            signing_key=settings.key_of("aggregator") if settings.is_sealed else NoSigner(),
+            opener=OPENER if settings.is_sealed else UNSEALED,
             store=self._open_store(),
             transport=VirtualTransport(self.broker, session="aggregator", manual_acknowledgement=True),
             journal=self.journal,

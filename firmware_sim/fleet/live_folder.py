@@ -135,6 +135,7 @@ def left_out(loaded: LoadedScenario) -> tuple[str, ...]:
             ("radios and their faults", bool(loaded.profiles)),
             ("wearers' days", bool(loaded.profiles)),
             (f"{len(loaded.faults)} planned faults", bool(loaded.faults)),
+            ("the rollout of firmware", scenario.rollout is not None),
             ("what wearers record after the beginning", _records_later(loaded)),
             ("seeded noise of helpers and aggregator", _adds_noise(loaded)),
             (f"putting down every {scenario.checkpoint_hours:g} hours", _is_put_down(loaded)),

@@ -14,7 +14,10 @@ from device_client.device import Device
 from device_client.device_ports import Connection
 from device_client.device_store import create_identity
 from device_client.ports import Graph, Transport
+from device_client.sealer import Sealer
 from device_client.training import LocalTraining, Records, Trainer
+from firmware_sim.attackers.plan import AttackPlan
+from firmware_sim.attackers.training import HostileTrainer, Memory
 from firmware_sim.fleet.diary import Diary
 from firmware_sim.fleet.edge import ShardEdge
 from firmware_sim.fleet.fidelity import EmptyTrainer, NoGraph, TimedGraph
@@ -25,6 +28,9 @@ from firmware_sim.fleet.windows import Registration
 from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.virtual_device import VirtualHardware, virtual_device
 from fl_protocol.bundle import ModelBundle
+from fl_protocol.sealing import seal_update
+
+_HONEST = AttackPlan((), seed=0)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class DeviceMaker:
             before the first.
         aggregator_key: that all are pinned to.
         began_s: Unix seconds at which the shard's time begins.
+        attacks: which of the devices are hostile.
+        sealer: closes up updates.
     """
 
     seed: str
@@ -49,6 +57,8 @@ class DeviceMaker:
     records: Callable[[int, float, float], Records] | None
     aggregator_key: Ed25519PublicKey
     began_s: float
+    attacks: AttackPlan = _HONEST
+    sealer: Sealer = seal_update
 
     def start(
         self,
@@ -83,7 +93,8 @@ class DeviceMaker:
             connect=connect,
             journal=journal,
             bell=bell,
-            trainer=self._trainer(stopwatch),
+            trainer=self._trainer(stopwatch, record, environment, counter),
+            sealer=self.sealer,
         )
         try:
             device = virtual_device(
@@ -113,7 +124,8 @@ class DeviceMaker:
     def _record(self, device: Device, record: DeviceRecord, to_s: float) -> None:
         """Store what the wearer has recorded since it was done last."""
         if self.records is not None and to_s > record.recorded_until_s:
-            records = self.records(record.index, record.recorded_until_s, to_s)
+            wearer = self.attacks.leader_of(record.index, record.name)
+            records = self.records(wearer, record.recorded_until_s, to_s)
             record.recorded_until_s = to_s
             if len(records):
                 device.add(records.x, records.y)
@@ -124,11 +136,18 @@ class DeviceMaker:
         device.grant(study.study)
         return Registration(str(study.id), key.public_key().public_bytes_raw())
 
-    def _trainer(self, stopwatch: Stopwatch) -> Trainer:
+    def _trainer(
+        self, stopwatch: Stopwatch, record: DeviceRecord, environment: simpy.Environment, memory: Memory
+    ) -> Trainer:
         """What does the local steps."""
-        if self.graph is not None:
+        if self.graph is None:
+            return EmptyTrainer(self.bundle.manifest.train_flops, stopwatch.computed)
+        attacks = self.attacks.attacks_of(record.index, record.name)
+        if not attacks:
             return LocalTraining
-        return EmptyTrainer(self.bundle.manifest.train_flops, stopwatch.computed)
+        return HostileTrainer(
+            LocalTraining, attacks, elapsed_s=lambda: float(environment.now), memory=memory, seed=self.seed
+        )
 
     def _graph(self, stopwatch: Stopwatch, surroundings: Surroundings) -> Graph:
         """The graph, whose calls take this device's time. Raises GraphError."""

@@ -12,6 +12,8 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
+from firmware_sim.attackers.replaying import REPLAYED
+from firmware_sim.fleet.build import attack_plan_of
 from firmware_sim.fleet.chronicle import Chronicle
 from firmware_sim.fleet.record import DeviceRecord
 from firmware_sim.fleet.run import EVENTS
@@ -100,15 +102,37 @@ def metrics_of(
         wall_s=wall_s,
         peak_rss_bytes=run.peak_rss_bytes,
         firmware=_firmware(run),
+        attack=_attack(run),
     )
 
 
-def _firmware(run: FleetRun) -> dict[str, int]:
+def _firmware(run: MeasuredRun) -> dict[str, int]:
     """Devices by the version that they run in the end; one that was never on has the factory's."""
     table = run.loaded.scenario.rollout
-    if table is None:
+    if table is None or not any(record.firmware for record in run.records):  # a live run simulates none
         return {}
     return dict(sorted(Counter(record.firmware or table.factory for record in run.records).items()))
+
+
+def _attack(run: MeasuredRun) -> dict[str, float]:
+    """Who attacked, and what came of it; nothing where nobody did."""
+    plan = attack_plan_of(run.loaded)
+    if not plan.attackers:
+        return {}
+    kinds: dict[str, float] = {str(one.__struct_config__.tag): 0.0 for one in plan.attackers}
+    replaying = set()
+    for record in run.records:
+        mine = {str(one.attacker.__struct_config__.tag) for one in plan.attacks_of(record.index, record.name)}
+        for kind in mine:
+            kinds[kind] += 1
+        if "replay" in mine:
+            replaying.add(record.name)
+    found = kinds | run.chronicle.attack
+    if "replay" in kinds:
+        found["replays_sent"] = float(sum(one.event == REPLAYED for one in read_events(run.folder / EVENTS)))
+        refused = run.chronicle.refused_devices
+        found["replays_refused"] = float(sum(refused.get(name, 0) for name in replaying))
+    return dict(sorted(found.items()))
 
 
 def accuracy_on_curve(curve: Curve, rounds: Sequence[FleetRound]) -> list[tuple[float | None, float | None]]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from device_client.ports import Float32
-from firmware_sim.fleet.build import build_hub, service_plan
+from firmware_sim.attackers.replaying import Replayer
+from firmware_sim.fleet.build import attack_plan_of, build_hub, device_name, index_of, service_plan
 from firmware_sim.fleet.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from firmware_sim.fleet.chronicle import Chronicle
 from firmware_sim.fleet.engines import Engine, PutDown
@@ -75,6 +76,7 @@ class FleetRun:
         faults: that are planned.
         heard: told of every event, in the order of the table.
         measure: accuracy and loss of a model, given its parameters; None where no model is trained.
+        measure_attack: how far attackers came with a model, by name.
     """
 
     loaded: LoadedScenario
@@ -85,6 +87,7 @@ class FleetRun:
     faults: tuple[FaultSpan, ...] = ()
     heard: Callable[[FleetEvent], None] = lambda event: None
     measure: Callable[[Float32], tuple[float, float]] | None = None
+    measure_attack: Callable[[Float32], dict[str, float]] | None = None
     chronicle: Chronicle = field(init=False)
     records: list[DeviceRecord] = field(default_factory=list, init=False)
     totals: Totals = field(default_factory=Totals, init=False)
@@ -124,6 +127,7 @@ class FleetRun:
         clock = VirtualClock(scenario.began_s)
         self._blobs = MemoryBlobs(clock.now_s, SeededEntropy(f"{scenario.seed} blobs"))
         self._in_flight: list[Upload] = []
+        self._replayer = Replayer(attack_plan_of(self.loaded), scenario.devices, name_of=device_name, index_of=index_of)
         if found is None:
             self.chronicle = Chronicle(began_s=scenario.began_s, goal=self.loaded.task.goal)
             self._earlier = Totals()
@@ -205,10 +209,12 @@ class FleetRun:
     def _take(self, hub: Hub, reports: list[WindowReport]) -> None:
         """What came of a window."""
         self._measure(hub)
-        for upload in merged_uploads(reports):
+        uploads = merged_uploads(reports)
+        again, repeated = self._replayer.heard(uploads, self.now_s)
+        for upload in (*uploads, *again):
             heapq.heappush(self._in_flight, upload)
         self._enrolling += (one for report in reports for one in report.registrations)
-        news = [*self.chronicle.take_news(), *(event for report in reports for event in report.events)]
+        news = [*self.chronicle.take_news(), *repeated, *(event for report in reports for event in report.events)]
         self._tell_events(news)
 
     def _tell_events(self, news: list[FleetEvent]) -> None:
@@ -224,6 +230,8 @@ class FleetRun:
             if self.measure is not None:
                 params = hub.store.models.params(hub.store.models.record(TASK, version))
                 self.chronicle.measured[number] = self.measure(params)
+                if self.measure_attack is not None:
+                    self.chronicle.attack.update(self.measure_attack(params))
 
     def _work(self, hub: Hub, services: Services) -> tuple[Download, ...]:
         """Let the hub work, if there is something to do; what goes down."""

@@ -15,6 +15,8 @@ import numpy as np
 
 from device_client.ports import Float32
 from device_client.training import evaluate
+from firmware_sim.attackers.kinds import ScalingBackdoor
+from firmware_sim.attackers.trigger import backdoor_success
 from firmware_sim.errors import FleetError
 from firmware_sim.fleet.build import device_name
 from firmware_sim.fleet.engines import Engine, InProcess, Processes
@@ -138,6 +140,7 @@ def simulate(
             should_stop=should_stop,
             faults=planned_faults(loaded),
             measure=measure_of(loaded),
+            measure_attack=measure_attack_of(loaded),
         )
         finished = run.run()
     finally:
@@ -186,6 +189,23 @@ def measure_of(loaded: LoadedScenario) -> Callable[[Float32], tuple[float, float
     def measure(params: Float32) -> tuple[float, float]:
         found = evaluate(graph, np.concatenate([params, personal]), records)
         return found.correct / max(1, found.count), found.loss_sum / max(1, found.count)
+
+    return measure
+
+
+def measure_attack_of(loaded: LoadedScenario) -> Callable[[Float32], dict[str, float]] | None:
+    """How far a back door is in a model; None where nobody wants one, or models are not measured."""
+    scenario = loaded.scenario
+    doors = [one for one in loaded.attackers if isinstance(one, ScalingBackdoor)]
+    if not doors or scenario.sensors.kind == "none" or not scenario.held_out_windows:
+        return None
+    records = make_sensor(scenario.sensors, loaded.bundle.manifest, scenario.seed).held_out(scenario.held_out_windows)
+    graph = TfliteGraph.of_bundle(loaded.bundle)
+    personal = loaded.bundle.params[loaded.bundle.manifest.num_shared_parameters :]
+
+    def measure(params: Float32) -> dict[str, float]:
+        whole = np.concatenate([params, personal])
+        return {"backdoor_success": max(backdoor_success(graph, whole, records, one) for one in doors)}
 
     return measure
 

@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 
 from aggregator.task_file import TaskConfig, read_task
+from firmware_sim.attackers.kinds import Attacker, Replay
+from firmware_sim.attackers.parsing import parse_attackers, require_possible
 from firmware_sim.bundles import bundle_and_publisher
 from firmware_sim.errors import FleetError, ProfileError, SettingsError
 from firmware_sim.faults.kinds import Fault
@@ -44,6 +46,7 @@ class LoadedScenario:
         bundle: of the model, verified.
         task: the aggregator's.
         faults: that befall the fleet.
+        attackers: that are among the devices.
         profiles: hardware and its weights, by name; empty for ideal devices.
     """
 
@@ -56,6 +59,7 @@ class LoadedScenario:
     task: TaskConfig
     faults: tuple[Fault, ...]
     profiles: dict[str, tuple[HardwareProfile, float]]
+    attackers: tuple[Attacker, ...] = ()
 
 
 def load_scenario(path: Path, *, changes: dict[str, Any] | None = None) -> LoadedScenario:
@@ -84,8 +88,13 @@ def load_scenario(path: Path, *, changes: dict[str, Any] | None = None) -> Loade
         faults = parse_faults(scenario.faults)
     except SettingsError as error:
         raise ConfigError(said_of_fault(f"scenario {path}", text, str(error))) from error
+    try:
+        attackers = parse_attackers(scenario.attackers)
+        require_possible(attackers, bundle.manifest)
+    except SettingsError as error:
+        raise ConfigError(f"scenario {path}: {error}") from error
     profiles = _profiles(path, text, scenario)
-    loaded = LoadedScenario(path, text, scenario, bundle_path, publisher_key, bundle, task, faults, profiles)
+    loaded = LoadedScenario(path, text, scenario, bundle_path, publisher_key, bundle, task, faults, profiles, attackers)
     _check_files(loaded)
     return loaded
 
@@ -104,6 +113,12 @@ def _check_files(loaded: LoadedScenario) -> None:
     if recorded is not None and not (relative_to_config(path, recorded) / RECORDED).is_file():
         what = f"expected the folder of a run that has ended, got {recorded!r}, in which there is no {RECORDED}"
         raise _wrong(path, text, ("recorded",), what)
+    computing = [one for one in loaded.attackers if not isinstance(one, Replay)]
+    if computing and scenario.fidelity != "real":
+        kind = str(computing[0].__struct_config__.tag)
+        came = f"got {scenario.fidelity}; without tensors there is nothing to attack"
+        what = f"expected real with attackers of the kind {kind}, {came}"
+        raise _wrong(path, text, ("fidelity",), what)
     if scenario.sensors.kind != "none":
         try:
             make_sensor(scenario.sensors, loaded.bundle.manifest, scenario.seed)
@@ -220,6 +235,9 @@ def _task_of(path: Path, text: str, scenario: Scenario, bundle_path: Path, publi
         if isinstance(plan, dict):
             fields["plan"] = {"kind": fields.pop("kind", "train"), **plan}
         raise ConfigError(said_of(where, text, message, fields, TaskConfig, below="$.task")) from error
+    if scenario.wire == "off" and (task.engine != "open" or task.rule.name != "mean"):
+        what = "off goes with the engine open and the rule mean only"
+        raise _wrong(path, text, ("wire",), f"{what}, got {task.engine} and {task.rule.name}")
     if (task.engine == "secure") != bool(scenario.helpers):
         what = "expected at least 1 with the engine secure and none with the engine open"
         raise _wrong(path, text, ("helpers",), f"{what}, got {scenario.helpers} with {task.engine}")

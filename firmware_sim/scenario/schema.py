@@ -141,7 +141,8 @@ class Scenario(Section, frozen=True, kw_only=True):
         task: the aggregator's task file, without name, bundle and key (docs/tasks.md).
         helpers: of secure aggregation; none with the engine open.
         population: which hardware; `wearers`: who carries it; `sensors`: what they record; `faults`: what befalls them,
-            ``[[fault]]`` (docs/simulation-faults.md).
+            ``[[fault]]`` (docs/simulation-faults.md); `attackers`: which devices are hostile, ``[[attacker]]``
+            (docs/simulation-attackers.md).
         rollout: of an update of the firmware; it takes hardware, so not with ideal devices.
         history_days: how long wearers have recorded when the run begins.
         held_out_windows: with the fidelity ``real``: how many windows of other people each model is measured on.
@@ -171,6 +172,7 @@ class Scenario(Section, frozen=True, kw_only=True):
     held_out_windows: Annotated[int, Meta(ge=0, le=100_000)] = 400
     rollout: RolloutTable | None = None
     faults: tuple[dict[str, Any], ...] = msgspec.field(default=(), name="fault")
+    attackers: tuple[dict[str, Any], ...] = msgspec.field(default=(), name="attacker")
     surrogate: Curve = Curve()
     recorded: str | None = None
 

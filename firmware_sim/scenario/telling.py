@@ -14,12 +14,14 @@ from firmware_sim.scenario.toml_lines import line_of, path_of
 _AT = re.compile(r" - at `(\$[^`]*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]+)`")
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")
+_MSGSPECS = re.compile(r"Expected `|Invalid ")
+"""How msgspec's words begin; ours say what is allowed already."""
 _OWN_WORDS = re.compile(r"([a-z][a-z0-9_]*): ")
 """How a check of ours begins, which says itself what is allowed and what came."""
 _FAULT = re.compile(r"\[\[fault\]\] number (\d+)(?: \(\w+\))?: ([a-z_]+)")
 _LONGEST = 120
 _LIMITS = (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than"))
-_SIMPLE: dict[type, str] = {
+_SIMPLE: dict[Any, str] = {
     msgspec.inspect.IntType: "a whole number",
     msgspec.inspect.FloatType: "a number",
     msgspec.inspect.BoolType: "true or false",
@@ -53,7 +55,7 @@ def said_of(where: str, text: str, message: str, fields: Any, kind: Any, *, belo
         what += f"; expected {allowed_by(_type_at(kind, inside, fields))}"
     elif own := _own_key(what, _value_at(fields, inside)):
         inside, what = (*inside, own), what.removeprefix(f"{own}: ")
-    elif at:
+    elif at and _MSGSPECS.match(what):
         allowed = allowed_by(_type_at(kind, inside, fields)) or what.removeprefix("Expected ").split(", got")[0]
         what = f"expected {allowed}{_came(_value_at(fields, inside))}"
     return placed(where, text, (*path_of(below), *inside), what)

@@ -93,12 +93,18 @@ def test_the_same_bytes_come_out_however_many_shards_there_are(tmp_path: Path) -
     ("change", "complaint"),
     [
         ({"wave": []}, "rollout.wave: there is no such key; expected boot_limit"),
-        ({"waves": [{"at_s": 4.0, "share": 1.5}]}, "expected `float` <= 1"),
+        (
+            {"waves": [{"at_s": 4.0, "share": 1.5}]},
+            "rollout.waves[0].share: expected a number, more than 0 and at most 1, got 1.5",
+        ),
         ({"waves": list(reversed(WAVES))}, "expected times and shares to ascend"),
         ({"image": {"version": "1.0"}}, "image.version: expected another version than factory"),
-        ({"image": {"version": "2.0", "defect": "explodes"}}, "invalid enum value 'explodes'"),
+        (
+            {"image": {"version": "2.0", "defect": "explodes"}},
+            "expected one of crash_at_boot, hang, hungry, none, reboot_loop, got 'explodes'",
+        ),
         ({"image": {"version": "2.0", "defect": "hungry"}}, "energy_factor: expected above 1"),
-        ({"boot_limit": 0}, "rollout.boot_limit: expected `int` >= 1"),
+        ({"boot_limit": 0}, "rollout.boot_limit: expected a whole number, at least 1 and at most 100, got 0"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:30],
 )

@@ -1,0 +1,194 @@
+"""A run that was stopped or killed, and then resumed, is the run that nobody disturbed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from firmware_sim.errors import FleetError
+from firmware_sim.fleet import checkpoint as checkpoints
+from firmware_sim.fleet.checkpoint import latest_checkpoint, write_checkpoint
+from firmware_sim.fleet.engines import InProcess
+from firmware_sim.fleet.simulation import SCENARIO
+from tests.firmware_sim.fleet.fleets import HARDWARE, REAL, Outcome, folder_of, prepared, simulated
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return simulated(folder_of(tmp_path_factory.mktemp("undisturbed") / "run", HARDWARE))
+
+
+def stopped_after(folder: Path, windows: int) -> None:
+    """Simulate so many windows, and let go of everything as a kill does."""
+    run = prepared(folder, InProcess(folder / SCENARIO))
+    steps = run.steps()
+    for _ in itertools.islice(steps, windows):
+        pass
+    steps.close()
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return (folder / "checkpoint" / "state.pickle").exists()
+
+
+def test_a_run_that_stops_again_and_again_is_the_run_that_nobody_disturbed(
+    undisturbed: Outcome, tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path / "run", HARDWARE)
+    stopped_after(folder, 3)
+    assert not has_checkpoint(folder)  # it begins anew
+    stopped_after(folder, 700)
+    assert has_checkpoint(folder)
+    stopped_after(folder, 200)
+    assert simulated(folder) == undisturbed
+
+
+def test_a_real_run_resumed_on_another_number_of_shards_gives_the_same_models(tmp_path: Path) -> None:
+    whole = simulated(folder_of(tmp_path / "whole", REAL))
+    folder = folder_of(tmp_path / "run", REAL)
+    run = prepared(folder, InProcess(folder / SCENARIO))
+    steps = run.steps()
+    while not has_checkpoint(folder):
+        next(steps)
+    next(steps)
+    steps.close()
+    assert simulated(folder, InProcess(folder / SCENARIO, count=2)) == whole
+
+
+def test_a_run_killed_at_its_end_does_nothing_more(undisturbed: Outcome, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "run", HARDWARE)
+    simulated(folder)
+    (folder / "events.csv").open("a").write("half a li")  # what was written after the checkpoint does not count
+    assert simulated(folder) == undisturbed
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "firmware_sim.cli", *map(str, arguments)]
+
+
+def started(folder: Path, scenario: Path, *, shards: int) -> subprocess.Popen[str]:
+    """The command itself, in a process group of its own, as in a terminal."""
+    return subprocess.Popen(
+        command("run", scenario, "--out", folder, "--shards", shards),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Path, process: subprocess.Popen[str]) -> None:
+    """Until a file is there, or the process has ended."""
+    deadline_s = time.monotonic() + 60
+    while not condition.exists() and process.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert condition.exists()
+
+
+def resumed(folder: Path) -> Outcome:
+    """Go on, in this process, with what is in a folder."""
+    return simulated(folder)
+
+
+LONG = HARDWARE.replace("rounds = 3", "rounds = 9").replace("days = 0.6", "days = 2.0")
+
+
+@pytest.fixture(scope="module")
+def long_one(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return simulated(folder_of(tmp_path_factory.mktemp("long") / "run", LONG))
+
+
+def test_a_killed_process_is_resumed_from_its_checkpoint(long_one: Outcome, tmp_path: Path) -> None:
+    scenario, folder = tmp_path / "long.toml", tmp_path / "run"
+    scenario.write_text(LONG)
+    process = started(folder, scenario, shards=1)
+    wait_for(folder / "checkpoint" / "state.pickle", process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "fleet.json").exists()
+    assert resumed(folder) == long_one
+
+
+def test_ctrl_c_in_a_terminal_stops_a_run_of_several_processes_which_can_be_resumed(
+    long_one: Outcome, tmp_path: Path
+) -> None:
+    scenario, folder = tmp_path / "long.toml", tmp_path / "run"
+    scenario.write_text(LONG)
+    process = started(folder, scenario, shards=2)
+    wait_for(folder / "checkpoint" / "state.pickle", process)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"--resume {folder}" in output
+    assert "Traceback" not in output
+    assert resumed(folder) == long_one
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first", "after a torn one"])
+def test_a_checkpoint_torn_at_any_step_leaves_the_old_or_the_new(
+    second: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path / "run", REAL)
+    stopped_after(folder, 200)
+    old = latest_checkpoint(folder)
+    assert old is not None
+    new = checkpoints.Checkpoint(**{**vars(old), "now_s": old.now_s + 1})
+    if second:  # an earlier write was killed between its two renames: the old one has the other name
+        (folder / "checkpoint").rename(folder / "checkpoint.old")
+    done = False
+    for kill_at in itertools.count():
+        calls = itertools.count()
+
+        def step(original: object, at: int = kill_at, calls: itertools.count[int] = calls) -> object:
+            def call(*arguments: object, **named: object) -> object:
+                if next(calls) == at:
+                    raise KilledError
+                return original(*arguments, **named)  # type: ignore[operator]
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for owner, name in (
+                (checkpoints.shutil, "rmtree"),
+                (checkpoints.shutil, "copyfile"),
+                (checkpoints.pickle, "dump"),
+                (checkpoints, "fsync_folder"),
+                (Path, "rename"),
+            ):
+                patch.setattr(owner, name, step(getattr(owner, name)))
+            try:
+                write_checkpoint(folder, new)
+                done = True
+            except KilledError:
+                pass
+        found = latest_checkpoint(folder)
+        assert found is not None
+        assert found.now_s in {old.now_s, new.now_s}
+        if done:
+            break
+    assert found.now_s == new.now_s
+    assert kill_at > 6
+
+
+def test_a_checkpoint_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    kept = tmp_path / "checkpoint"
+    kept.mkdir()
+    for content in (b"", b"half of a pickle", b"\x80\x05K\x01."):
+        (kept / "state.pickle").write_bytes(content)
+        with pytest.raises(FleetError, match="run the scenario anew"):
+            latest_checkpoint(tmp_path)
