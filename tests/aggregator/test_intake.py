@@ -558,7 +558,7 @@ BREAKS: list[tuple[Callable[[Path], None], str, str, str]] = [
     (
         check_only_the_registered_key_may_send,
         "aggregator.ingest",
-        "or not header_signature_is_valid(envelope.header, envelope.signature, device_key)",
+        "or not opener.is_signed(envelope.header, envelope.signature, device_key)",
         "",
     ),
     (
