@@ -38,7 +38,7 @@ from fl_protocol.topics import down_filter, round_topic
 
 BUSY_FOR_S = 30.0
 """How long after something happened the aggregator looks around often: transfers may be incomplete, helpers asked."""
-BUSY_EVERY_S, IDLE_EVERY_S = 10.0, 600.0
+BUSY_EVERY_S, IDLE_EVERY_S = 10.0, 7_200.0
 """How often it looks around by itself: renewing its leases takes longer than a hundred devices do. Deadlines it meets
 exactly."""
 _MOST_STEPS = 100_000
