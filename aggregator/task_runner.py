@@ -341,7 +341,12 @@ class TaskRunner:
                 self._rows.close(
                     connection, action.number, outcome=action.outcome, reason=action.reason, metrics={}, now_s=now_s
                 )
-                about = {"round": action.number, "outcome": action.outcome, "reason": action.reason}
+                about = {
+                    "round": action.number,
+                    "outcome": action.outcome,
+                    "reason": action.reason,
+                    "arrived": self._state.arrived,
+                }
                 change.notes.append(("round_aborted", about))
             case OpenRound():
                 opened = self._rows.open(connection, action, version=state.version, probability=self._probability)

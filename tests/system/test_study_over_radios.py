@@ -10,7 +10,7 @@ import pytest
 
 from aggregator.rounds import Phase
 from device_client.device_ports import Connection
-from firmware_sim.chance import key_of
+from firmware_sim.labelled_chance import key_of
 from firmware_sim.faults.kinds import Packets, Partition, SlowLoris
 from firmware_sim.faults.packets import FaultyTransport
 from firmware_sim.faults.plan import FaultPlan, FaultSchedule
