@@ -75,19 +75,29 @@ def run(
 
         for one in loaded:
             require_live(one, longest_hours=longest_hours)
+
+    def run_one(one: LoadedScenario) -> None:
+        folder = out or _new_folder(one.scenario.name)
+        begun = begin_run(folder, one, seed=seed)
+        if live:
+            _run_live(console, folder, begun, broker=broker)
+        else:
+            _simulate(console, folder, begun, engine=engine, shards=shards)
+        _write_parquet(folder, wanted=parquet)
+
+    _run_all(console, loaded, run_one)
+
+
+def _run_all(console: Console, loaded: list[LoadedScenario], run_one: Callable[[LoadedScenario], None]) -> None:
+    """Run one after the other; of several, those that fail do not keep the others. Raises CoveyError."""
+    if len(loaded) == 1:
+        run_one(loaded[0])
+        return
     failed: list[str] = []
     for one in loaded:
-        folder = out or _new_folder(one.scenario.name)
         try:
-            begun = begin_run(folder, one, seed=seed)
-            if live:
-                _run_live(console, folder, begun, broker=broker)
-            else:
-                _simulate(console, folder, begun, engine=engine, shards=shards)
-            _write_parquet(folder, wanted=parquet)
+            run_one(one)
         except CoveyError as error:
-            if len(loaded) == 1:
-                raise
             failed.append(one.scenario.name)
             _say(console, f"Failed:     {one.scenario.name}: {error}")
     if failed:

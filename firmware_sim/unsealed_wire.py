@@ -13,6 +13,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from msgspec.structs import replace
 
 from aggregator.ingest import Opener
 from fl_protocol.errors import ProtocolError
@@ -25,7 +26,7 @@ from fl_protocol.messages import (
     decode,
     encode,
 )
-from fl_protocol.sealing import RoundKey
+from fl_protocol.sealing import RoundKey, header_for
 from fl_protocol.secagg.messages import SecureBodyMsg
 
 UNSIGNED = bytes(64)
@@ -106,20 +107,10 @@ def unsealed_update(
         signing_key: not used.
     """
     del signing_key
-    if manifest.recipient is None:
-        raise ProtocolError("the manifest names no recipient key: no round is open")
     plain = encode(body)
-    header = UpdateHeaderMsg(
-        tenant=manifest.tenant,
-        task=manifest.task,
-        round=manifest.round,
-        model_digest=manifest.model_digest,
-        device=device,
-        update_id=update_id,
-        kem=manifest.recipient.kem,
-        sealed_digest=hashlib.sha256(plain).digest(),
-    )
-    return encode(UpdateEnvelopeMsg(header=encode(header), signature=UNSIGNED, sealed=plain))
+    header, _recipient = header_for(manifest, device=device, update_id=update_id)
+    digested = replace(header, sealed_digest=hashlib.sha256(plain).digest())
+    return encode(UpdateEnvelopeMsg(header=encode(digested), signature=UNSIGNED, sealed=plain))
 
 
 def _is_unsigned(header: bytes, signature: bytes, key: Ed25519PublicKey) -> bool:

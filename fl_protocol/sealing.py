@@ -187,6 +187,18 @@ def seal_update(
     Raises:
         ProtocolError: the manifest's recipient key is not usable.
     """
+    header, recipient = header_for(manifest, device=device, update_id=update_id)
+    sealed = seal_to(recipient, encode(body), info=_info_of(header))
+    signed = encode(replace(header, sealed_digest=hashlib.sha256(sealed).digest()))
+    return encode(UpdateEnvelopeMsg(header=signed, signature=sign_header(signed, signing_key), sealed=sealed))
+
+
+def header_for(manifest: RoundManifestMsg, *, device: str, update_id: bytes) -> tuple[UpdateHeaderMsg, RecipientKeyMsg]:
+    """An update's header but for `sealed_digest`, which is zeros until it is sealed, and whom it is sealed to.
+
+    Raises:
+        ProtocolError: the manifest names no recipient.
+    """
     recipient = manifest.recipient
     if recipient is None:
         raise ProtocolError("the manifest names no recipient key: no round is open")
@@ -198,11 +210,9 @@ def seal_update(
         device=device,
         update_id=update_id,
         kem=recipient.kem,
-        sealed_digest=bytes(32),  # known only once it is sealed; the info covers every field but this
+        sealed_digest=bytes(32),
     )
-    sealed = seal_to(recipient, encode(body), info=_info_of(header))
-    signed = encode(replace(header, sealed_digest=hashlib.sha256(sealed).digest()))
-    return encode(UpdateEnvelopeMsg(header=signed, signature=sign_header(signed, signing_key), sealed=sealed))
+    return header, recipient
 
 
 def open_update(header: UpdateHeaderMsg, sealed: bytes | memoryview, key: RoundKey) -> UpdateBodyMsg:

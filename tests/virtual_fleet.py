@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace as with_fields
-from sqlalchemy import event
 
 from aggregator.assembly import make_service
 from aggregator.helper.answering import Study
@@ -52,6 +51,7 @@ from firmware_sim.faults.packets import FaultyTransport, PacketRates
 from firmware_sim.labelled_chance import key_of
 from firmware_sim.memory_blobs import MemoryBlobs
 from firmware_sim.seeded_entropy import SeededEntropy
+from firmware_sim.trusted_disk import trust_the_disk
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
 from firmware_sim.virtual_device import SteadyBoard, VirtualClock, VirtualHardware, virtual_device
 from firmware_sim.virtual_flash import VirtualFlash
@@ -161,11 +161,6 @@ def empty_database() -> bytes:
         return (Path(folder) / "empty.db").read_bytes()
 
 
-def _trust_the_disk(connection: Any, _record: object) -> None:
-    """Nothing is synced: what is killed here are processes, of which a file keeps all that they wrote."""
-    connection.execute("PRAGMA synchronous=OFF")
-
-
 class VirtualFleet:
     """Aggregator and devices; `run` steps all of them until nothing moves, then lets time pass."""
 
@@ -227,7 +222,7 @@ class VirtualFleet:
             return AggregatorStore(Database(self._database_url), self.blobs)
         database = Database(f"sqlite:///{self.folder / 'aggregator.db'}")
         database.engine.dispose()
-        event.listen(database.engine, "connect", _trust_the_disk)
+        trust_the_disk(database.engine)
         return AggregatorStore(database, self.blobs)
 
     def create_task(self, task: TaskConfig) -> None:
@@ -294,7 +289,7 @@ class VirtualFleet:
         """Start a helper, or start it again after `kill_helper`, on the same store."""
         life = self._life(name)
         database = HelperDatabase(self.folder / f"{name}.db")
-        event.listen(database.engine, "connect", _trust_the_disk)
+        trust_the_disk(database.engine)
         service = HelperService(
             Helper(name, f"operator-of-{name}", helper_identity(name)),
             studies=[self._helped],

@@ -19,7 +19,7 @@ from device_client.training import Records, Trainer, Training
 from firmware_sim.attackers.kinds import FreeRider, ScalingBackdoor, SignFlip, Sybil
 from firmware_sim.attackers.plan import Attack
 from firmware_sim.attackers.trigger import poisoned_records
-from firmware_sim.fleet.fidelity import EmptyTraining
+from firmware_sim.fidelity import EmptyTraining
 from firmware_sim.seeded_entropy import SeededEntropy
 from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import TrainingPlanMsg

@@ -32,20 +32,6 @@ def damage(flash: VirtualFlash, fault: CorruptedFlash, *, key: int) -> list[str]
     return struck
 
 
-def recover(flash: VirtualFlash, fault: CorruptedFlash, *, capacity_bytes: int | None) -> None:
-    """A strike ends. Flipped bits and torn files stay as they are.
-
-    Args:
-        flash: of the device.
-        fault: what had happened to it.
-        capacity_bytes: of the flash when it is well.
-    """
-    if fault.damage == "full":
-        flash.capacity_bytes = capacity_bytes
-    elif fault.damage == "read_only":
-        flash.read_only = False
-
-
 def _damaged(content: bytes, fault: CorruptedFlash, key: int, page_bytes: int) -> bytes:
     """A file's bytes afterwards."""
     raw = bytearray(content)

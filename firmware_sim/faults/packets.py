@@ -59,11 +59,6 @@ class FaultyTransport:
         self._later: deque[TransportEvent] = deque()
         self._held: list[Callable[[], None]] = []
 
-    @property
-    def is_holding(self) -> bool:
-        """Whether messages wait to be overtaken: the next publish or poll lets them go."""
-        return bool(self._held)
-
     def open(self) -> None:
         """Open the connection."""
         self._inner.open()

@@ -21,6 +21,7 @@ from firmware_sim.faults.plan import FaultPlan, Strike
 from firmware_sim.faults.trickling_edge import TricklingEdge
 from firmware_sim.fleet.device_firmware import DeviceFirmware, FirmwarePlan
 from firmware_sim.fleet.edge import ShardEdge
+from firmware_sim.fleet.job_starts import JobStarts
 from firmware_sim.fleet.links import FleetRadio
 from firmware_sim.fleet.record import DeviceRecord, Energy
 from firmware_sim.fleet.surroundings import Ending, FleetClock
@@ -28,8 +29,9 @@ from firmware_sim.labelled_chance import key_of, uniform
 from firmware_sim.profiles.hardware_profile import HardwareProfile, Job, RadioLink
 from firmware_sim.radio.links import LinkModel
 from firmware_sim.radio.radio import Radio
+from firmware_sim.radio.transport import RadioUse
 from firmware_sim.virtual_flash import VirtualFlash
-from firmware_sim.wearer.situation import Situation, Wearing
+from firmware_sim.wearer.situation import Wearing
 from fl_protocol.errors import GraphError
 from fl_protocol.transport import Transport
 
@@ -39,8 +41,6 @@ WATCHDOG_S = 60.0
 """From a hang until the watchdog bites."""
 BOOT_S = 20.0
 """From a reset until the daemon runs again."""
-_STARTS_WITHIN_S = 300.0
-"""How long at most a system takes to start a job whose conditions hold: it bundles them."""
 _SHORTEST_S = 1e-3
 
 
@@ -98,12 +98,13 @@ class HardwareSurroundings:
             profile, self.wearer, clock=self._true, state=self._board_state(), sensor_offset_celsius=offset
         )
         self.clock = self._make_clock()
-        self._connections: list[tuple[FleetRadio, list[float]]] = []
+        self._connections: list[tuple[FleetRadio, RadioUse]] = []
         rules = terms.eligibility
         floor, ceiling = rules.minimum_battery_percent, rules.maximum_temperature_celsius
         self._percents = (floor, floor + BATTERY_MARGIN_PERCENT)
         self._celsius = (ceiling, ceiling - TEMPERATURE_MARGIN_CELSIUS) if ceiling < math.inf else ()
         self._looked_s = self._started_s + HEARD_WITHIN_S
+        self._job_starts = job_starts(record, profile, self.wearer, terms)
         self._firmware: DeviceFirmware | None = None
         self._energy_factor = 1.0
         self._flash = VirtualFlash()
@@ -134,15 +135,15 @@ class HardwareSurroundings:
             seed=f"{terms.seed} {record.lives}",
             device=record.name,
         )
-        trickling = TricklingEdge(edge, gap_s=schedule.upload_gap_s, upload_prefix=f"fl/v1/{terms.tenant}/up/")
+        trickles, prefix = schedule.has(SlowLoris), f"fl/v1/{terms.tenant}/up/"
         transport: FleetRadio = FleetRadio(
             radio,
-            trickling if schedule.has(SlowLoris) else edge,
+            TricklingEdge(edge, gap_s=schedule.upload_gap_s, upload_prefix=prefix) if trickles else edge,
             now_s=self._true.now_s,
             record=record,
             due=lambda at_s: self._wake_at(at_s, transport, wake),
         )
-        self._connections.append((transport, [0.0, 0, 0, 0]))
+        self._connections.append((transport, RadioUse()))
         if not schedule.has(Packets):
             return transport
         return FaultyTransport(
@@ -218,14 +219,15 @@ class HardwareSurroundings:
 
     def _job_ending(self, now_s: float, is_done: Callable[[], bool]) -> Ending | None:
         """The end of a job; one that runs firmware on trial stays for as long as it may."""
-        job = self.profile.residency
-        if isinstance(job, Job):
-            if now_s >= self._started_s + job.longest_run_s or not self._may_run(job, self._true.now_s()):
-                return Ending("job_stopped", is_clean=True)
-            if now_s >= self._looked_s:
-                self._looked_s = now_s + HEARD_WITHIN_S
-                if is_done() and not (self._firmware is not None and self._firmware.is_on_trial):
-                    return Ending("job_over", is_clean=True)
+        starts = self._job_starts
+        if starts is None:
+            return None
+        if now_s >= self._started_s + starts.job.longest_run_s or not starts.may_run(self._true.now_s()):
+            return Ending("job_stopped", is_clean=True)
+        if now_s >= self._looked_s:
+            self._looked_s = now_s + HEARD_WITHIN_S
+            if is_done() and not (self._firmware is not None and self._firmware.is_on_trial):
+                return Ending("job_over", is_clean=True)
         return None
 
     def next_change_s(self) -> float:
@@ -238,9 +240,8 @@ class HardwareSurroundings:
         changes_s += [
             self._started_s + fault.reboots_every_s for fault, _ in self._schedule.active_strikes(RebootLoop, true_s)
         ]
-        job = self.profile.residency
-        if isinstance(job, Job):
-            changes_s += [self._looked_s, self._started_s + job.longest_run_s]
+        if self._job_starts is not None:
+            changes_s += [self._looked_s, self._started_s + self._job_starts.job.longest_run_s]
         heard_s = min((transport.next_event_s() - began_s for transport, _ in self._connections), default=math.inf)
         return min(max(now_s, heard_s), max(now_s + _SHORTEST_S, min(changes_s)))
 
@@ -255,12 +256,12 @@ class HardwareSurroundings:
         if ending.kind == "hang":
             hangs = self._schedule.active(Hang, true_s)
             return now_s + min([WATCHDOG_S, *(fault.for_s for fault in hangs)]) + BOOT_S
-        job = self.profile.residency
-        if isinstance(job, Job):
-            period_s = self.terms.job_period_s or job.period_s
-            earliest_s = self._started_s + period_s if ending.is_clean else now_s + BOOT_S
-            return self._job_start_s(job, max(now_s, earliest_s))
-        return now_s + BOOT_S
+        starts, began_s = self._job_starts, self.terms.began_s
+        if starts is None:
+            return now_s + BOOT_S
+        period_s = self.terms.job_period_s or starts.job.period_s
+        earliest_s = self._started_s + period_s if ending.is_clean else now_s + BOOT_S
+        return starts.next_s(began_s + max(now_s, earliest_s)) - began_s
 
     def start_without_store_s(self) -> float | None:
         """After a full or read-only flash is well again; never, if it is damaged for good or worn out."""
@@ -270,11 +271,6 @@ class HardwareSurroundings:
         if any(_is_for_good(strike.fault) for strike in struck) or self._wear.share(self._flash.page_writes) >= 1:
             return math.inf
         return max(ends_s) - began_s + BOOT_S if ends_s else None
-
-    def first_start_s(self, at_s: float) -> float:
-        """When the daemon of a device that is switched on at `at_s` starts."""
-        job = self.profile.residency
-        return self._job_start_s(job, at_s) if isinstance(job, Job) else at_s
 
     def leave(self) -> None:
         """Board, clock and energy last."""
@@ -355,15 +351,15 @@ class HardwareSurroundings:
             clock.restore(self.record.clock)
         return clock
 
-    def _account_radio(self, transport: FleetRadio, told: list[float]) -> None:
+    def _account_radio(self, transport: FleetRadio, told: RadioUse) -> None:
         """What the radio took since it was asked last."""
         use, record = transport.use, self.record
-        if self.board.is_on and use.joules > told[0]:
-            self.board.spend((use.joules - told[0]) * self._energy_factor, 0.0, "radio")
-        record.bytes_up += use.up_bytes - int(told[1])
-        record.bytes_down += use.down_bytes - int(told[2])
-        record.bytes_metered += use.metered_bytes - int(told[3])
-        told[:] = [use.joules, use.up_bytes, use.down_bytes, use.metered_bytes]
+        if self.board.is_on and use.joules > told.joules:
+            self.board.spend((use.joules - told.joules) * self._energy_factor, 0.0, "radio")
+        record.bytes_up += use.up_bytes - told.up_bytes
+        record.bytes_down += use.down_bytes - told.down_bytes
+        record.bytes_metered += use.metered_bytes - told.metered_bytes
+        told.set_to(use)
 
     def _wake_at(self, at_s: float, transport: FleetRadio, wake: Callable[[], None]) -> None:
         """Ring when something is there, unless the device has found it by then."""
@@ -376,23 +372,6 @@ class HardwareSurroundings:
 
         delay_s = max(0.0, at_s - self._true.now_s())
         self.environment.timeout(delay_s).callbacks.append(ring)
-
-    def _may_run(self, job: Job, true_s: float) -> bool:
-        """Whether a job's conditions hold."""
-        return _holds(job, self.wearer.situation(true_s), self.profile)
-
-    def _job_start_s(self, job: Job, earliest_s: float) -> float:
-        """When the system starts a job: soon after its conditions hold; never, if they do not in this run."""
-        true_s = self.terms.began_s + earliest_s
-        while true_s < self.terms.ends_s:
-            change_s = self.wearer.next_change_s(true_s)
-            if _holds(job, self.wearer.situation(true_s), self.profile):
-                chance = uniform(key_of(self.terms.seed, "job", self.record.name), math.floor(true_s))
-                start_s = true_s + _STARTS_WITHIN_S * chance
-                if start_s < change_s:
-                    return start_s - self.terms.began_s
-            true_s = change_s
-        return math.inf
 
     def _charged_s(self) -> float:
         """When an empty device is on again, seconds of the shard's time."""
@@ -421,26 +400,28 @@ class HardwareWorld:
         wearer_of: Callable[[DeviceRecord], Wearing],
     ) -> None:
         self._terms, self._profile_of, self._wearer_of = terms, profile_of, wearer_of
-        self._switched_on = simpy.Environment()
 
     def first_start_s(self, record: DeviceRecord) -> float:
         """When it appears, and its system then starts the daemon."""
-        appears_s = self._terms.faults.appears_s(record.name)
-        at_s = 0.0 if appears_s is None else appears_s - self._terms.began_s
-        return self.surroundings(record, self._switched_on).first_start_s(at_s)
+        terms = self._terms
+        appears_s = terms.faults.appears_s(record.name)
+        at_s = terms.began_s if appears_s is None else appears_s
+        starts = job_starts(record, self._profile_of(record), self._wearer_of(record), terms)
+        return (at_s if starts is None else starts.next_s(at_s)) - terms.began_s
 
     def surroundings(self, record: DeviceRecord, environment: simpy.Environment) -> HardwareSurroundings:
         """Of a device whose daemon starts now."""
         return HardwareSurroundings(record, environment, self._profile_of(record), self._wearer_of(record), self._terms)
 
 
-def _holds(job: Job, situation: Situation, profile: HardwareProfile) -> bool:
-    """Whether what a job waits for is there."""
-    return (
-        (situation.on_charger or not job.charging)
-        and (situation.idle or not job.idle)
-        and (not job.unmetered or not profile.link(situation.place).metered)
-    )
+def job_starts(
+    record: DeviceRecord, profile: HardwareProfile, wearer: Wearing, terms: HardwareTerms
+) -> JobStarts | None:
+    """When a device's system starts its daemon; None for a resident one."""
+    job = profile.residency
+    if not isinstance(job, Job):
+        return None
+    return JobStarts(job, profile, wearer, seed=terms.seed, device=record.name, ends_s=terms.ends_s)
 
 
 def _ends(strike: Strike) -> bool:
@@ -467,6 +448,7 @@ def _link_model(link: RadioLink) -> LinkModel:
         joules_per_byte_down=link.down_joule_per_byte,
         tail_joules=link.wake_joule,
         tail_s=1.0 if link.wake_joule else 0.0,
+        duty=link.duty,
     )
 
 

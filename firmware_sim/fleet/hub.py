@@ -6,10 +6,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import event
 
 from aggregator.assembly import make_service
 from aggregator.helper.answering import Study
@@ -29,6 +28,7 @@ from firmware_sim.errors import FleetError
 from firmware_sim.fleet.services import RUNNING, Services
 from firmware_sim.fleet.windows import Download, Registration, Upload
 from firmware_sim.seeded_entropy import SeededEntropy
+from firmware_sim.trusted_disk import trust_the_disk
 from firmware_sim.unsealed_wire import UNSEALED, NoSigner
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
 from firmware_sim.virtual_device import VirtualClock
@@ -301,7 +301,7 @@ class Hub:
     def _start_helper(self, name: str) -> None:
         settings, life = self.settings, self._life(name)
         database = HelperDatabase(self.folder / f"{name}.db")
-        _trust_the_disk(database.engine)
+        trust_the_disk(database.engine)
         transport = VirtualTransport(self.broker, session=name, manual_acknowledgement=True)
         service = HelperService(
             Helper(name, f"operator-of-{name}", settings.key_of(name)),
@@ -322,7 +322,7 @@ class Hub:
         """A connection to the database."""
         database = Database(f"sqlite:///{self.folder / 'aggregator.db'}")
         database.engine.dispose()
-        _trust_the_disk(database.engine)
+        trust_the_disk(database.engine)
         return AggregatorStore(database, self.blobs)
 
     def _life(self, name: str) -> str:
@@ -363,12 +363,3 @@ class HubBroker(VirtualBroker):
         super().publish(topic, payload, retain=retain)
         if retain and topic.startswith(self._retained_for):
             self._hand_on(Download("", topic, payload))
-
-
-def _trust_the_disk(engine: Any) -> None:
-    """Nothing is synced: what is killed in a simulation are processes, of which a file keeps all that they wrote."""
-
-    def connected(connection: Any, _record: object) -> None:
-        connection.execute("PRAGMA synchronous=OFF")
-
-    event.listen(engine, "connect", connected)

@@ -18,9 +18,9 @@ from device_client.sealer import Sealer
 from device_client.training import LocalTraining, Records, Trainer
 from firmware_sim.attackers.plan import AttackPlan
 from firmware_sim.attackers.training import HostileTrainer, Memory
+from firmware_sim.fidelity import EmptyTrainer, NoGraph, TimedGraph
 from firmware_sim.fleet.diary import Diary
 from firmware_sim.fleet.edge import ShardEdge
-from firmware_sim.fleet.fidelity import EmptyTrainer, NoGraph, TimedGraph
 from firmware_sim.fleet.living import FleetBell, Living
 from firmware_sim.fleet.record import DeviceRecord, packed, unpacked
 from firmware_sim.fleet.surroundings import Surroundings

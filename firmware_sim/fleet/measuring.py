@@ -12,10 +12,10 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from firmware_sim.attackers.replaying import REPLAYED
 from firmware_sim.fleet.build import attack_plan_of
 from firmware_sim.fleet.chronicle import Chronicle
 from firmware_sim.fleet.record import DeviceRecord
+from firmware_sim.fleet.replaying import REPLAYED
 from firmware_sim.fleet.run import EVENTS
 from firmware_sim.fleet.windows import Totals
 from firmware_sim.fleet_events import read_events

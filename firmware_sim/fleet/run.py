@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from device_client.ports import Float32
-from firmware_sim.attackers.replaying import Replayer
 from firmware_sim.fleet.build import attack_plan_of, build_hub, device_name, index_of, service_plan
 from firmware_sim.fleet.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from firmware_sim.fleet.chronicle import Chronicle
 from firmware_sim.fleet.engines import Engine, PutDown
 from firmware_sim.fleet.hub import Hub
 from firmware_sim.fleet.record import DeviceRecord
+from firmware_sim.fleet.replaying import Replayer
 from firmware_sim.fleet.services import Services
 from firmware_sim.fleet.windows import (
     Download,

@@ -92,8 +92,11 @@ def _with_files(folder: Path, loaded: LoadedScenario, text: str) -> str:
 
 def with_seed(text: str, seed: int) -> str:
     """A scenario's text with another seed."""
-    lines = [line for line in text.splitlines() if not line.replace(" ", "").startswith("seed=")]
-    return "\n".join([f"seed = {seed}", *lines]) + "\n"
+    lines = text.splitlines()
+    # A table may have a seed of its own.
+    tables = next((at for at, line in enumerate(lines) if line.lstrip().startswith("[")), len(lines))
+    top = [line for line in lines[:tables] if not line.replace(" ", "").startswith("seed=")]
+    return "\n".join([f"seed = {seed}", *top, *lines[tables:]]) + "\n"
 
 
 def resumed_run(folder: Path) -> LoadedScenario:

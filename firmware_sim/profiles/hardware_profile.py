@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from firmware_sim.errors import ProfileError
+from firmware_sim.radio.links import DutyCycle
 from firmware_sim.wearer.situation import Place
 
 Above0 = Annotated[float, msgspec.Meta(gt=0)]
@@ -121,6 +122,7 @@ class RadioLink(_Part, frozen=True):
         loss: probability that a packet is lost once.
         up_joule_per_byte, down_joule_per_byte: marginal.
         wake_joule: of one wake-up, its tail included.
+        duty: when it is there at all, as a phone that a watch is tethered to; always, if there is none.
     """
 
     kind: LinkKind
@@ -133,6 +135,7 @@ class RadioLink(_Part, frozen=True):
     up_joule_per_byte: AtLeast0
     down_joule_per_byte: AtLeast0
     wake_joule: AtLeast0
+    duty: DutyCycle | None = None
 
 
 class RealTimeClock(_Part, frozen=True):

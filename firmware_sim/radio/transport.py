@@ -44,6 +44,11 @@ class RadioUse:
     down_bytes: int = 0
     metered_bytes: int = 0
 
+    def set_to(self, other: RadioUse) -> None:
+        """Be equal to another one."""
+        self.joules, self.up_bytes, self.down_bytes = other.joules, other.up_bytes, other.down_bytes
+        self.metered_bytes = other.metered_bytes
+
     def add(self, link: LinkModel | None, joules: float, up_bytes: int, down_bytes: int) -> None:
         """Count what went over a link; without one nothing did."""
         if link is not None:

@@ -10,11 +10,11 @@ import pytest
 
 from aggregator.rounds import Phase
 from device_client.device_ports import Connection
-from firmware_sim.labelled_chance import key_of
 from firmware_sim.faults.kinds import Packets, Partition, SlowLoris
 from firmware_sim.faults.packets import FaultyTransport
 from firmware_sim.faults.plan import FaultPlan, FaultSchedule
 from firmware_sim.faults.trickling_edge import TricklingEdge
+from firmware_sim.labelled_chance import key_of
 from firmware_sim.radio.broker_edge import BrokerEdge
 from firmware_sim.radio.links import LinkModel
 from firmware_sim.radio.radio import Radio

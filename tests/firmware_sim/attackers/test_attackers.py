@@ -13,12 +13,12 @@ from firmware_sim.attackers.kinds import FreeRider, LabelFlip, Replay, ScalingBa
 from firmware_sim.attackers.mislabelling import Mislabelling
 from firmware_sim.attackers.parsing import parse_attackers
 from firmware_sim.attackers.plan import Attack, AttackPlan
-from firmware_sim.attackers.replaying import Replayer
 from firmware_sim.attackers.training import HostileTrainer, free_ride, varied
 from firmware_sim.attackers.trigger import poisoned_records, triggered
 from firmware_sim.bundles import bundle_and_publisher
 from firmware_sim.errors import SettingsError
 from firmware_sim.fleet.build import device_name, index_of
+from firmware_sim.fleet.replaying import Replayer
 from firmware_sim.fleet.windows import Upload
 from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.sensors.sensor import Recorded, Sensor

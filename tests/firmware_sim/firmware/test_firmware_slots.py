@@ -25,8 +25,6 @@ from firmware_sim.firmware.slots import (
     Save,
     SlotRecord,
 )
-from firmware_sim.firmware.watchdog import HardwareWatchdog
-from firmware_sim.virtual_device import VirtualClock
 from firmware_sim.virtual_flash import PowerCut, PowerCutError, VirtualFlash
 from fl_protocol.errors import LocalMisuseError
 from tests.enrolments import broken_copy
@@ -235,17 +233,6 @@ def test_a_hang_lasts_until_the_watchdog_bites() -> None:
     assert (life.hangs_s, life.next_event_s()) == (35.0, 95.0)
     assert life.advance(94.0) is None
     assert life.advance(95.0) == "watchdog"
-
-
-def test_a_watchdog_bites_who_does_not_feed_it() -> None:
-    clock = VirtualClock(100.0)
-    watchdog = HardwareWatchdog(60, now_s=clock.now_s)
-    assert (watchdog.bites_s, watchdog.longest_wait_s) == (160.0, 30.0)
-    clock.time_s = 150.0
-    watchdog.alive("busy")
-    assert watchdog.bites_s == 210.0
-    with pytest.raises(LocalMisuseError, match="timeout_s: expected above 0, got 0"):
-        HardwareWatchdog(0, now_s=clock.now_s)
 
 
 def test_waves_reach_their_shares_and_move_nobody() -> None:

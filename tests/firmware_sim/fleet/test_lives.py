@@ -12,8 +12,8 @@ import pytest
 
 from device_client.device import Device
 from device_client.training import Trainer
+from firmware_sim.fidelity import EmptyTrainer, EmptyTraining
 from firmware_sim.fleet.engines import InProcess
-from firmware_sim.fleet.fidelity import EmptyTrainer, EmptyTraining
 from firmware_sim.fleet.living import Living
 from firmware_sim.fleet.maker import DeviceMaker, Stopwatch
 from firmware_sim.fleet.record import DeviceRecord

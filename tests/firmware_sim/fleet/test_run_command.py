@@ -101,3 +101,23 @@ def test_a_run_too_short_for_a_round_has_metrics_and_a_report_too(tmp_path: Path
     assert result.metrics.rounds == ()
     assert sum(profile.updates for profile in result.metrics.profiles) == 0
     assert "<html" in (folder / "report.html").read_text()
+
+
+def test_of_several_scenarios_one_that_fails_is_named_and_the_others_are_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fine = scenario_file(tmp_path / "fine", name="fine")
+    broken = scenario_file(tmp_path / "broken", name="broken", model="watch_cnn")
+    monkeypatch.setattr("firmware_sim.cli_scenarios._new_folder", lambda name: tmp_path / f"run-{name}")
+    (tmp_path / "run-broken").mkdir()  # where its run should go
+    code, told = refused(capsys, monkeypatch, "run", broken, fine, "--shards", "1")
+    assert code == 1
+    assert "1 of 2 scenarios failed: broken" in told
+    assert (tmp_path / "run-fine" / "fleet.json").exists()
+
+
+def test_another_seed_leaves_the_seeds_of_tables_alone() -> None:
+    from firmware_sim.fleet.simulation import with_seed  # noqa: PLC0415 - with the database
+
+    assert with_seed('seed = 1\nname = "x"\n[task]\nseed = 5\n', 7) == 'seed = 7\nname = "x"\n[task]\nseed = 5\n'
