@@ -179,14 +179,14 @@ class Processes:
 
     def start(self, starts_s: float, records: Sequence[DeviceRecord] | None) -> None:
         """Make the shards."""
-        for number, worker in enumerate(self._workers):
-            worker.line.send(("start", (starts_s, dealt(records, number, self.count))))
+        for number in range(self.count):
+            self._ask(number, "start", starts_s, dealt(records, number, self.count))
         self._answers()
 
     def begin(self, window: Window) -> None:
         """Let all simulate it."""
-        for number, worker in enumerate(self._workers):
-            worker.line.send(("advance", (addressed(window, number, self.count),)))
+        for number in range(self.count):
+            self._ask(number, "advance", addressed(window, number, self.count))
 
     def collect(self) -> list[WindowReport]:
         """Wait for all."""
@@ -194,8 +194,8 @@ class Processes:
 
     def put_down(self, now_s: float) -> list[PutDown]:
         """End what runs."""
-        for worker in self._workers:
-            worker.line.send(("put_down", (now_s,)))
+        for number in range(self.count):
+            self._ask(number, "put_down", now_s)
         return self._answers()
 
     def close(self) -> None:
@@ -208,6 +208,22 @@ class Processes:
             if worker.process.is_alive():
                 worker.process.kill()
 
+    def _ask(self, number: int, command: str, *arguments: Any) -> None:
+        """Give a process something to do. Raises FleetError."""
+        try:
+            self._workers[number].line.send((command, arguments))
+        except OSError as error:
+            raise self._died(number) from error
+
+    def _died(self, number: int) -> FleetError:
+        """What to say of a process that is not there any more."""
+        process = self._workers[number].process
+        process.join(_END_WITHIN_S)
+        return FleetError(
+            f"the process of shard {number} died (exit code {process.exitcode}); is the memory full? "
+            "The run can be resumed"
+        )
+
     def _answers(self) -> list[Any]:
         """An answer of every process. Raises FleetError, ConfigError."""
         return [self._answer(number, worker) for number, worker in enumerate(self._workers)]
@@ -216,11 +232,8 @@ class Processes:
         """What a process says."""
         try:
             answer, failure = worker.line.recv()
-        except EOFError as error:
-            code = worker.process.exitcode
-            raise FleetError(
-                f"the process of shard {number} died (exit code {code}); is the memory full? The run can be resumed"
-            ) from error
+        except (EOFError, OSError) as error:
+            raise self._died(number) from error
         if isinstance(failure, ConfigError):
             raise failure
         if failure is not None:

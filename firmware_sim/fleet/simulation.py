@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
@@ -131,6 +132,24 @@ def simulate(
     Raises:
         FleetError, ConfigError: it cannot be run.
     """
+    try:
+        return _simulated(folder, loaded, engine=engine, shards=shards, told=told, should_stop=should_stop)
+    except OSError as error:
+        raise FleetError(
+            f"the run in {folder} cannot go on ({error.strerror}); make room if its disk is full, and resume it"
+        ) from error
+
+
+def _simulated(
+    folder: Path,
+    loaded: LoadedScenario,
+    *,
+    engine: EngineName,
+    shards: int,
+    told: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+) -> RunResult:
+    """As `simulate`. Raises OSError too."""
     began_s = time.monotonic()
     earlier_s = _earlier_s(folder)
     simulates = make_engine(engine, folder / SCENARIO, shards)
@@ -149,7 +168,8 @@ def simulate(
     finally:
         simulates.close()
         wall_s = earlier_s + time.monotonic() - began_s
-        write_atomic(folder / _TIMES, json.dumps({"wall_s": wall_s}).encode(), mode=0o644)
+        with contextlib.suppress(OSError):  # whatever ended the run says more than a time that is not kept
+            write_atomic(folder / _TIMES, json.dumps({"wall_s": wall_s}).encode(), mode=0o644)
     if not finished:
         return RunResult(finished=False, metrics=None)
     metrics = metrics_of(run, accuracies=_accuracies(run), wall_s=wall_s)

@@ -15,9 +15,11 @@ import pytest
 from firmware_sim.errors import FleetError
 from firmware_sim.fleet import checkpoint as checkpoints
 from firmware_sim.fleet.checkpoint import latest_checkpoint, write_checkpoint
-from firmware_sim.fleet.engines import InProcess
+from firmware_sim.fleet.engines import InProcess, Processes
 from firmware_sim.fleet.simulation import SCENARIO
+from firmware_sim.fleet.windows import Window
 from tests.firmware_sim.fleet.fleets import HARDWARE, REAL, Outcome, folder_of, prepared, simulated
+from tests.firmware_sim.fleet.small_fleets import scenario_file
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -192,3 +194,21 @@ def test_a_checkpoint_that_cannot_be_read_is_told(tmp_path: Path) -> None:
         (kept / "state.pickle").write_bytes(content)
         with pytest.raises(FleetError, match="run the scenario anew"):
             latest_checkpoint(tmp_path)
+
+
+def simulate_windows(engine: Processes) -> None:
+    """As many as it takes: a line may need a moment before it breaks."""
+    for number in range(1000):
+        engine.begin(Window(float(number), float(number + 1)))
+        engine.collect()
+
+
+def test_the_death_of_a_shards_process_is_one_sentence(tmp_path: Path) -> None:
+    engine = Processes(scenario_file(tmp_path), 2)
+    try:
+        engine.start(0.0, None)
+        os.kill(engine._workers[1].process.pid or 0, signal.SIGKILL)
+        with pytest.raises(FleetError, match=r"the process of shard 1 died \(exit code -9\).*resumed"):
+            simulate_windows(engine)
+    finally:
+        engine.close()
