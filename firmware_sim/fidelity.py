@@ -30,7 +30,7 @@ class TimedGraph:
         took: told of the operations of every call.
     """
 
-    def __init__(self, graph: Graph, flop: float, took: Callable[[float], None]) -> None:
+    def __init__(self, graph: Graph, flop: float, took: Callable[[float], float]) -> None:
         self._graph, self._flop, self._took = graph, flop, took
 
     @property
@@ -63,17 +63,22 @@ class TimedGraph:
         return self._graph.evaluate(params, x, y, mask)
 
 
+LONGEST_TURN_S = 1.0
+"""How long a turn of steps that compute nothing takes at most, unless a single step takes longer: a device that trains
+reads its board every 15 s, so it finds what it would have found after each of them."""
+
+
 class EmptyTraining:
     """`device_client.training.Training` whose result is no change at all, and whose steps only take time.
 
     Args:
         length: d.
         steps: how many.
-        take_step: told of every step.
+        take_step: told of every step; how long it took, seconds.
         done: steps of an earlier one that this one goes on from.
     """
 
-    def __init__(self, length: int, steps: int, take_step: Callable[[], None], *, done: int) -> None:
+    def __init__(self, length: int, steps: int, take_step: Callable[[], float], *, done: int) -> None:
         self._length, self.steps, self._take_step, self.step = length, steps, take_step, done
 
     @property
@@ -82,11 +87,13 @@ class EmptyTraining:
         return self.step >= self.steps
 
     def advance(self) -> None:
-        """Take the time of one step."""
+        """Take the time of as many steps as fit into `LONGEST_TURN_S`, and of one at least."""
         if self.done:
             raise LocalMisuseError(f"advance: all {self.steps} steps are done")
-        self._take_step()
-        self.step += 1
+        left_s = LONGEST_TURN_S
+        while not self.done and left_s > 0:
+            left_s -= self._take_step()
+            self.step += 1
 
     def progress(self) -> LocalProgress:
         """How many steps are done."""
@@ -106,10 +113,10 @@ class EmptyTrainer:
 
     Args:
         flop: floating-point operations of one call of the graph that would train.
-        took: told of the operations of every step.
+        took: told of the operations of every step; how long they took, seconds.
     """
 
-    def __init__(self, flop: float, took: Callable[[float], None]) -> None:
+    def __init__(self, flop: float, took: Callable[[float], float]) -> None:
         self._flop, self._took = flop, took
 
     def __call__(

@@ -85,7 +85,7 @@ class HostileTrainer:
         inner: Training
         if any(isinstance(one.attacker, FreeRider) for one in active):
             done = progress.step if progress is not None else 0
-            inner = EmptyTraining(len(start), plan.local_steps, lambda: None, done=done)
+            inner = EmptyTraining(len(start), plan.local_steps, lambda: 0.0, done=done)
         else:
             inner = self._honest(graph, start, records, plan=plan, entropy=entropy, control=control, progress=progress)
         return HostileTraining(inner, active, start=start, memory=self._memory)

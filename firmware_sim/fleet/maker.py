@@ -168,9 +168,11 @@ class Stopwatch:
     def __init__(self, compute_s: Callable[[float], float]) -> None:
         self._compute_s, self._total_s = compute_s, 0.0
 
-    def computed(self, flop: float) -> None:
-        """Something was computed."""
-        self._total_s += self._compute_s(flop)
+    def computed(self, flop: float) -> float:
+        """Something was computed; how long it took, seconds."""
+        took_s = self._compute_s(flop)
+        self._total_s += took_s
+        return took_s
 
     def take(self) -> float:
         """How long it took since the last call."""

@@ -12,7 +12,7 @@ import pytest
 
 from device_client.device import Device
 from device_client.training import Trainer
-from firmware_sim.fidelity import EmptyTrainer, EmptyTraining
+from firmware_sim.fidelity import LONGEST_TURN_S, EmptyTrainer, EmptyTraining
 from firmware_sim.fleet.engines import InProcess
 from firmware_sim.fleet.living import Living
 from firmware_sim.fleet.maker import DeviceMaker, Stopwatch
@@ -42,7 +42,7 @@ class FailingTrainer(EmptyTrainer):
 
     def __call__(self, *arguments: Any, **named: Any) -> EmptyTraining:
         training = super().__call__(*arguments, **named)
-        return FailingTraining(len(training.change()), training.steps, lambda: None, done=training.step)
+        return FailingTraining(len(training.change()), training.steps, lambda: LONGEST_TURN_S, done=training.step)
 
 
 class FailingMaker(DeviceMaker):
