@@ -50,6 +50,7 @@ class Coordinator:
         load: makes a task's runner.
         monotonic_s: seconds that no clock setting moves.
         terms: of its lease.
+        orders_every_s: how often it looks for operators' orders and new tasks.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class Coordinator:
         load: LoadTask,
         monotonic_s: Callable[[], float],
         terms: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
+        orders_every_s: float = ORDERS_EVERY_S,
     ) -> None:
-        self._terms = terms
+        self._terms, self._orders_every_s = terms, orders_every_s
         self.name, self._ports, self._load, self._monotonic_s = name, ports, load, monotonic_s
         self._runners: dict[str, TaskRunner] = {}
         self._sweeper = Sweeper(ports.store.database, ports.store.blobs)
@@ -140,7 +142,7 @@ class Coordinator:
         if looks and self._connected:
             self._ports.calls.look_after()
             failed += self._note_clock_jump(now_s)
-            if not happened_within(ORDERS_EVERY_S, self._asked_s, now_s):
+            if not happened_within(self._orders_every_s, self._asked_s, now_s):
                 failed += self._load_new_tasks()
                 self._carry_out_orders()
                 self._asked_s = now_s

@@ -7,6 +7,7 @@ instead of one failing half-way.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,8 @@ class Database:
     def __init__(self, url: str, *, blobs: Blobs | None = None, answer_s: float = 6.0) -> None:
         with _translated("cannot be opened"):
             self.engine = _make_engine(url, answer_s)
+        # The same pool of connections; options that every connection is asked for anew take longer than a small query.
+        self._reader = self.engine.execution_options(**self._reads_only)
         try:
             self._migrate(url, blobs)
         except DatabaseError:
@@ -84,10 +87,8 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """One consistent view; writes nothing."""
-        with _translated("cannot be read"), self.engine.connect() as connection:
-            connection.execution_options(**self._reads_only)
-            with connection.begin():
-                yield connection
+        with _translated("cannot be read"), self._reader.begin() as connection:
+            yield connection
 
     def empty_log(self) -> bool:
         """Empty SQLite's write-ahead log, where what a transaction erased lives on; False while somebody reads it."""
@@ -134,7 +135,9 @@ def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         reads_only = connection.get_execution_options().get("covey_reads_only", False)
-        connection.exec_driver_sql("BEGIN" if reads_only else "BEGIN IMMEDIATE")
+        # By the driver: SQLAlchemy's way of executing takes longer than the transactions that this begins.
+        driver: Any = connection.connection.driver_connection
+        driver.execute("BEGIN" if reads_only else "BEGIN IMMEDIATE")
 
 
 @contextmanager
@@ -148,6 +151,8 @@ def _translated(what: str) -> Iterator[None]:
         raise DatabaseError(f"the database {what}: {error.strerror} ({error.filename})") from error
     except IntegrityError as error:
         raise ConflictError(f"the database {what}: another process was quicker ({error.orig})") from error
+    except sqlite3.Error as error:  # of a transaction's beginning
+        raise DatabaseError(f"the database {what}: {error}") from error
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         if getattr(cause, "sqlstate", None) in _LOST_RACES:

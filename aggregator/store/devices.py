@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, bindparam, delete, insert, select
 
 from aggregator.store import schema
 from aggregator.store.database import Database
@@ -61,16 +61,18 @@ class Devices:
             return [(row.device, row.public_key) for row in connection.execute(query)]
 
 
+_DEVICES, _PERIODS = schema.devices.c, schema.device_periods.c
+_FIND = (  # built once, for every commit asks it
+    select(_DEVICES.device, _DEVICES.public_key, _PERIODS.not_before_s, _PERIODS.not_after_s)
+    .select_from(schema.devices.outerjoin(schema.device_periods, _DEVICES.device == _PERIODS.device))
+    .where(_DEVICES.device.in_(bindparam("names", expanding=True)))
+)
+
+
 def find_devices(connection: Connection, names: Iterable[str]) -> dict[str, RegisteredKey]:
     """Those of these devices that are registered; part of a transaction."""
-    devices, periods = schema.devices.c, schema.device_periods.c
-    query = (
-        select(devices.device, devices.public_key, periods.not_before_s, periods.not_after_s)
-        .select_from(schema.devices.outerjoin(schema.device_periods, devices.device == periods.device))
-        .where(devices.device.in_(list(names)))
-    )
     found = {}
-    for device, key, not_before_s, not_after_s in connection.execute(query):
+    for device, key, not_before_s, not_after_s in connection.execute(_FIND, {"names": list(names)}):
         limits = () if not_before_s is None else (not_before_s, not_after_s)
         found[device] = RegisteredKey(key, *limits)
     return found

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, ScalarSelect, Table, func, insert, select, update
+from sqlalchemy import Connection, ScalarSelect, Table, bindparam, func, insert, select, update
 
 from aggregator.errors import ConflictError
 from aggregator.store import schema
@@ -76,6 +76,17 @@ class RoundRecord(NamedTuple):
     metrics: dict[str, Any]
 
 
+_TABLE = schema.rounds.c
+# Built once, for every commit asks them.
+_LIVE = select(schema.rounds).where(_TABLE.secret.is_not(None))
+_OUTCOME = {
+    shared: select(_TABLE.outcome)
+    .where(_TABLE.task == bindparam("task"), _TABLE.number == bindparam("number"))
+    .with_for_update(read=shared)
+    for shared in (False, True)
+}
+
+
 class Rounds:
     """All rounds of all tasks. Methods without a `Connection` are one transaction; all raise DatabaseError."""
 
@@ -84,9 +95,8 @@ class Rounds:
 
     def live(self) -> list[LiveRound]:
         """Every round whose updates can still be opened."""
-        table = schema.rounds
         with self._database.reading() as connection:
-            rows = connection.execute(select(table).where(table.c.secret.is_not(None))).all()
+            rows = connection.execute(_LIVE).all()
         return [
             LiveRound(
                 row.task,
@@ -211,9 +221,7 @@ class Rounds:
 
     def outcome(self, connection: Connection, task: str, number: int, *, shared: bool = False) -> str | None:
         """Where a round stands, until the end of this transaction; `shared`: others may look meanwhile, too."""
-        table = schema.rounds.c
-        query = select(table.outcome).where(table.task == task, table.number == number).with_for_update(read=shared)
-        return connection.execute(query).scalar()
+        return connection.execute(_OUTCOME[shared], {"task": task, "number": number}).scalar()
 
     def close(
         self,

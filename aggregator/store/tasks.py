@@ -49,6 +49,9 @@ class Order(NamedTuple):
     outcome: str
 
 
+_SPECS = select(schema.tasks.c.task, schema.tasks.c.spec)  # built once, for every commit asks it
+
+
 class Tasks:
     """All tasks of the database. Methods without a `Connection` are one transaction; all raise DatabaseError."""
 
@@ -113,9 +116,8 @@ class Tasks:
 
     def specs(self) -> dict[str, str]:
         """Every task's file, by name."""
-        table = schema.tasks.c
         with self._database.reading() as connection:
-            return {row.task: row.spec for row in connection.execute(select(table.task, table.spec))}
+            return {task: spec for task, spec in connection.execute(_SPECS)}  # noqa: C416 - rows are no pairs
 
     def get(self, name: str) -> StoredTask:
         """One task. Raises DatabaseError also when there is none of this name."""

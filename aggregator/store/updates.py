@@ -7,9 +7,9 @@ up, so that two workers that were sent the same update cannot both count it, nor
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Column, Connection, delete, func, insert, select, update
+from sqlalchemy import Column, Connection, Select, bindparam, delete, func, insert, select, update
 
 from aggregator.errors import ConflictError
 from aggregator.store import schema
@@ -63,6 +63,33 @@ class KeptUpdate(NamedTuple):
     length: int
 
 
+_TABLE, _PARTIALS = schema.updates.c, schema.partials
+# Statements of every commit, built once: building one anew takes longer than SQLite takes for it.
+_ADD = insert(schema.updates)
+_ADD_PARTIAL = insert(_PARTIALS)
+_KEY = ("task", "counted_in", "round", "worker")
+_REPLACE_PARTIAL = (
+    update(_PARTIALS)
+    .where(*(_PARTIALS.c[name] == bindparam(f"its_{name}") for name in _KEY), _PARTIALS.c.count == bindparam("before"))
+    .values(blob=bindparam("blob"), count=bindparam("count"))
+)
+_COUNTED = select(func.coalesce(func.sum(_PARTIALS.c.count), 0)).where(
+    _PARTIALS.c.task == bindparam("task"), _PARTIALS.c.counted_in == bindparam("counted_in")
+)
+_ACCEPTED = select(
+    _TABLE.task, _TABLE.update_id, _TABLE.device, _TABLE.round, _TABLE.sealed_digest, _TABLE.accepted_s
+).where(_TABLE.update_id.in_(bindparam("ids", expanding=True)))
+
+
+def _devices_of(number: Column[int]) -> Select[Any]:
+    """Which devices have a row of a task and a number."""
+    here = (_TABLE.task == bindparam("task"), number == bindparam("number"))
+    return select(_TABLE.device).where(*here, _TABLE.device.in_(bindparam("devices", expanding=True)))
+
+
+_SENT, _COUNTING = _devices_of(_TABLE.round), _devices_of(_TABLE.counted_in)
+
+
 class Updates:
     """All accepted updates. Methods without a `Connection` are one transaction; all raise DatabaseError."""
 
@@ -81,7 +108,7 @@ class Updates:
             ConflictError: one of them, or another of its device that was made for the same round or counts in the same,
                 was committed in the meantime.
         """
-        connection.execute(insert(schema.updates), [dict(zip(NewUpdate._fields, row, strict=True)) for row in rows])
+        connection.execute(_ADD, [dict(zip(NewUpdate._fields, row, strict=True)) for row in rows])
 
     def put_partial(
         self, connection: Connection, task: str, *, counted_in: int, partial: StoredPartial, num_before: int
@@ -98,15 +125,14 @@ class Updates:
         Raises:
             ConflictError: the sum has become another: a second process goes by this worker's name.
         """
-        table = schema.partials
-        key = {"task": task, "counted_in": counted_in, "round": partial.round, "worker": partial.worker}
+        key = dict(zip(_KEY, (task, counted_in, partial.round, partial.worker), strict=True))
         values = {"blob": partial.blob, "count": partial.num_updates}
         if num_before == 0:
-            connection.execute(insert(table).values({**key, **values}))
+            connection.execute(_ADD_PARTIAL, {**key, **values})
             return
         # Security: a sum that replaced one it does not contain would lose updates whose devices have receipts.
-        here = [table.c[name] == value for name, value in key.items()]
-        changed = connection.execute(update(table).where(*here, table.c.count == num_before).values(values))
+        here = {f"its_{name}": value for name, value in key.items()}
+        changed = connection.execute(_REPLACE_PARTIAL, {**here, **values, "before": num_before})
         if changed.rowcount != 1:
             raise ConflictError(f"the sum of worker {partial.worker} is not the one that was read")
 
@@ -133,11 +159,7 @@ class Updates:
 
     def counted(self, connection: Connection, task: str, counted_in: int) -> int:
         """As `arrived`; part of a transaction."""
-        table = schema.partials.c
-        query = select(func.coalesce(func.sum(table.count), 0)).where(
-            table.task == task, table.counted_in == counted_in
-        )
-        return int(connection.execute(query).scalar_one())
+        return int(connection.execute(_COUNTED, {"task": task, "counted_in": counted_in}).scalar_one())
 
     def kept(self, task: str, counted_in: int) -> list[KeptUpdate]:
         """Where the single updates of a round are, in the order of their ids."""
@@ -170,30 +192,27 @@ class Updates:
 
 def accepted_updates(connection: Connection, ids: Iterable[bytes]) -> dict[tuple[str, bytes], AcceptedUpdate]:
     """Those of these update ids that are committed, by task and id; part of a transaction."""
-    table = schema.updates.c
-    columns = (table.task, table.update_id, table.device, table.round, table.sealed_digest, table.accepted_s)
-    rows = connection.execute(select(*columns).where(table.update_id.in_(list(ids))))
+    rows = connection.execute(_ACCEPTED, {"ids": list(ids)})
     return {(row.task, row.update_id): AcceptedUpdate(*row) for row in rows}
 
 
 def devices_that_sent(connection: Connection, pairs: Iterable[tuple[str, int, str]]) -> set[tuple[str, int, str]]:
     """Those of these (task, round, device) for which an update is committed; part of a transaction."""
-    return _devices(connection, pairs, schema.updates.c.round)
+    return _devices(connection, pairs, _SENT)
 
 
 def devices_that_counted(connection: Connection, pairs: Iterable[tuple[str, int, str]]) -> set[tuple[str, int, str]]:
     """Those of these (task, counted in, device) of which an update counts there; part of a transaction."""
-    return _devices(connection, pairs, schema.updates.c.counted_in)
+    return _devices(connection, pairs, _COUNTING)
 
 
 def _devices(
-    connection: Connection, pairs: Iterable[tuple[str, int, str]], of_round: Column[int]
+    connection: Connection, pairs: Iterable[tuple[str, int, str]], query: Select[Any]
 ) -> set[tuple[str, int, str]]:
-    """Those of these (task, number, device) that there is a row of, its number in this column."""
-    asked, table = set(pairs), schema.updates.c
-    found = set()
+    """Those of these (task, number, device) that a query of `_devices_of` finds."""
+    asked, found = set(pairs), set()
     for task, number in sorted({(task, number) for task, number, _ in asked}):
         devices = [device for one, other, device in asked if (one, other) == (task, number)]
-        query = select(table.device).where(table.task == task, of_round == number, table.device.in_(devices))
-        found |= {(task, number, device) for (device,) in connection.execute(query)}
+        rows = connection.execute(query, {"task": task, "number": number, "devices": devices})
+        found |= {(task, number, device) for (device,) in rows}
     return found

@@ -294,7 +294,9 @@ class Hub:
             monotonic_s=self.clock.now_s,
             limits=IntakeLimits(),
             helpers=settings.pinned_helpers(),
-            leases=LeaseTerms(lease_s=110.0, renew_every_s=50.0),  # there is nobody who would take over
+            # Nobody would take over a lease that has run out, nor gives an order: both looks cost more than a commit.
+            leases=LeaseTerms(lease_s=110.0, renew_every_s=IDLE_EVERY_S),
+            orders_every_s=IDLE_EVERY_S,
         )
         self._service.start()
 
