@@ -20,6 +20,7 @@ Pure: the readings and both clocks are arguments.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -198,8 +199,9 @@ class Rule:
         return f"it reads {value:g}, possible is {least:g} to {greatest:g}"
 
 
+@functools.lru_cache(maxsize=16)
 def rules_of(policy: EligibilityPolicy) -> tuple[Rule, ...]:
-    """The rules that a policy asks for."""
+    """The rules that a policy asks for; made once, for they keep nothing."""
     table = (
         (policy.minimum_battery_percent > 0, _battery(policy)),
         (

@@ -309,6 +309,11 @@ class VirtualFlash:
 
     def _write_step(self, kind: str, name: str, data: bytes, effect: Callable[[bytes], None]) -> None:
         """A boundary that moves bytes; in its middle a beginning has arrived."""
+        if self.power_cut is None:
+            self._powered()
+            self.operations += 1
+            effect(data)
+            return
         self._step(kind, name, lambda: effect(data), half=lambda: effect(data[: self._random.randint(0, len(data))]))
 
     def _put(self, file: FileState, offset: int, data: bytes) -> None:
@@ -342,12 +347,14 @@ class VirtualFlash:
     def _look(self, name: str) -> FileState | None:
         """The file of a name, if there is one."""
         self._powered()
+        if (file := self._files.get(name)) is not None:  # then no folder goes by its name, and all above it are folders
+            return file
         if name in self._folders:
             raise _error(errno.EISDIR, name)
         for folder in _ancestors(name):
             if folder in self._files:
                 raise _error(errno.ENOTDIR, name)
-        return self._files.get(name)
+        return None
 
     def _existing(self, name: str) -> FileState:
         """The file of a name. Raises FileNotFoundError."""
@@ -383,9 +390,12 @@ def _nothing() -> None:
     """Leave it to chance."""
 
 
+_strerror = functools.cache(os.strerror)
+
+
 def _error(number: int, name: str) -> OSError:
     """As the operating system raises it."""
-    return OSError(number, os.strerror(number), name)
+    return OSError(number, _strerror(number), name)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from msgspec.structs import replace as with_fields
@@ -54,25 +54,46 @@ from fl_protocol.signing import public_key_hex
 TENANT = "fleet"
 
 
-@dataclass(frozen=True)
-class ShardSpec:
-    """Which devices a shard has; small, and picklable: it goes to another process.
+class ShardBuilder:
+    """Makes a shard, in the process that simulates it, and again each time that the run was put down.
+
+    What its devices have in common is made once: only records last from one shard to the next.
 
     Args:
         scenario: path of its file, as the run's folder keeps it.
         number: of the shard, from 0.
         count: of shards.
-        records: the devices of a run that is resumed; else they are new.
-        starts_s: where such a run goes on.
         traced: name of a device of which every event is told.
     """
 
-    scenario: Path
-    number: int
-    count: int
-    records: tuple[DeviceRecord, ...] | None = None
-    starts_s: float = 0.0
-    traced: str = ""
+    def __init__(self, scenario: Path, number: int, count: int, *, traced: str = "") -> None:
+        self._scenario, self._number, self._count, self._traced = scenario, number, count, traced
+
+    def build(self, records: Sequence[DeviceRecord] | None, *, starts_s: float) -> Shard:
+        """A shard.
+
+        Args:
+            records: the devices of a run that goes on; None: they are new.
+            starts_s: where the run goes on.
+
+        Raises:
+            ConfigError, BundleError: the scenario cannot be used.
+        """
+        if records is None:
+            records = new_records(self._loaded, self._number, self._count)
+        return Shard(records, maker=self._maker, world=self._world, starts_s=starts_s, traced=self._traced)
+
+    @cached_property
+    def _loaded(self) -> LoadedScenario:
+        return load_scenario(self._scenario)
+
+    @cached_property
+    def _maker(self) -> DeviceMaker:
+        return device_maker(self._loaded)
+
+    @cached_property
+    def _world(self) -> World:
+        return world_of(self._loaded)
 
 
 def hub_settings(loaded: LoadedScenario) -> HubSettings:
@@ -118,14 +139,6 @@ def build_hub(
     path.write_text(write_task(given), encoding="utf-8")
     hub.create_task(path)
     return hub
-
-
-def build_shard(spec: ShardSpec) -> Shard:
-    """A shard, in the process that simulates it."""
-    loaded = load_scenario(spec.scenario)
-    records = spec.records if spec.records is not None else new_records(loaded, spec.number, spec.count)
-    world = world_of(loaded)
-    return Shard(records, maker=device_maker(loaded), world=world, starts_s=spec.starts_s, traced=spec.traced)
 
 
 def new_records(loaded: LoadedScenario, number: int, count: int) -> tuple[DeviceRecord, ...]:
@@ -191,9 +204,17 @@ def _wearers_of(loaded: LoadedScenario, plan: FaultPlan) -> Callable[[DeviceReco
         traces = list(load_traces(relative_to_config(loaded.path, scenario.population.traces)).values())
         return lambda record: TracedWearer(traces[record.index % len(traces)])
     habits: Habits = scenario.wearers
+    wearers: dict[int, Wearer] = {}  # kept: a day that was drawn is looked at by several starts
     if plan.utc_offset_s is not None:
         habits = with_fields(habits, time_zones=((plan.utc_offset_s / 3600.0, 1.0),))
-    return lambda record: Wearer(scenario.seed, record.index, habits)
+
+    def wearer_of(record: DeviceRecord) -> Wearer:
+        found = wearers.get(record.index)
+        if found is None:
+            found = wearers[record.index] = Wearer(scenario.seed, record.index, habits)
+        return found
+
+    return wearer_of
 
 
 def device_name(index: int) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from firmware_sim.errors import FleetError
-from firmware_sim.fleet.build import ShardSpec, build_shard, index_of
+from firmware_sim.fleet.build import ShardBuilder, index_of
 from firmware_sim.fleet.record import DeviceRecord
 from firmware_sim.fleet.shard import Left, Shard
 from firmware_sim.fleet.windows import Download, Totals, Window, WindowReport
@@ -67,12 +67,12 @@ class ShardHost:
     """
 
     def __init__(self, scenario: Path, number: int, count: int, *, traced: str = "") -> None:
-        self._spec = ShardSpec(scenario, number, count, traced=traced)
+        self._builder = ShardBuilder(scenario, number, count, traced=traced)
         self._made: Shard | None = None
 
     def start(self, starts_s: float, records: tuple[DeviceRecord, ...] | None) -> None:
         """Make the shard."""
-        self._made = build_shard(replace(self._spec, records=records, starts_s=starts_s))
+        self._made = self._builder.build(records, starts_s=starts_s)
 
     def advance(self, window: Window) -> WindowReport:
         """Simulate a window."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -434,6 +435,7 @@ def _is_for_good(fault: Timed) -> bool:
     return isinstance(fault, CorruptedFlash) and fault.damage in {"bit_flips", "torn"}
 
 
+@functools.lru_cache(maxsize=256)
 def _link_model(link: RadioLink) -> LinkModel:
     """A profile's link, as the radio simulates it."""
     return LinkModel(

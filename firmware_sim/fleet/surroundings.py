@@ -107,7 +107,7 @@ class FleetClock:
 
     def now_s(self) -> float:
         """Unix seconds."""
-        return self._began_s + float(self._environment.now)
+        return self._began_s + self._environment.now
 
     def local_time_s(self) -> float:
         """Seconds since midnight."""

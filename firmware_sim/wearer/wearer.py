@@ -5,14 +5,17 @@ perhaps charged for a while and carried out of the house, and lies still from be
 forgotten. Rising and going to bed are drawn apart, as (middle of sleep ± half its length) + a normal deviation of the
 day.
 
-Pure: no clock, no I/O. Asking in order of time is fast; asking backwards gives the same answers.
+Pure: no clock, no I/O. Asking in order of time is fast, and so is asking about two days in turn, as a search for the
+next start does; asking backwards gives the same answers. A wearer is kept as long as its device, in about a kilobyte.
 """
 
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_right
 from statistics import NormalDist
+from typing import NamedTuple
 
 from firmware_sim.chance import key_of, uniforms
 from firmware_sim.wearer.habits import Habits
@@ -35,6 +38,16 @@ _EXTREME = 2.5
 """Deviations are cut there, so that nobody rises before going to bed."""
 
 
+class _Day(NamedTuple):
+    """A day that was drawn: its changes' times, and the situation from each on."""
+
+    day: int | None
+    begin_s: float
+    end_s: float
+    times: array[float]
+    states: bytes
+
+
 class Wearer:
     """One wearer of a fleet; see `Wearing`.
 
@@ -52,7 +65,7 @@ class Wearer:
         "_habits",
         "_idle_by_day",
         "_key",
-        "_next_draw",
+        "_other",
         "_rise_s",
         "_states",
         "_stays",
@@ -79,9 +92,8 @@ class Wearer:
         self.utc_offset_s = _zone(habits, draw[3]) * _HOUR_S
         self._day: int | None = None
         self._begin_s = self._end_s = 0.0
-        self._next_draw: list[float] = []
-        self._times: list[float] = []
-        self._states: list[int] = []
+        self._times, self._states = array("d"), b""
+        self._other: _Day | None = None
 
     @property
     def season(self) -> Season:
@@ -113,17 +125,27 @@ class Wearer:
         return self._end_s
 
     def _seek(self, time_s: float) -> None:
+        """Go to the day that a moment lies in: the one before, which is remembered, or drawn."""
+        left, other = _Day(self._day, self._begin_s, self._end_s, self._times, self._states), self._other
+        if other is not None and other.begin_s <= time_s < other.end_s:
+            self._day, self._begin_s, self._end_s, self._times, self._states = other
+        else:
+            self._draw(time_s)
+        self._other = left
+
+    def _draw(self, time_s: float) -> None:
         """Draw the day that a moment lies in."""
         if self._day is not None and time_s >= self._end_s and time_s - self._end_s < _DAY_S / 2:
-            day, draw = self._day + 1, self._next_draw
+            day = self._day + 1
+            draw = uniforms(self._key, day)
         else:
             day = math.floor((time_s + self.utc_offset_s) / _DAY_S)
             draw = uniforms(self._key, day)
             if time_s < self._rising_s(day, draw):
                 day -= 1
                 draw = uniforms(self._key, day)
-        self._day, self._next_draw = day, uniforms(self._key, day + 1)
-        self._begin_s, self._end_s = self._rising_s(day, draw), self._rising_s(day + 1, self._next_draw)
+        self._day = day
+        self._begin_s, self._end_s = self._rising_s(day, draw), self._rising_s(day + 1, uniforms(self._key, day + 1))
         self._fill(day, draw)
 
     def _rising_s(self, day: int, draw: list[float]) -> float:
@@ -157,7 +179,7 @@ class Wearer:
                 del times[-1], states[-1]
             else:
                 states[-1] = state
-        self._times, self._states = times, states
+        self._times, self._states = array("d", times), bytes(states)
 
     def _charge(self, toggles: list[tuple[float, int]], bed_s: float, draw: list[float]) -> None:
         """For the night, and perhaps by day."""
