@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from typing import Literal
 
 from msgspec.structs import replace
@@ -134,6 +135,11 @@ class DeviceSession:
         self._new_rounds_until_s = time_s
 
     @property
+    def has_heard(self) -> bool:
+        """Whether the study's manifest has come since the start: what there is to do is known."""
+        return self._round is not None
+
+    @property
     def is_settled(self) -> bool:
         """Whether nothing is pending under the present name on the wire, so that it may change."""
         return not len(self._deliveries) and self._working_on is None
@@ -164,7 +170,7 @@ class DeviceSession:
         actions += self._give_up_waiting(now_s)
         actions += self._go_on(now_s)
         actions += self._ask_again(now_s)
-        return actions + self._deliveries.due(now_s, backlog=backlog)
+        return _remembering_once(actions) + self._deliveries.due(now_s, backlog=backlog)
 
     def offline_presence(self) -> Publish:
         """The last will: what the broker says for this device when its connection dies."""
@@ -549,6 +555,15 @@ class DeviceSession:
         if self._working_on is not None and here.phase != "training":
             return f"training for round {self._working_on.round}"
         return here.in_words(self._blocked)
+
+
+def _remembering_once(actions: list[Action]) -> list[Action]:
+    """Of states that would be stored one directly after the other only the last: each write wears the flash."""
+    return [
+        action
+        for action, after in zip_longest(actions, actions[1:])
+        if not (isinstance(action, Remember) and isinstance(after, Remember))
+    ]
 
 
 def least_of(*limits: int | None) -> int | None:

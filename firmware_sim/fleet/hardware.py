@@ -37,7 +37,8 @@ from fl_protocol.errors import GraphError
 from fl_protocol.transport import Transport
 
 HEARD_WITHIN_S = 5.0
-"""How long a job that has nothing to do waits for the study's manifest before it ends."""
+"""How long a job that has nothing to do waits for the study's manifest before it ends; with the manifest it ends at
+once."""
 WATCHDOG_S = 60.0
 """From a hang until the watchdog bites."""
 BOOT_S = 20.0
@@ -189,13 +190,17 @@ class HardwareSurroundings:
             if transport.is_connected:
                 self.clock.connected()
 
-    def ending(self, *, is_done: Callable[[], bool]) -> Ending | None:
+    def ending(self, *, is_done: Callable[[], bool], has_heard: Callable[[], bool]) -> Ending | None:
         """A brown-out, a strike, or the end of the job."""
         now_s = float(self.environment.now)
         if not self.board.is_on:
             return Ending("brown_out", is_clean=False)
         true_s = self._true.now_s()
-        return self._struck(now_s, true_s) or self._firmware_ending(now_s, true_s) or self._job_ending(now_s, is_done)
+        return (
+            self._struck(now_s, true_s)
+            or self._firmware_ending(now_s, true_s)
+            or self._job_ending(now_s, is_done, has_heard)
+        )
 
     def _struck(self, now_s: float, true_s: float) -> Ending | None:
         """The end by a fault."""
@@ -218,17 +223,18 @@ class HardwareSurroundings:
         found = self._firmware.reset(now_s, may_update=self._is_powered(true_s))
         return None if found is None else Ending(found[0], is_clean=False, detail=found[1])
 
-    def _job_ending(self, now_s: float, is_done: Callable[[], bool]) -> Ending | None:
-        """The end of a job; one that runs firmware on trial stays for as long as it may."""
+    def _job_ending(self, now_s: float, is_done: Callable[[], bool], has_heard: Callable[[], bool]) -> Ending | None:
+        """The end of a job, which says that it is done; one that runs firmware on trial stays for as long as it may."""
         starts = self._job_starts
         if starts is None:
             return None
         if now_s >= self._started_s + starts.job.longest_run_s or not starts.may_run(self._true.now_s()):
             return Ending("job_stopped", is_clean=True)
+        is_over = is_done() and (now_s >= self._looked_s or has_heard())
+        if is_over and not (self._firmware is not None and self._firmware.is_on_trial):
+            return Ending("job_over", is_clean=True)
         if now_s >= self._looked_s:
             self._looked_s = now_s + HEARD_WITHIN_S
-            if is_done() and not (self._firmware is not None and self._firmware.is_on_trial):
-                return Ending("job_over", is_clean=True)
         return None
 
     def next_change_s(self) -> float:

@@ -98,7 +98,7 @@ class Living:
                 self.record.compute_s += compute_s
                 yield environment.timeout(compute_s)
             self.surroundings.settle()
-            ending = self.surroundings.ending(is_done=self.is_done)
+            ending = self.surroundings.ending(is_done=self.is_done, has_heard=self.has_heard)
             if ending is not None:
                 return ending
             # A turn after which nothing is left to do is followed by one that finds that out, and then waits.
@@ -114,6 +114,10 @@ class Living:
             runner.work is None and runner.session.is_settled and not runner.session.wants_to_train
             for runner in runners
         )
+
+    def has_heard(self) -> bool:
+        """Whether every study has told what there is to do."""
+        return all(runner.session.has_heard for runner in self.device.studies.running)
 
     def sleep(self) -> None:
         """End the daemon, and put everything into the record."""

@@ -61,11 +61,12 @@ class Surroundings(Protocol):
     def settle(self) -> None:
         """A turn is over: account for what it took."""
 
-    def ending(self, *, is_done: Callable[[], bool]) -> Ending | None:
+    def ending(self, *, is_done: Callable[[], bool], has_heard: Callable[[], bool]) -> Ending | None:
         """Why the daemon ends now, if it does.
 
         Args:
             is_done: whether the daemon has nothing to do.
+            has_heard: whether every study has told it what there is to do.
         """
 
     def next_change_s(self) -> float:
@@ -151,9 +152,9 @@ class IdealSurroundings:
     def settle(self) -> None:
         """Nothing costs anything."""
 
-    def ending(self, *, is_done: Callable[[], bool]) -> None:
+    def ending(self, *, is_done: Callable[[], bool], has_heard: Callable[[], bool]) -> None:
         """It does not end."""
-        del is_done
+        del is_done, has_heard
 
     def next_change_s(self) -> float:
         """Never."""
