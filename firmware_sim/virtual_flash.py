@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
@@ -82,16 +82,6 @@ class VirtualFlash:
         self._folders = {""}
         self._synced_folders = {""}
         self._used_bytes, self._off = 0, False
-
-    @classmethod
-    def holding(cls, files: Mapping[str, bytes]) -> VirtualFlash:
-        """A flash with these files, durable, as another one's `image` told them."""
-        flash = cls()
-        flash._files = {name: FileState(bytearray(content)) for name, content in files.items()}
-        flash._folders |= {folder for name in files for folder in _ancestors(name)}
-        flash._synced_names, flash._synced_folders = dict(flash._files), set(flash._folders)
-        flash._used_bytes = sum(len(content) for content in files.values())
-        return flash
 
     @functools.cached_property
     def _random(self) -> Random:
@@ -202,9 +192,9 @@ class VirtualFlash:
 
     def make_folder(self, name: str) -> None:
         """Create a subfolder, and those it is in."""
-        wanted = _ancestors(name) | {name}
+        wanted = ancestors(name) | {name}
         for folder in sorted(wanted & self._files.keys()):
-            raise _error(errno.EEXIST if folder == name else errno.ENOTDIR, folder)
+            raise file_error(errno.EEXIST if folder == name else errno.ENOTDIR, folder)
         if not wanted <= self._folders:
             self._refuse_read_only(name)
         self._step("make_folder", name, lambda: self._folders.update(wanted))
@@ -212,23 +202,23 @@ class VirtualFlash:
     def sync_folder(self, name: str = "") -> None:
         """Make the names in this folder durable."""
         if name in self._files:
-            raise _error(errno.ENOTDIR, name)
+            raise file_error(errno.ENOTDIR, name)
         if name not in self._folders:
-            raise _error(errno.ENOENT, name)
+            raise file_error(errno.ENOENT, name)
 
         def effect() -> None:
             kept = []
             for chain in chains_of(self._name_changes) if self._name_changes else ():
                 # A rename between folders is one journal entry: either folder's sync makes it durable, and with it
                 # what it rests on.
-                here = [any(_folder_of(leaf) == name for leaf in change.after) for change in chain]
+                here = [any(folder_of(leaf) == name for leaf in change.after) for change in chain]
                 stop = len(here) - here[::-1].index(True) if True in here else 0
                 for change in chain[:stop]:
                     apply_names(change, self._synced_names)
                 kept += chain[stop:]
             self._name_changes = kept
             if len(self._synced_folders) < len(self._folders):
-                self._synced_folders.update(folder for folder in self._folders if folder and _folder_of(folder) == name)
+                self._synced_folders.update(folder for folder in self._folders if folder and folder_of(folder) == name)
             self.page_writes += 1
 
         self._step("sync_folder", name, effect, half=_nothing)
@@ -248,7 +238,7 @@ class VirtualFlash:
         after.page_writes = self.page_writes
         after._folders = self._surviving_folders(random)
         for name, file in self._surviving_names(random).items():
-            if _folder_of(name) in after._folders:
+            if folder_of(name) in after._folders:
                 after._files[name] = FileState(surviving_content(file, random, self.page_bytes))
         after._synced_names, after._synced_folders = dict(after._files), set(after._folders)
         after._used_bytes = sum(len(file.content) for file in after._files.values())
@@ -278,9 +268,9 @@ class VirtualFlash:
         """Synced folders, and by chance others whose parents survive."""
         folders = set(self._synced_folders)
         for folder in sorted(self._folders - folders):
-            if _folder_of(folder) in folders and random.random() < 0.5:
+            if folder_of(folder) in folders and random.random() < 0.5:
                 folders.add(folder)
-        return {folder for folder in folders if _ancestors(folder) <= folders}
+        return {folder for folder in folders if ancestors(folder) <= folders}
 
     def _surviving_names(self, random: Random) -> dict[str, FileState]:
         """Synced names, with a beginning of each chain of related changes applied."""
@@ -328,7 +318,7 @@ class VirtualFlash:
             self.written_bytes += len(taken)
             self.page_writes += -(-(offset + len(taken)) // self.page_bytes) - offset // self.page_bytes
         if len(taken) < len(data):
-            raise _error(errno.ENOSPC, "")
+            raise file_error(errno.ENOSPC, "")
 
     def _created(self, name: str) -> FileState:
         """The file of a name, made where there is none."""
@@ -350,24 +340,24 @@ class VirtualFlash:
         if (file := self._files.get(name)) is not None:  # then no folder goes by its name, and all above it are folders
             return file
         if name in self._folders:
-            raise _error(errno.EISDIR, name)
-        for folder in _ancestors(name):
+            raise file_error(errno.EISDIR, name)
+        for folder in ancestors(name):
             if folder in self._files:
-                raise _error(errno.ENOTDIR, name)
+                raise file_error(errno.ENOTDIR, name)
         return None
 
     def _existing(self, name: str) -> FileState:
         """The file of a name. Raises FileNotFoundError."""
         file = self._look(name)
         if file is None:
-            raise _error(errno.ENOENT, name)
+            raise file_error(errno.ENOENT, name)
         return file
 
     def _place(self, name: str) -> None:
         """Refuse a name where no file can be."""
         self._look(name)
-        if _folder_of(name) not in self._folders:
-            raise _error(errno.ENOENT, name)
+        if folder_of(name) not in self._folders:
+            raise file_error(errno.ENOENT, name)
 
     def _writable(self, name: str) -> None:
         """Refuse to write where nothing can be written."""
@@ -378,7 +368,7 @@ class VirtualFlash:
         """Refuse any change of a read-only disk."""
         self._powered()
         if self.read_only:
-            raise _error(errno.EROFS, name)
+            raise file_error(errno.EROFS, name)
 
     def _powered(self) -> None:
         """After the power went nothing works, whoever tries (a `finally`, say)."""
@@ -393,19 +383,19 @@ def _nothing() -> None:
 _strerror = functools.cache(os.strerror)
 
 
-def _error(number: int, name: str) -> OSError:
+def file_error(number: int, name: str) -> OSError:
     """As the operating system raises it."""
     return OSError(number, _strerror(number), name)
 
 
 @functools.lru_cache(maxsize=4096)
-def _folder_of(name: str) -> str:
+def folder_of(name: str) -> str:
     """The folder that a name is in."""
     return name.rpartition("/")[0]
 
 
 @functools.lru_cache(maxsize=4096)
-def _ancestors(name: str) -> frozenset[str]:
+def ancestors(name: str) -> frozenset[str]:
     """All folders that a name is in, but the root."""
     parts = name.split("/")
     return frozenset("/".join(parts[:end]) for end in range(1, len(parts)))

@@ -1,4 +1,4 @@
-"""What a failing flash does to the files on it. Pure over a `VirtualFlash`; chance follows from a strike's key."""
+"""What a failing flash does to the files on it. Pure over a virtual flash; chance follows from a strike's key."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from fnmatch import fnmatchcase
 
 from firmware_sim.faults.kinds import CorruptedFlash
 from firmware_sim.labelled_chance import bits, key_of
+from firmware_sim.lasting_flash import LastingFlash
 from firmware_sim.virtual_flash import VirtualFlash
 
 
-def damage(flash: VirtualFlash, fault: CorruptedFlash, *, key: int) -> list[str]:
+def damage(flash: LastingFlash | VirtualFlash, fault: CorruptedFlash, *, key: int) -> list[str]:
     """A strike begins; names of the files that are no longer what they were.
 
     Args:

@@ -27,11 +27,11 @@ from firmware_sim.fleet.links import FleetRadio
 from firmware_sim.fleet.record import DeviceRecord, Energy
 from firmware_sim.fleet.surroundings import Ending, FleetClock
 from firmware_sim.labelled_chance import key_of, uniform
+from firmware_sim.lasting_flash import LastingFlash
 from firmware_sim.profiles.hardware_profile import HardwareProfile, Job, RadioLink
 from firmware_sim.radio.links import LinkModel
 from firmware_sim.radio.radio import Radio
 from firmware_sim.radio.transport import RadioUse
-from firmware_sim.virtual_flash import VirtualFlash
 from firmware_sim.wearer.situation import Wearing
 from fl_protocol.errors import GraphError
 from fl_protocol.transport import Transport
@@ -109,10 +109,10 @@ class HardwareSurroundings:
         self._job_starts = job_starts(record, profile, self.wearer, terms)
         self._firmware: DeviceFirmware | None = None
         self._energy_factor = 1.0
-        self._flash = VirtualFlash()
+        self._flash = LastingFlash()
         self._wear = FlashWear(profile.flash, page_writes_before=record.page_writes)
 
-    def prepare(self, flash: VirtualFlash) -> None:
+    def prepare(self, flash: LastingFlash) -> None:
         """Worn, damaged by what struck while it slept, full or read-only while that lasts."""
         self._flash = flash
         now_s = self._true.now_s()

@@ -14,7 +14,7 @@ from device_client.device import Device
 from device_client.errors import StoreError
 from firmware_sim.fleet.record import DeviceRecord, packed
 from firmware_sim.fleet.surroundings import Ending, Surroundings
-from firmware_sim.virtual_flash import VirtualFlash
+from firmware_sim.lasting_flash import LastingFlash
 
 LONGEST_NAP_S = 3600.0
 """How long at most a resident daemon takes no turn."""
@@ -75,8 +75,8 @@ class Living:
 
     record: DeviceRecord
     device: Device
-    flash: VirtualFlash
-    counter: VirtualFlash
+    flash: LastingFlash
+    counter: LastingFlash
     bell: FleetBell
     take_compute_s: Callable[[], float]
     surroundings: Surroundings

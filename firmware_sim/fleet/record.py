@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import msgspec
 
 from firmware_sim.board.board_state import BoardState
-from firmware_sim.virtual_flash import PAGE_BYTES, VirtualFlash
+from firmware_sim.lasting_flash import LastingFlash
+from firmware_sim.virtual_flash import PAGE_BYTES
 
 Image = dict[str, tuple[int, tuple[bytes, ...]]]
 """Files by name: length in bytes, and pages without the zeros that they end in (a preallocated file is mostly that)."""
@@ -100,10 +101,10 @@ def packed(files: Mapping[str, bytes]) -> Image:
     }
 
 
-def unpacked(image: Image) -> VirtualFlash:
+def unpacked(image: Image) -> LastingFlash:
     """A flash that holds what was packed."""
     files = {}
     for name, (length, pages) in image.items():
         content = b"".join(page.ljust(PAGE_BYTES, b"\0") for page in pages)
         files[name] = content[:length]
-    return VirtualFlash.holding(files)
+    return LastingFlash(files)

@@ -13,7 +13,7 @@ from device_client.ports import Board, Clock, Transport
 from firmware_sim.fleet.edge import ShardEdge
 from firmware_sim.fleet.links import SteadyLine
 from firmware_sim.fleet.record import DeviceRecord
-from firmware_sim.virtual_flash import VirtualFlash
+from firmware_sim.lasting_flash import LastingFlash
 
 _DAY_S = 86_400.0
 
@@ -43,7 +43,7 @@ class Surroundings(Protocol):
     def clock(self) -> Clock:
         """What it takes for the time."""
 
-    def prepare(self, flash: VirtualFlash) -> None:
+    def prepare(self, flash: LastingFlash) -> None:
         """The device's flash as it is found: worn, damaged, full."""
 
     def connect(self, edge: ShardEdge, wake: Callable[[], None]) -> Transport:
@@ -130,7 +130,7 @@ class IdealSurroundings:
         self._record, self._environment, self._began_s = record, environment, began_s
         self.board, self.clock = MainsBoard(), FleetClock(environment, began_s)
 
-    def prepare(self, flash: VirtualFlash) -> None:
+    def prepare(self, flash: LastingFlash) -> None:
         """It is as new."""
 
     def connect(self, edge: ShardEdge, wake: Callable[[], None]) -> SteadyLine:

@@ -1,4 +1,4 @@
-"""One suite over the operating system's files and the virtual flash: same results, same errors."""
+"""One suite over the operating system's files and the virtual flashes: same results, same errors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,24 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from firmware_sim.lasting_flash import LastingFlash
 from firmware_sim.virtual_flash import VirtualFlash
 from fl_protocol.adapters.files import SystemDisk
 from fl_protocol.durable import Disk, append_durably, clear_leftovers, remove_durably, write_atomic
 
+DISKS: dict[str, Callable[[Path], Disk]] = {
+    "system": SystemDisk,
+    "virtual": lambda _folder: VirtualFlash(),
+    "lasting": lambda _folder: LastingFlash(),
+}
 
-@pytest.fixture(params=["system", "virtual"])
+
+@pytest.fixture(params=DISKS.values(), ids=DISKS)
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Disk:
-    return SystemDisk(tmp_path) if request.param == "system" else VirtualFlash()
+    made: Disk = request.param(tmp_path)
+    return made
 
 
 def test_what_is_written_is_read(disk: Disk) -> None:
@@ -144,57 +152,62 @@ DATA = st.binary(max_size=6)
 PLACES = st.integers(0, 8)
 
 
-class BothDisks(RuleBasedStateMachine):
-    """Whatever is done to both comes out the same."""
+class AllDisks(RuleBasedStateMachine):
+    """Whatever is done to all comes out the same."""
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.system, self.virtual = SystemDisk(Path(self.folder.name)), VirtualFlash()
+        self.system, self.virtual, self.lasting = SystemDisk(Path(self.folder.name)), VirtualFlash(), LastingFlash()
 
     def teardown(self) -> None:
         self.folder.cleanup()
 
-    def both(self, act: Callable[[Disk], object]) -> None:
-        assert outcome(act, self.system) == outcome(act, self.virtual)
+    def all(self, act: Callable[[Disk], object]) -> None:
+        assert outcome(act, self.system) == outcome(act, self.virtual) == outcome(act, self.lasting)
+
+    @invariant()
+    def wear_is_the_same(self) -> None:
+        assert self.virtual.page_writes == self.lasting.page_writes
+        assert self.virtual.image() == self.lasting.image()
 
     @rule(name=NAMES, data=DATA)
     def write(self, name: str, data: bytes) -> None:
-        self.both(lambda disk: disk.write(name, data))
+        self.all(lambda disk: disk.write(name, data))
 
     @rule(name=NAMES, data=DATA)
     def append(self, name: str, data: bytes) -> None:
-        self.both(lambda disk: disk.append(name, data))
+        self.all(lambda disk: disk.append(name, data))
 
     @rule(name=NAMES, offset=PLACES, data=DATA)
     def write_at(self, name: str, offset: int, data: bytes) -> None:
-        self.both(lambda disk: disk.write_at(name, offset, data))
+        self.all(lambda disk: disk.write_at(name, offset, data))
 
     @rule(name=NAMES, length=PLACES)
     def truncate(self, name: str, length: int) -> None:
-        self.both(lambda disk: disk.truncate(name, length))
+        self.all(lambda disk: disk.truncate(name, length))
 
     @rule(old=NAMES, new=NAMES)
     def rename(self, old: str, new: str) -> None:
-        self.both(lambda disk: disk.rename(old, new))
+        self.all(lambda disk: disk.rename(old, new))
 
     @rule(name=NAMES)
     def remove(self, name: str) -> None:
-        self.both(lambda disk: disk.remove(name))
+        self.all(lambda disk: disk.remove(name))
 
     @rule(name=FOLDERS)
     def make_folder(self, name: str) -> None:
-        self.both(lambda disk: disk.make_folder(name))
+        self.all(lambda disk: disk.make_folder(name))
 
     @rule(name=FOLDERS)
     def sync_folder(self, name: str) -> None:
-        self.both(lambda disk: disk.sync_folder(name))
+        self.all(lambda disk: disk.sync_folder(name))
 
     @rule(name=NAMES, offset=PLACES, length=PLACES)
     def look(self, name: str, offset: int, length: int) -> None:
-        self.both(lambda disk: disk.sync(name))
-        self.both(lambda disk: disk.read_at(name, offset, length))
-        self.both(
+        self.all(lambda disk: disk.sync(name))
+        self.all(lambda disk: disk.read_at(name, offset, length))
+        self.all(
             lambda disk: (disk.read(name), disk.size(name), disk.names(), disk.names(name[:3]), disk.names("one/"))
         )
 
@@ -207,5 +220,55 @@ def outcome(act: Callable[[Disk], object], disk: Disk) -> object:
         return error.errno
 
 
-TestBothDisks = BothDisks.TestCase
-TestBothDisks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAllDisks = AllDisks.TestCase
+TestAllDisks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class FullFlashes(RuleBasedStateMachine):
+    """What does not fit, or may not be changed, ends in the same bytes, the same wear and the same error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flashes = [VirtualFlash(page_bytes=4), LastingFlash(page_bytes=4)]
+
+    def all(self, act: Callable[[Disk], object]) -> None:
+        assert outcome(act, self.flashes[0]) == outcome(act, self.flashes[1])
+        assert self.flashes[0].image() == self.flashes[1].image()
+        assert self.flashes[0].page_writes == self.flashes[1].page_writes
+
+    @rule(room=st.none() | st.integers(0, 12), read_only=st.sampled_from([False, False, False, True]))
+    def change(self, room: int | None, *, read_only: bool) -> None:
+        for flash in self.flashes:
+            flash.capacity_bytes, flash.read_only = room, read_only
+
+    @rule(name=NAMES, data=DATA)
+    def write(self, name: str, data: bytes) -> None:
+        self.all(lambda disk: disk.write(name, data))
+
+    @rule(name=NAMES, data=DATA)
+    def append(self, name: str, data: bytes) -> None:
+        self.all(lambda disk: disk.append(name, data))
+
+    @rule(name=NAMES, data=DATA)
+    def replace(self, name: str, data: bytes) -> None:
+        self.all(lambda disk: write_atomic(disk, name, data))
+
+    @rule(name=NAMES, place=PLACES)
+    def truncate(self, name: str, place: int) -> None:
+        self.all(lambda disk: disk.truncate(name, place))
+
+    @rule(name=NAMES, data=DATA)
+    def overwrite(self, name: str, data: bytes) -> None:
+        self.all(lambda disk: disk.write_at(name, 0, data))
+
+    @rule(name=NAMES)
+    def remove(self, name: str) -> None:
+        self.all(lambda disk: disk.remove(name))
+
+    @rule(name=FOLDERS)
+    def make_folder(self, name: str) -> None:
+        self.all(lambda disk: disk.make_folder(name or "one"))
+
+
+TestFullFlashes = FullFlashes.TestCase
+TestFullFlashes.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -9,8 +9,8 @@ import pytest
 import simpy
 
 from firmware_sim.fleet.build import new_records, world_of
+from firmware_sim.lasting_flash import LastingFlash
 from firmware_sim.scenario.loading import load_scenario
-from firmware_sim.virtual_flash import VirtualFlash
 from tests.enrolments import broken_copy
 from tests.firmware_sim.fleet.small_fleets import HARDWARE, Ran, ran, scenario_file
 
@@ -81,7 +81,7 @@ def test_wear_goes_on_over_lives_and_makes_a_flash_read_only_under_a_daemon(tmp_
     (profile, _), record = loaded.profiles["raspberry_pi_zero_2_w"], new_records(loaded, 0, 8)[0]
     endured = int(profile.flash.capacity_bytes / profile.flash.page_bytes * profile.flash.endurance_writes)
     record.page_writes = endured - 10
-    surroundings, flash = world_of(loaded).surroundings(record, simpy.Environment()), VirtualFlash()
+    surroundings, flash = world_of(loaded).surroundings(record, simpy.Environment()), LastingFlash()
     surroundings.prepare(flash)
     flash.page_writes = 9
     surroundings.settle()

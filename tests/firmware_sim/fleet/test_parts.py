@@ -17,8 +17,9 @@ from firmware_sim.fleet.record import DeviceRecord, packed, unpacked
 from firmware_sim.fleet.simulation import played_back, with_seed
 from firmware_sim.fleet.windows import FleetEvent, Totals, Upload, WindowReport, added_up, merged_uploads
 from firmware_sim.fleet_metrics import FleetRound
+from firmware_sim.lasting_flash import LastingFlash
 from firmware_sim.scenario.schema import Curve
-from firmware_sim.virtual_flash import PAGE_BYTES, VirtualFlash
+from firmware_sim.virtual_flash import PAGE_BYTES
 
 NAMES = st.text("ab/.", min_size=1, max_size=6).filter(lambda name: "//" not in name and name.strip("/") == name)
 CONTENTS = st.one_of(
@@ -36,15 +37,14 @@ CONTENTS = st.one_of(
 def test_a_packed_flash_is_the_same_when_it_is_unpacked(files: dict[str, bytes]) -> None:
     flash = unpacked(packed(files))
     assert flash.image() == files
-    assert flash.durable() == files
     assert packed(flash.image()) == packed(files)
 
 
 def test_a_held_flash_goes_on_as_the_one_whose_image_it_has() -> None:
-    first = VirtualFlash()
+    first = LastingFlash()
     first.make_folder("a")
     first.write("a/b", bytes(3 * PAGE_BYTES) + b"end")
-    second = VirtualFlash.holding(first.image())
+    second = LastingFlash(first.image())
     for flash in (first, second):
         flash.append("a/b", b"more")
         flash.rename("a/b", "a/c")
