@@ -32,6 +32,7 @@ from firmware_sim.profiles.hardware_profile import HardwareProfile, Job, RadioLi
 from firmware_sim.radio.links import LinkModel
 from firmware_sim.radio.radio import Radio
 from firmware_sim.radio.transport import RadioUse
+from firmware_sim.virtual_flash import PAGE_BYTES
 from firmware_sim.wearer.situation import Wearing
 from fl_protocol.errors import GraphError
 from fl_protocol.transport import Transport
@@ -162,6 +163,10 @@ class HardwareSurroundings:
         if self.board.is_on:
             self.board.spend(flop * self.profile.processor.joule_per_flop * self._energy_factor, seconds, "compute")
         return seconds
+
+    def write_s(self, pages: int) -> float:
+        """By the profile's sustained speed."""
+        return pages * PAGE_BYTES / self.profile.flash.write_bytes_per_s
 
     def check_memory(self, num_bytes: int) -> None:
         """Raises GraphError: there is not so much."""

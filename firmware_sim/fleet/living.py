@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import simpy
@@ -21,6 +21,8 @@ LONGEST_NAP_S = 3600.0
 RECORDED_EVERY_S = 3600.0
 """How often what was recorded meanwhile is stored on a device that is awake; one that wakes up has it at once."""
 _SHORTEST_NAP_S = 1e-3
+_WORTH_AN_EVENT_S = 0.01
+"""Writing that takes less is added to the next: a flash of 50 MB/s takes a pageful in a tenth of a millisecond."""
 
 
 class FleetBell:
@@ -83,6 +85,8 @@ class Living:
     record_until: Callable[[float], None]
     count_awake: Callable[[], None]
     turns: int = 0
+    _written_pages: int = field(default=0, init=False)
+    _writing_s: float = field(default=0.0, init=False)
 
     def life(self, environment: simpy.Environment) -> Generator[simpy.Event, Any, Ending]:
         """Take turns until something ends the daemon; each takes as long as what it computes."""
@@ -94,9 +98,10 @@ class Living:
             self.device.step()
             self.turns += 1
             self.count_awake()
-            if compute_s := self.take_compute_s():
-                self.record.compute_s += compute_s
-                yield environment.timeout(compute_s)
+            compute_s = self.take_compute_s()
+            self.record.compute_s += compute_s
+            if busy_s := compute_s + self._take_writing_s():
+                yield environment.timeout(busy_s)
             self.surroundings.settle()
             ending = self.surroundings.ending(is_done=self.is_done, has_heard=self.has_heard)
             if ending is not None:
@@ -106,6 +111,16 @@ class Living:
                 quiet_s = self._quiet_until_s(environment.now)
                 if quiet_s > environment.now:
                     yield from self.bell.until(quiet_s)
+
+    def _take_writing_s(self) -> float:
+        """How long what was written to flash since the last call takes, once that is worth an event."""
+        pages = self.flash.page_writes + self.counter.page_writes
+        self._writing_s += self.surroundings.write_s(pages - self._written_pages)
+        self._written_pages = pages
+        if self._writing_s < _WORTH_AN_EVENT_S:
+            return 0.0
+        writing_s, self._writing_s = self._writing_s, 0.0
+        return writing_s
 
     def is_done(self) -> bool:
         """Whether nothing is left to do but to wait for another round."""

@@ -26,6 +26,7 @@ from firmware_sim.fleet.run import FleetRun, Progress
 from firmware_sim.fleet.windows import FleetEvent
 from firmware_sim.fleet_metrics import FaultSpan, FleetMetrics, FleetRound, read_metrics
 from firmware_sim.fleet_report import fleet_report_html
+from firmware_sim.profiles.catalogue import profile_names
 from firmware_sim.scenario.loading import LoadedScenario, load_scenario
 from firmware_sim.scenario.schema import Scenario
 from firmware_sim.scenario.toml_lines import Path as Keys
@@ -78,15 +79,19 @@ def _with_files(folder: Path, loaded: LoadedScenario, text: str) -> str:
         (("model",), scenario.model if scenario.model.endswith(".covey") else None, "model.covey"),
         (("population", "traces"), scenario.population.traces, "traces.csv"),
         (("recorded",), scenario.recorded, "recorded"),
+        (("population", "own_profiles"), scenario.population.own_profiles, "profiles"),
     ]
     for key, name, kept in named:
         if name is None:
             continue
         source, target = relative_to_config(loaded.path, name), folder / kept
-        if key == ("recorded",):
+        if source.is_dir():
             target.mkdir()
-            source, target = source / METRICS, target / METRICS
-        target.write_bytes(source.read_bytes())
+            wanted = [METRICS] if kept == "recorded" else [f"{one}.toml" for one in profile_names(source)]
+            for file in wanted:
+                (target / file).write_bytes((source / file).read_bytes())
+        else:
+            target.write_bytes(source.read_bytes())
         text = with_text_at(text, key, kept)
     return text
 

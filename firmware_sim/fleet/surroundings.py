@@ -52,6 +52,9 @@ class Surroundings(Protocol):
     def compute_s(self, flop: float) -> float:
         """How long so many floating-point operations take now; they drain and warm the device."""
 
+    def write_s(self, pages: int) -> float:
+        """How long writing so many pages of the flash takes."""
+
     def check_memory(self, num_bytes: int) -> None:
         """Raises GraphError: the device has not so much memory for a graph."""
 
@@ -140,6 +143,11 @@ class IdealSurroundings:
     def compute_s(self, flop: float) -> float:
         """No time."""
         del flop
+        return 0.0
+
+    def write_s(self, pages: int) -> float:
+        """No time."""
+        del pages
         return 0.0
 
     def check_memory(self, num_bytes: int) -> None:

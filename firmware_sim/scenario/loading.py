@@ -170,20 +170,24 @@ def _converted(path: Path, text: str, fields: dict[str, Any]) -> Scenario:
 def _profiles(path: Path, text: str, scenario: Scenario) -> dict[str, tuple[HardwareProfile, float]]:
     """The fleet's hardware, and its weights. Raises ConfigError."""
     result: dict[str, tuple[HardwareProfile, float]] = {}
+    own = scenario.population.own_profiles
+    if own is not None and not relative_to_config(path, own).is_dir():
+        raise _wrong(path, text, ("population", "own_profiles"), f"expected a folder, got {own!r}, which is not there")
     for name, weight in scenario.population.profiles.items():
         try:
-            result[name] = (_profile(name, scenario), weight)
+            result[name] = (_profile(name, scenario, path), weight)
         except ProfileError as error:
             raise _wrong(path, text, ("population", "profiles", name), str(error)) from error
     return result
 
 
-def _profile(name: str, scenario: Scenario) -> HardwareProfile:
+def _profile(name: str, scenario: Scenario, path: Path) -> HardwareProfile:
     """A profile with the scenario's network, its jobs waiting only for what the wearers' rules ask for.
 
     Raises ProfileError.
     """
-    profile = load_profile(name)
+    own = scenario.population.own_profiles
+    profile = load_profile(name, own=relative_to_config(path, own) if own is not None else None)
     if scenario.population.network == "away":
         profile = msgspec.structs.replace(profile, home=profile.away)
     if isinstance(profile.residency, Job) and not scenario.eligibility.require_unmetered:

@@ -66,6 +66,8 @@ class Population(Section, frozen=True, kw_only=True):
         job_period_hours: how often at most systems start the daemon, instead of what the profiles say.
         network: ``away``: every device has its profile's network of away from home wherever it is, such as phones whose
             only network is cellular.
+        own_profiles: a folder, relative to the file, with profiles of your own: ``NAME.toml`` as ``covey-fleet profiles
+            smartwatch`` prints one, its ``name`` the file's. `profiles` may name them beside covey's.
         traces: a CSV of real devices' states (docs/simulation-hardware.md), relative to the file; devices take its
             traces in turn, and ``[wearers]`` says nothing then.
     """
@@ -73,6 +75,7 @@ class Population(Section, frozen=True, kw_only=True):
     profiles: dict[str, Annotated[float, Meta(gt=0)]] = {}
     job_period_hours: Positive | None = None
     network: Literal["profile", "away"] = "profile"
+    own_profiles: str | None = None
     traces: str | None = None
 
 

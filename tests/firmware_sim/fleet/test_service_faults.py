@@ -60,6 +60,18 @@ def test_an_aggregator_that_is_killed_again_and_again_loses_nothing_that_has_a_r
     check_every_receipt_counts_once(left)
 
 
+def test_an_aggregator_that_gives_receipts_for_what_it_has_not_stored_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = '"count": partial.num_updates}'
+    broken = broken_copy("aggregator.store.updates", (counts, counts.replace("}", " - (partial.num_updates > 5)}")))
+    monkeypatch.setattr("aggregator.store.updates.Updates.put_partial", broken.Updates.put_partial)
+    left = ran(tmp_path, fault=[KILLS])
+    assert left.count("update_delivered")
+    with pytest.raises(AssertionError):
+        check_every_receipt_counts_once(left)
+
+
 def test_a_killed_aggregator_does_nothing_until_it_is_started(tmp_path: Path) -> None:
     left = ran(tmp_path, fault=[{"kind": "aggregator_kill", "at_s": 3.0, "for_s": 120.0}])
     (killed,), (started,) = left.of("aggregator_killed"), left.of("aggregator_started")

@@ -39,6 +39,12 @@ WRONG: list[tuple[str, str, str, tuple[str, ...]]] = [
         "population.traces",
         ("a CSV file", "got 't.csv'"),
     ),
+    (
+        "[population.profiles]\n",
+        '[population]\nown_profiles = "mine"\n[population.profiles]\n',
+        "population.own_profiles",
+        ("a folder", "got 'mine'"),
+    ),
     ('"surrogate"', '"recorded"\nrecorded = "old"', "recorded", ("the folder of a run", "got 'old'")),
     ('"watch_cnn"', f'"my.covey"\npublisher_key = "{"00" * 32}"', "model", ("readable file", "my.covey")),
     ("require_idle = false", "require_idle = 3", "eligibility.require_idle", ("true or false", "got 3")),
