@@ -23,7 +23,8 @@ from firmware_sim.attackers.mislabelling import Mislabelling
 from firmware_sim.attackers.plan import AttackPlan
 from firmware_sim.faults.plan import FaultPlan
 from firmware_sim.fleet.device_firmware import FirmwarePlan
-from firmware_sim.fleet.hardware import HardwareTerms, HardwareWorld
+from firmware_sim.fleet.hardware_terms import HardwareTerms
+from firmware_sim.fleet.hardware_world import HardwareWorld
 from firmware_sim.fleet.hub import Hub, HubSettings
 from firmware_sim.fleet.maker import DeviceMaker
 from firmware_sim.fleet.record import DeviceRecord

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import simpy
 
-from device_client.config import EligibilityConfig
 from device_client.eligibility import BATTERY_MARGIN_PERCENT, TEMPERATURE_MARGIN_CELSIUS
 from firmware_sim.board.board_state import BoardState
-from firmware_sim.board.flash_wear import FlashWear
 from firmware_sim.board.virtual_board import VirtualBoard, first_state, sensor_offset_celsius
 from firmware_sim.clock.real_time_clock import ClockModel, RealTimeClock
-from firmware_sim.faults.flash_damage import damage
-from firmware_sim.faults.kinds import CorruptedFlash, Crash, Hang, Packets, RebootLoop, SlowLoris, Timed
+from firmware_sim.faults.kinds import Crash, Hang, Packets, RebootLoop, SlowLoris
 from firmware_sim.faults.packets import FaultyTransport
-from firmware_sim.faults.plan import FaultPlan, Strike
+from firmware_sim.faults.plan import Strike
 from firmware_sim.faults.trickling_edge import TricklingEdge
-from firmware_sim.fleet.device_firmware import DeviceFirmware, FirmwarePlan
+from firmware_sim.fleet.device_firmware import DeviceFirmware
 from firmware_sim.fleet.edge import ShardEdge
-from firmware_sim.fleet.job_starts import JobStarts
+from firmware_sim.fleet.flash_fate import FlashFate, is_for_good
+from firmware_sim.fleet.hardware_terms import HardwareTerms, job_starts
 from firmware_sim.fleet.links import FleetRadio
 from firmware_sim.fleet.record import DeviceRecord, Energy
 from firmware_sim.fleet.surroundings import Ending, FleetClock
 from firmware_sim.labelled_chance import key_of, uniform
 from firmware_sim.lasting_flash import LastingFlash
-from firmware_sim.profiles.hardware_profile import HardwareProfile, Job, RadioLink
-from firmware_sim.radio.links import LinkModel
+from firmware_sim.profiles.hardware_profile import HardwareProfile, link_model
 from firmware_sim.radio.radio import Radio
 from firmware_sim.radio.transport import RadioUse
 from firmware_sim.virtual_flash import PAGE_BYTES
@@ -45,30 +41,6 @@ WATCHDOG_S = 60.0
 BOOT_S = 20.0
 """From a reset until the daemon runs again."""
 _SHORTEST_S = 1e-3
-
-
-@dataclass(frozen=True)
-class HardwareTerms:
-    """What all devices of a fleet have in common.
-
-    Args:
-        seed: of the fleet.
-        began_s: Unix seconds of the beginning; `ends_s` of the end.
-        eligibility: the wearers' rules, whose thresholds matter.
-        tenant: name on the wire.
-        faults: of the run.
-        job_period_s: instead of the profiles'.
-        firmware: of the devices; None: it never fails and never changes.
-    """
-
-    seed: str
-    began_s: float
-    ends_s: float
-    eligibility: EligibilityConfig
-    tenant: str
-    faults: FaultPlan
-    job_period_s: float | None = None
-    firmware: FirmwarePlan | None = None
 
 
 @dataclass
@@ -110,15 +82,14 @@ class HardwareSurroundings:
         self._job_starts = job_starts(record, profile, self.wearer, terms)
         self._firmware: DeviceFirmware | None = None
         self._energy_factor = 1.0
-        self._flash = LastingFlash()
-        self._wear = FlashWear(profile.flash, page_writes_before=record.page_writes)
+        self._flash_fate = self._fate_of(LastingFlash())
 
     def prepare(self, flash: LastingFlash) -> None:
         """Worn, damaged by what struck while it slept, full or read-only while that lasts."""
-        self._flash = flash
+        self._flash_fate = self._fate_of(flash)
         now_s = self._true.now_s()
-        self._damage(self._schedule.strikes(self.record.struck_until_s, now_s))
-        self._tend_flash(now_s)
+        self._flash_fate.damage(self._schedule.strikes(self.record.struck_until_s, now_s))
+        self._flash_fate.tend(now_s)
         self.record.struck_until_s = now_s
         if self.terms.firmware is not None:
             self._firmware = DeviceFirmware(self.terms.firmware, self.record, now_s=self._started_s)
@@ -128,7 +99,7 @@ class HardwareSurroundings:
     def connect(self, edge: ShardEdge, wake: Callable[[], None]) -> Transport:
         """Its radio, behind what befalls its network."""
         record, terms, schedule = self.record, self.terms, self._schedule
-        links = {"home": _link_model(self.profile.home), "away": _link_model(self.profile.away)}
+        links = {"home": link_model(self.profile.home), "away": link_model(self.profile.away)}
         on_mains = self.profile.battery is None
         radio = Radio(
             links,
@@ -184,7 +155,7 @@ class HardwareSurroundings:
     def settle(self) -> None:
         """Radio and being awake drain the board; the clock is set by a network; the flash fills or is free."""
         now_s = self._true.now_s()
-        self._tend_flash(now_s)
+        self._flash_fate.tend(now_s)
         self.board.advance(now_s)
         awake_s, self._settled_s = float(self.environment.now) - self._settled_s, float(self.environment.now)
         joules = self.profile.processor.awake_mw / 1000 * awake_s * self._energy_factor
@@ -212,7 +183,7 @@ class HardwareSurroundings:
         struck = [one for one in self._schedule.strikes(self.record.struck_until_s, true_s + _SHORTEST_S) if _ends(one)]
         if struck:
             self.record.struck_until_s = true_s + _SHORTEST_S
-            self._damage(struck)
+            self._flash_fate.damage(struck)
             # Not "crash": that is what a daemon does by itself, and a finding.
             kind = str(struck[0].fault.__struct_config__.tag)
             return Ending("killed" if kind == "crash" else kind, is_clean=False)
@@ -277,12 +248,9 @@ class HardwareSurroundings:
 
     def start_without_store_s(self) -> float | None:
         """After a full or read-only flash is well again; never, if it is damaged for good or worn out."""
-        true_s, began_s = self._true.now_s(), self.terms.began_s
-        ends_s = [strike.ends_s for fault, strike in self._failing(true_s) if not _is_for_good(fault)]
-        struck = self._schedule.strikes(began_s, true_s + _SHORTEST_S)
-        if any(_is_for_good(strike.fault) for strike in struck) or self._wear.share(self._flash.page_writes) >= 1:
-            return math.inf
-        return max(ends_s) - began_s + BOOT_S if ends_s else None
+        began_s = self.terms.began_s
+        well_s = self._flash_fate.well_again_s(began_s, self._true.now_s())
+        return None if well_s is None else well_s - began_s + BOOT_S
 
     def leave(self) -> None:
         """Board, clock and energy last."""
@@ -307,24 +275,9 @@ class HardwareSurroundings:
         """Whether it is on the mains or its charger: only then its system installs an update."""
         return self.profile.battery is None or self.wearer.situation(true_s).on_charger
 
-    def _failing(self, true_s: float) -> list[tuple[CorruptedFlash, Strike]]:
-        """What is wrong with the flash now."""
-        return self._schedule.active_strikes(CorruptedFlash, true_s)
-
-    def _tend_flash(self, true_s: float) -> None:
-        """Full, read-only, worn out, or well again."""
-        flash = self._flash
-        flash.capacity_bytes, flash.read_only = self.profile.flash.capacity_bytes, False
-        self._wear.take(flash)
-        for fault, strike in self._failing(true_s):
-            if not _is_for_good(fault):
-                damage(flash, fault, key=strike.key)
-
-    def _damage(self, strikes: Iterable[Strike]) -> None:
-        """Flip bits and tear files."""
-        for strike in strikes:
-            if isinstance(strike.fault, CorruptedFlash) and _is_for_good(strike.fault):
-                damage(self._flash, strike.fault, key=strike.key)
+    def _fate_of(self, flash: LastingFlash) -> FlashFate:
+        """What befalls a flash of this device."""
+        return FlashFate(self.profile.flash, self._schedule, flash, page_writes=self.record.page_writes)
 
     def _start_up(self) -> None:
         """What starting the daemon takes."""
@@ -395,74 +348,9 @@ class HardwareSurroundings:
         return min(true_s, self.terms.ends_s) - self.terms.began_s
 
 
-class HardwareWorld:
-    """`firmware_sim.fleet.surroundings.World` of virtual hardware.
-
-    Args:
-        terms: of the fleet.
-        profile_of: a device's hardware, given its record.
-        wearer_of: who carries it.
-    """
-
-    def __init__(
-        self,
-        terms: HardwareTerms,
-        *,
-        profile_of: Callable[[DeviceRecord], HardwareProfile],
-        wearer_of: Callable[[DeviceRecord], Wearing],
-    ) -> None:
-        self._terms, self._profile_of, self._wearer_of = terms, profile_of, wearer_of
-
-    def first_start_s(self, record: DeviceRecord) -> float:
-        """When it appears, and its system then starts the daemon."""
-        terms = self._terms
-        appears_s = terms.faults.appears_s(record.name)
-        at_s = terms.began_s if appears_s is None else appears_s
-        starts = job_starts(record, self._profile_of(record), self._wearer_of(record), terms)
-        return (at_s if starts is None else starts.next_s(at_s)) - terms.began_s
-
-    def surroundings(self, record: DeviceRecord, environment: simpy.Environment) -> HardwareSurroundings:
-        """Of a device whose daemon starts now."""
-        return HardwareSurroundings(record, environment, self._profile_of(record), self._wearer_of(record), self._terms)
-
-
-def job_starts(
-    record: DeviceRecord, profile: HardwareProfile, wearer: Wearing, terms: HardwareTerms
-) -> JobStarts | None:
-    """When a device's system starts its daemon; None for a resident one."""
-    job = profile.residency
-    if not isinstance(job, Job):
-        return None
-    return JobStarts(job, profile, wearer, seed=terms.seed, device=record.name, ends_s=terms.ends_s)
-
-
 def _ends(strike: Strike) -> bool:
     """Whether a strike ends the daemon: a flash that is full or read-only does not, one that lost bytes resets it."""
-    return isinstance(strike.fault, Crash | Hang) or _is_for_good(strike.fault)
-
-
-def _is_for_good(fault: Timed) -> bool:
-    """Whether a fault leaves a flash with other bytes than were written."""
-    return isinstance(fault, CorruptedFlash) and fault.damage in {"bit_flips", "torn"}
-
-
-@functools.lru_cache(maxsize=256)
-def _link_model(link: RadioLink) -> LinkModel:
-    """A profile's link, as the radio simulates it."""
-    return LinkModel(
-        kind=link.kind,
-        metered=link.metered,
-        up_bytes_per_s=link.up_bytes_per_s,
-        down_bytes_per_s=link.down_bytes_per_s,
-        latency_s=link.latency_s,
-        jitter_s=link.jitter_s,
-        loss=link.loss,
-        joules_per_byte_up=link.up_joule_per_byte,
-        joules_per_byte_down=link.down_joule_per_byte,
-        tail_joules=link.wake_joule,
-        tail_s=1.0 if link.wake_joule else 0.0,
-        duty=link.duty,
-    )
+    return isinstance(strike.fault, Crash | Hang) or is_for_good(strike.fault)
 
 
 def _deviation(key: int) -> float:

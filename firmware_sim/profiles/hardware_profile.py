@@ -6,13 +6,14 @@ and one away. No I/O.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
 
 from firmware_sim.errors import ProfileError
-from firmware_sim.radio.links import DutyCycle
+from firmware_sim.radio.links import DutyCycle, LinkModel
 from firmware_sim.wearer.situation import Place
 
 Above0 = Annotated[float, msgspec.Meta(gt=0)]
@@ -136,6 +137,25 @@ class RadioLink(_Part, frozen=True):
     down_joule_per_byte: AtLeast0
     wake_joule: AtLeast0
     duty: DutyCycle | None = None
+
+
+@functools.lru_cache(maxsize=256)
+def link_model(link: RadioLink) -> LinkModel:
+    """A link as the radio simulates it; made once, for every connection asks for it."""
+    return LinkModel(
+        kind=link.kind,
+        metered=link.metered,
+        up_bytes_per_s=link.up_bytes_per_s,
+        down_bytes_per_s=link.down_bytes_per_s,
+        latency_s=link.latency_s,
+        jitter_s=link.jitter_s,
+        loss=link.loss,
+        joules_per_byte_up=link.up_joule_per_byte,
+        joules_per_byte_down=link.down_joule_per_byte,
+        tail_joules=link.wake_joule,
+        tail_s=1.0 if link.wake_joule else 0.0,
+        duty=link.duty,
+    )
 
 
 class RealTimeClock(_Part, frozen=True):

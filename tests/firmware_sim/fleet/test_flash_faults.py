@@ -44,10 +44,11 @@ def test_a_flash_that_takes_nothing_for_a_while_stops_devices_that_are_awake_for
 def test_a_flash_that_is_looked_at_when_a_daemon_starts_only_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle = "now_s = self._true.now_s()\n        self._tend_flash(now_s)\n        self.board"
-    broken = broken_copy("firmware_sim.fleet.hardware", (settle, settle.replace("self._tend_flash(now_s)", "pass")))
-    monkeypatch.setattr("firmware_sim.fleet.build.HardwareWorld", broken.HardwareWorld)
-    monkeypatch.setattr("firmware_sim.fleet.build.HardwareTerms", broken.HardwareTerms)
+    settle = "now_s = self._true.now_s()\n        self._flash_fate.tend(now_s)\n        self.board"
+    broken = broken_copy(
+        "firmware_sim.fleet.hardware", (settle, settle.replace("self._flash_fate.tend(now_s)", "pass"))
+    )
+    monkeypatch.setattr("firmware_sim.fleet.hardware_world.HardwareSurroundings", broken.HardwareSurroundings)
     with pytest.raises(AssertionError):
         check_it_fails_at_its_time(ran(tmp_path, fault=[fault("full")], **HARDWARE))
 
