@@ -188,6 +188,15 @@ def test_the_toss_is_remembered_before_the_model_is_asked_for() -> None:
     assert max(remembered) < actions.index(Subscribe(model_topic(TENANT, DIGEST, 0)))
 
 
+def test_a_round_that_is_left_out_is_written_to_flash_once() -> None:
+    driver = Driver()
+    assert not driver.session.has_heard
+    actions = driver.open_round(participation_probability=0.0)
+    assert driver.session.has_heard
+    states = [action.state for action in actions if isinstance(action, Remember)]
+    assert states == [SessionState(STUDY, highest_round=1, decided_round=1)]
+
+
 @pytest.mark.parametrize("probability", [0.0, 0.03, 0.5, 1.0])
 def test_participation_has_the_wanted_probability(probability: float) -> None:
     # False-alarm rate: FALSE_ALARM_RATE.

@@ -22,6 +22,7 @@ from firmware_sim.fleet.shard import MOST_CRASHES
 from firmware_sim.fleet.simulation import SCENARIO, replayed
 from firmware_sim.fleet.windows import FleetEvent
 from firmware_sim.fleet_events import read_events
+from firmware_sim.profiles.catalogue import load_profile
 from tests.firmware_sim.fleet.fleets import HARDWARE, folder_of, prepared
 from tests.firmware_sim.fleet.small_fleets import BASE, ran
 
@@ -55,6 +56,18 @@ class FailingMaker(DeviceMaker):
 
 
 THREE_STEPS = {**BASE["task"], "rounds": 3, "plan": {**BASE["task"]["plan"], "local_steps": 3}}
+
+
+def test_a_job_ends_as_soon_as_it_has_heard_that_there_is_nothing_to_do(tmp_path: Path) -> None:
+    task = {**BASE["task"], "participation": {"probability": 0.0001}}
+    left = ran(tmp_path, days=1.0, task=task, population={"profiles": {"phone_fast": 1}, "job_period_hours": 2.0})
+    lives = sum(record.lives for record in left.run.records)
+    awake_mwh = sum(record.energy.base_mwh for record in left.run.records)
+    profile = load_profile("phone_fast").processor
+    start_mwh = profile.start_cpu_s * profile.flop_per_s * profile.joule_per_flop / 3.6
+    assert lives >= 8
+    # Waiting 5 s for another round would take five times what a second does.
+    assert awake_mwh < lives * (start_mwh + profile.awake_mw / 3600)
 
 
 def test_a_device_that_crashes_is_told_restarted_and_replayed_and_the_others_go_on(
