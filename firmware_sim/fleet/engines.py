@@ -7,6 +7,7 @@ Every engine gives the same bytes: what a shard does follows from its devices an
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import resource
 import signal
@@ -64,15 +65,21 @@ class ShardHost:
         number: of the shard.
         count: of shards.
         traced: name of a device of which every event is told.
+        owns_process: whether nothing else runs in this process.
     """
 
-    def __init__(self, scenario: Path, number: int, count: int, *, traced: str = "") -> None:
+    def __init__(
+        self, scenario: Path, number: int, count: int, *, traced: str = "", owns_process: bool = False
+    ) -> None:
         self._builder = ShardBuilder(scenario, number, count, traced=traced)
+        self._owns_process = owns_process
         self._made: Shard | None = None
 
     def start(self, starts_s: float, records: tuple[DeviceRecord, ...] | None) -> None:
         """Make the shard."""
         self._made = self._builder.build(records, starts_s=starts_s)
+        if self._owns_process:
+            _leave_records_alone()
 
     def advance(self, window: Window) -> WindowReport:
         """Simulate a window."""
@@ -241,6 +248,16 @@ class Processes:
         return answer
 
 
+def _leave_records_alone() -> None:
+    """Have the garbage collector pass over what is there now, the records of sleeping devices for the most part, and
+    look less often: what one life leaves is small, and looking through tens of thousands of records for it is not.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 @contextlib.contextmanager
 def _ignoring_interrupts() -> Iterator[None]:
     """What is started here ignores Ctrl-C, which a terminal sends to all: a run ends after the window it is in."""
@@ -256,7 +273,7 @@ def _ignoring_interrupts() -> Iterator[None]:
 
 def _serve(line: Connection, scenario: Path, number: int, count: int) -> None:
     """A process that simulates one shard, until the line is closed."""
-    host = ShardHost(scenario, number, count)
+    host = ShardHost(scenario, number, count, owns_process=True)
     while True:
         try:
             command, arguments = line.recv()

@@ -52,7 +52,7 @@ class RayActors:
         except Exception as error:
             raise FleetError(f"Ray does not start ({error}); take --engine local") from error
         actor = ray.remote(num_cpus=1)(ShardHost)
-        self._actors: list[Any] = [actor.remote(scenario, number, count) for number in range(count)]
+        self._actors: list[Any] = [actor.remote(scenario, number, count, owns_process=True) for number in range(count)]
         self._begun: list[Any] = []
 
     def start(self, starts_s: float, records: Sequence[DeviceRecord] | None) -> None:
