@@ -2,7 +2,7 @@
 
 Everything but time and resident memory comes from the committed bundles. The step is one call of ``train`` at the
 bundle's batch size on one thread, the median over interleaved blocks; resident memory is what a fresh process grows by
-when it loads the graph and runs three steps.
+when it loads the graph and runs three steps of each size that the graph has.
 
     python -m benchmarks.zoo_cards                       # the cards
     python -m benchmarks.zoo_cards --json
@@ -34,12 +34,12 @@ RUNTIMES: tuple[Runtime, ...] = ("litert", "tflite_runtime")
 BEGIN, END = "<!-- cards: python -m benchmarks.zoo_cards --write docs/zoo.md -->", "<!-- end of cards -->"
 GROWTH = """
 import sys
-from benchmarks.zoo_cards import one_step, opened, resident_bytes
-step_of = one_step
+from benchmarks.zoo_cards import every_size, opened, resident_bytes
+steps_of = every_size
 import numpy as np, ai_edge_litert.interpreter
 before = resident_bytes()
-step = step_of(opened(sys.argv[1]), "litert")
-for _ in range(3): step()
+for step in steps_of(opened(sys.argv[1]), "litert"):
+    for _ in range(3): step()
 print(resident_bytes() - before)
 """
 
@@ -72,14 +72,25 @@ def opened(name: str) -> ModelBundle:
 
 def one_step(bundle: ModelBundle, runtime: Runtime) -> functools.partial[Any]:
     """A call of ``train`` on random examples, loaded and ready."""
+    return every_size(bundle, runtime)[-1]
+
+
+def every_size(bundle: ModelBundle, runtime: Runtime) -> list[functools.partial[Any]]:
+    """A call on each number of rows that the graph takes, the most last."""
+    graph = TfliteGraph.of_bundle(bundle, runtime=runtime)
+    return [_call(graph, bundle, size) for size in graph.train_sizes]
+
+
+def _call(graph: TfliteGraph, bundle: ModelBundle, size: int) -> functools.partial[Any]:
+    """On random examples."""
     manifest, rng = bundle.manifest, np.random.default_rng(0)
-    size, label = manifest.batch_size, manifest.label
+    label = manifest.label
     if label.kind in ("class", "input"):
         y = rng.integers(0, max(len(label.names), 1), size).astype(np.int32)
     else:
         y = rng.random((size, len(label.names))).astype(np.float32)
     return functools.partial(
-        TfliteGraph.of_bundle(bundle, runtime=runtime).train,
+        graph.train,
         bundle.params,
         rng.standard_normal((size, *manifest.input.shape)).astype(np.float32),
         y,

@@ -372,7 +372,7 @@ class Device:
             graph=self._ports.graph(bundle),
             input_shape=bundle.manifest.input.shape,
             training_records=stream.training,
-            held_out_records=(lambda: _all_records(stream)) if measures_all else stream.held_out,
+            held_out_records=partial(_all_records if measures_all else _held_out_records, stream),
             personal=KeptVector(store, name=study_blob("personal", study.study), initial=bundle.params[shared:]),
             control=ControlVariate(self.store, name=study_blob("control", study.study), length=shared),
             feedback=ErrorFeedback(
@@ -463,6 +463,11 @@ def budget_of(config: DeviceConfig) -> Budget:
     shares: Mapping[str, float] = {study.study: study.epsilon for study in config.studies if study.epsilon is not None}
     period_s = None if privacy.period_days is None else privacy.period_days * _DAY_S
     return Budget(privacy.epsilon, privacy.delta, period_s=period_s, per_task=shares)
+
+
+def _held_out_records(stream: WindowStore) -> Records:
+    """Those that are never trained on; where there are none, nothing is read and decrypted to find that out."""
+    return stream.held_out() if stream.held_out_count else Records(np.empty(0, np.float32), np.empty(0, np.int32))
 
 
 def _all_records(stream: WindowStore) -> Records:

@@ -59,11 +59,15 @@ class Board(Protocol):
 
 
 class Graph(Protocol):
-    """One loaded trainable TFLite graph (design section 3); every array has the static batch size B first."""
+    """One loaded trainable TFLite graph (design section 3); the first axis of every array is of a static size."""
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """B, the rows that `evaluate` takes, and the most that `train` does."""
+
+    @property
+    def train_sizes(self) -> tuple[int, ...]:
+        """How many rows `train` may be given, ascending; the last is B."""
 
     @property
     def dropout(self) -> tuple[DropoutMask, ...]:
@@ -83,11 +87,11 @@ class Graph(Protocol):
 
         Args:
             params: float32 [d].
-            x: float32 [B, ...].
-            y: labels of the B rows.
-            mask: float32 [B], 1 for a record and 0 for padding.
+            x: float32 [R, ...], R one of `train_sizes`.
+            y: labels of the R rows.
+            mask: float32 [R], 1 for a record and 0 for padding.
             clip: the L2 norm clip.
-            dropout: float32 [B, units of all masks], 1 where a unit is kept; only for a model with dropout.
+            dropout: float32 [R, units of all masks], 1 where a unit is kept; only for a model with dropout.
         """
 
     def evaluate(self, params: Float32, x: Float32, y: Labels, mask: Float32) -> tuple[float, float]:

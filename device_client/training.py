@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -287,8 +287,8 @@ def clipped_gradient_sum(
 ) -> NDArray[np.float64]:
     """Sum of the batch's clipped gradients, float64 [d], accumulated over as many calls of the graph as it takes."""
     total = np.zeros(len(params))
-    for x, y, mask in _padded(records, batch, graph.batch_size):
-        dropout = keep_masks(graph.dropout, graph.batch_size, entropy) if graph.dropout else None
+    for x, y, mask in _padded(records, batch, graph.train_sizes):
+        dropout = keep_masks(graph.dropout, len(mask), entropy) if graph.dropout else None
         total += graph.train(params, x, y, mask, clip=clip, dropout=dropout)
     if not np.isfinite(total).all():
         raise TrainingError(
@@ -312,18 +312,31 @@ def keep_masks(masks: tuple[DropoutMask, ...], rows: int, entropy: Entropy) -> F
 def evaluate(graph: Graph, params: Float32, records: Records) -> Evaluation:
     """Loss and accuracy of a model on all of `records`."""
     loss_sum = correct = 0.0
-    for x, y, mask in _padded(records, np.arange(len(records)), graph.batch_size):
+    for x, y, mask in _padded(records, np.arange(len(records)), (graph.batch_size,)):
         loss, right = graph.evaluate(params, x, y, mask)
         loss_sum, correct = loss_sum + loss, correct + right
     return Evaluation(loss_sum, round(correct), len(records))
 
 
-def _padded(records: Records, batch: NDArray[np.intp], size: int) -> Iterator[tuple[Float32, Labels, Float32]]:
-    """The batch in pieces of exactly `size` rows; rows beyond it have mask 0."""
-    for start in range(0, len(batch), size):
-        rows = batch[start : start + size]
-        x = np.zeros((size, *records.x.shape[1:]), np.float32)
-        y: Labels = np.resize(records.y[rows], (size, *records.y.shape[1:]))
+def _padded(
+    records: Records, batch: NDArray[np.intp], sizes: tuple[int, ...]
+) -> Iterator[tuple[Float32, Labels, Float32]]:
+    """The batch in pieces of the largest size, but the end in up to two of a smaller one; padding has mask 0."""
+    at = 0
+    while at < len(batch):
+        # Not three or four: of some models a call costs much besides its rows.
+        size = next((size for size in sizes if 2 * size >= len(batch) - at), sizes[-1])
+        rows = batch[at : at + size]
+        at += size
         mask = np.zeros(size, np.float32)
-        x[: len(rows)], mask[: len(rows)] = records.x[rows], 1
-        yield x, y, mask
+        mask[: len(rows)] = 1
+        yield _filled_up(records.x[rows], size), _filled_up(records.y[rows], size), mask
+
+
+def _filled_up(values: NDArray[Any], size: int) -> NDArray[Any]:
+    """Zeros behind them, up to so many rows."""
+    if len(values) == size:
+        return values
+    filled = np.zeros((size, *values.shape[1:]), values.dtype)
+    filled[: len(values)] = values
+    return filled

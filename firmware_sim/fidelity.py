@@ -26,7 +26,7 @@ class TimedGraph:
 
     Args:
         graph: what really computes.
-        flop: floating-point operations of one call of ``train``, for which the bundle's manifest has them.
+        flop: floating-point operations of one call of ``train`` on B rows, for which the bundle's manifest has them.
         took: told of the operations of every call.
     """
 
@@ -37,6 +37,11 @@ class TimedGraph:
     def batch_size(self) -> int:
         """B."""
         return self._graph.batch_size
+
+    @property
+    def train_sizes(self) -> tuple[int, ...]:
+        """Of the graph."""
+        return self._graph.train_sizes
 
     @property
     def dropout(self) -> tuple[DropoutMask, ...]:
@@ -53,8 +58,8 @@ class TimedGraph:
         clip: float,
         dropout: Float32 | None = None,
     ) -> Float32:
-        """As the graph does; its static batch takes the same time however many records are in it."""
-        self._took(self._flop)
+        """As the graph does; every row takes its time, whether there is a record in it or not."""
+        self._took(self._flop * len(mask) / self.batch_size)
         return self._graph.train(params, x, y, mask, clip=clip, dropout=dropout)
 
     def evaluate(self, params: Float32, x: Float32, y: Labels, mask: Float32) -> tuple[float, float]:
@@ -147,7 +152,7 @@ class NoGraph:
     dropout: tuple[DropoutMask, ...] = ()
 
     def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
+        self.batch_size, self.train_sizes = batch_size, (batch_size,)
 
     def train(
         self,

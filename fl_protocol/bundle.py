@@ -1,10 +1,10 @@
 """Model bundles (``*.covey``): a signed zip that holds everything a device needs to train one model.
 
-Members: ``manifest.json``, ``graph.tflite`` (signatures ``train``, ``infer``, ``evaluate``), ``infer.tflite``
-(inference only, parameters stored as one constant), ``params.npy`` (float32 [d]), ``keras.json`` (the Keras model, for
-tools that have TensorFlow; a device does not read it), ``frozen.npy`` (the weights of its frozen layers, which the
-graphs hold as constants) and ``signature`` (Ed25519 of the publisher over the bytes of
-``manifest.json``). The manifest carries the SHA-256 of every other member, so the one
+Members: ``manifest.json``, ``graph.tflite`` (signatures ``train``, ``infer``, ``evaluate`` on B rows, and mostly
+``train_few``, the same as ``train`` on fewer), ``infer.tflite`` (inference only, parameters stored as one constant),
+``params.npy`` (float32 [d]), ``keras.json`` (the Keras model, for tools that have TensorFlow; a device does not read
+it), ``frozen.npy`` (the weights of its frozen layers, which the graphs hold as constants) and ``signature`` (Ed25519 of
+the publisher over the bytes of ``manifest.json``). The manifest carries the SHA-256 of every other member, so the one
 signature covers all of them.
 
 Order of checks in `open_bundle`: size caps from the zip directory, then the signature, then the manifest, then the

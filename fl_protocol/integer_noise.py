@@ -2,7 +2,9 @@
 
 Floating-point Gaussian samplers leak through their gaps and their running time (Mironov 2012; Jin et al., arXiv
 2112.05307), so nothing here turns random bits into noise through floats: a table of integer weights is cut by 63 random
-bits. A table ends where less than 2^-63 of the mass is left, so noise has a largest magnitude.
+bits. A table ends where less than 2^-63 of the mass is left, so noise has a largest magnitude. Only as many of the bits
+are drawn as decide; so how long it takes, and how many bytes are asked for, tells how many draws were near an edge of
+their entry, as the search for these did before. Nothing here is constant-time.
 
 Wide discrete Gaussian noise is composed of two tables, X = k·X1 + X2, which is within exp(-2π²·16) of one discrete
 Gaussian of variance k²σ1² + σ2² when σ2 = 4k and σ1 >= 4 (Micciancio & Walter, CRYPTO 2017, section 4). Skellam noise
@@ -36,6 +38,7 @@ LEAST_SKELLAM = 2.0**-20
 _MOST_SKELLAM_PARTS = 64
 _TOTAL = 1 << 63
 _GUIDE_BITS = 16
+_TAIL_BITS = 63 - _GUIDE_BITS
 _SEVERAL = np.iinfo(np.uint16).max
 
 
@@ -169,15 +172,17 @@ def _guide(law: _Law, parameter: float) -> NDArray[np.uint16]:
 
 
 def _table_sample(law: _Law, parameter: float, count: int, entropy: Entropy) -> NDArray[np.int64]:
-    """`count` integers from one table."""
+    """`count` integers from one table: where 63 random bits fall in its cumulative weights."""
     cumulative = _cumulative_weights(law, parameter)
-    raw = np.frombuffer(entropy(8 * count), dtype="<u8")
-    # Nine draws in ten are known by their leading 16 bits; searching the table for all took longer than a training
-    # step.
-    index = _guide(law, parameter).take(raw.view("<u2")[3::4]).astype(np.int64)
+    last = len(cumulative) - 1
+    heads = np.frombuffer(entropy(2 * count), dtype="<u2")
+    index = _guide(law, parameter).take(heads)
+    # Nine draws in ten are known by their leading 16 bits, so the other 47 are drawn for the rest only, and only these
+    # are searched for: doing it for all took longer than a training step.
     unclear = np.flatnonzero(index == _SEVERAL)
-    found = np.searchsorted(cumulative, (raw[unclear] >> np.uint64(1)).astype(np.int64), side="right")
+    tails = np.frombuffer(entropy(8 * len(unclear)), dtype="<u8") >> np.uint64(64 - _TAIL_BITS)
+    draws = heads[unclear].astype(np.int64) << _TAIL_BITS | tails.astype(np.int64)
     # Values run from 0 to 2^63 - 1; the one value past the total maps to the last entry.
-    index[unclear] = np.minimum(found, len(cumulative) - 1)
-    drawn: NDArray[np.int64] = index - (len(cumulative) - 1) // 2
+    index[unclear] = np.minimum(np.searchsorted(cumulative, draws, side="right"), last)
+    drawn: NDArray[np.int64] = index.astype(np.int64) - last // 2
     return drawn

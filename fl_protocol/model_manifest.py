@@ -178,13 +178,14 @@ class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         version: publisher's version; devices refuse one lower than they have.
         description: what the model is for and how it prepares its input, for people.
         data: which recordings the model is meant for or started from, and their licence.
-        batch_size: B, the static batch dimension of every signature.
+        batch_size: B, the static batch dimension of every signature but ``train_few``, which says its own.
         parameters: layout of the flat vector; ``num_parameters`` is d.
         num_shared_parameters: how many of the d, from the start, leave the device; the rest are personal layers.
         norm_clips: groups of layers that are clipped together; one group with share 1 is a flat clip.
         dropout: the masks that the host feeds while training; empty for a model without dropout.
         train_flops: floating-point operations of one call of ``train``, counted from the graph.
-        train_arena_bytes: working memory of one call of ``train``, planned from the graph.
+        train_arena_bytes: working memory of ``train`` and ``train_few``, each of which keeps its own, planned from the
+            graph.
         infer_params_offset: byte offset of the d little-endian float32 parameters within ``infer.tflite``.
         members: SHA-256 (hex) of every other member except the signature.
     """

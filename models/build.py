@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fl_protocol.bundle import pack_bundle
 from fl_protocol.model_manifest import BUNDLE_FORMAT, BundleManifest
 from models.check import installed_runtimes, worst_errors
-from models.convert import convert_infer, convert_network
+from models.convert import convert_infer, convert_network, training_rows
 from models.cost import SignatureCost, signature_cost
 from models.errors import ConversionError
 from models.hostile import LARGEST_CONTRIBUTION, hostile_probes, worst_contribution
@@ -33,7 +36,7 @@ def build_bundle(
     Args:
         spec: the model.
         publisher_key: signs the bundle; devices pin its public half.
-        batch_size: B, the static batch dimension of every signature, at least 1.
+        batch_size: B, the static batch dimension of every signature but ``train_few``, at least 1.
         version: devices refuse one lower than they have.
 
     Returns:
@@ -50,7 +53,8 @@ def build_bundle(
     graph = convert_network(network, batch_size=batch_size)
     _hold_to_autodiff(network, graph, batch_size=batch_size)
     _hold_to_clip(network, graph, batch_size=batch_size)
-    cost = signature_cost(graph, "train")
+    costs = [signature_cost(graph, signature) for signature in training_rows(batch_size)]
+    cost = replace(costs[0], arena_bytes=sum(each.arena_bytes for each in costs))
     manifest = _manifest(
         network, cost, batch_size=batch_size, version=version, infer_params_offset=template.params_offset
     )
@@ -80,9 +84,9 @@ def _hold_to_autodiff(network: Network, graph: bytes, *, batch_size: int) -> Non
 
 def _hold_to_clip(network: Network, graph: bytes, *, batch_size: int) -> None:
     """Refuse a graph in which parameters at the ends of float32 let one record contribute more than the clip."""
-    for runtime in installed_runtimes():
-        probes = hostile_probes(network, batch_size=batch_size, gaps=(36.0, 44.0, 50.0), draws=4)
-        ratio = worst_contribution(graph, runtime, probes, clips=(0.05,))
+    for runtime, (signature, rows) in itertools.product(installed_runtimes(), training_rows(batch_size).items()):
+        probes = hostile_probes(network, batch_size=rows, gaps=(36.0, 44.0, 50.0), draws=4)
+        ratio = worst_contribution(graph, runtime, probes, clips=(0.05,), signature=signature)
         if not ratio <= LARGEST_CONTRIBUTION:
             raise ConversionError(
                 f"{network.spec.name}: on {runtime} one record can contribute {ratio:.3g} times the clip; does a layer "

@@ -17,25 +17,40 @@ from models.flatbuffer import operators
 from models.memory_sharing import kept_apart
 from models.network import Network
 
+_Signature = tuple[Callable[..., Any], Mapping[str, tf.TensorSpec]]
+
 
 def convert_network(network: Network, *, batch_size: int) -> bytes:
-    """The trainable graph, with the signatures ``train``, ``infer`` and ``evaluate``.
+    """The trainable graph, with the signatures ``train``, ``train_few``, ``infer`` and ``evaluate``.
 
     Args:
         network: the model.
-        batch_size: B, static in every signature.
+        batch_size: B, static in every signature but ``train_few``.
 
     Raises:
         ConversionError: an operator is not builtin, so a device without Flex could not run it.
     """
     tensors = input_tensors(network, batch_size=batch_size)
+    step = functools.partial(steps.clipped_step, network)
+    trainings = {
+        name: (step, input_tensors(network, batch_size=rows)) for name, rows in training_rows(batch_size).items()
+    }
     return convert_signatures(
-        {
-            "train": (functools.partial(steps.clipped_step, network), tensors),
+        trainings
+        | {
             "infer": (functools.partial(steps.infer, network), _pick(tensors, "params", "x")),
             "evaluate": (functools.partial(steps.evaluate, network), _pick(tensors, "params", "x", "y", "mask")),
         }
     )
+
+
+def training_rows(batch_size: int) -> dict[str, int]:
+    """The signatures that train and how many rows each takes: ``train`` B, and ``train_few`` a quarter, unless none.
+
+    A Poisson batch is seldom a multiple of B, and a row of padding costs as much as one with a record.
+    """
+    few = batch_size // 4
+    return {"train": batch_size, "train_few": few} if few else {"train": batch_size}
 
 
 def convert_infer(network: Network, *, batch_size: int) -> bytes:
@@ -59,7 +74,7 @@ def input_tensors(network: Network, *, batch_size: int) -> dict[str, tf.TensorSp
     return tensors
 
 
-def convert_signatures(signatures: Mapping[str, tuple[Callable[..., Any], Mapping[str, tf.TensorSpec]]]) -> bytes:
+def convert_signatures(signatures: Mapping[str, _Signature]) -> bytes:
     """Convert functions, each with its named inputs, to one flatbuffer.
 
     Raises:

@@ -26,10 +26,10 @@ _SIZES = (1.6e19, 1e22)
 
 
 def worst_contribution(
-    graph: bytes, runtime: str, probes: Iterable[dict[str, Any]], *, clips: Iterable[float]
+    graph: bytes, runtime: str, probes: Iterable[dict[str, Any]], *, clips: Iterable[float], signature: str = "train"
 ) -> float:
-    """The longest contribution over its clip; infinite if one is not finite. Probes are inputs of ``train``."""
-    runner, clips = interpreter(runtime, graph).get_signature_runner("train"), tuple(clips)
+    """The longest contribution over its clip; infinite if one is not finite. Probes are inputs of the signature."""
+    runner, clips = interpreter(runtime, graph).get_signature_runner(signature), tuple(clips)
     found = [
         float(np.linalg.norm(runner(**probe, clip=np.float32(clip))["grad"].astype(np.float64)) / clip)
         for probe in probes
@@ -45,7 +45,7 @@ def hostile_probes(
 
     Args:
         network: the model.
-        batch_size: B of its graph.
+        batch_size: rows of the signature.
         gaps: how far the scores are on the right side: output gradients are about e^-gap, and nothing below 2^-126
             squared starts at 43.7.
         draws: how many probes with every tensor scaled at random come on top.

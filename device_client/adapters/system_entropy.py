@@ -1,6 +1,6 @@
 """Random bytes from the operating system, stretched by AES-256-CTR where many are wanted.
 
-A training step draws 16 bytes per parameter for its noise; the system's own generator takes longer over them than the
+A training step draws five bytes per parameter for its noise; the system's own generator takes longer over them than the
 rest of the noise does. Each large request is the keystream under a key and counter drawn for it alone from the system
 (AES in counter mode as in NIST SP 800-90A, section 10.2.1), so nothing is kept that a fork or a copied virtual machine
 could repeat, and what is drawn is as strong as AES-256.

@@ -106,7 +106,7 @@ def _frame_at(aead: AESGCM, name: str, raw: bytes, *, start: int, number: int) -
     if header != _header(number, length) or length < NONCE_BYTES + TAG_BYTES or len(raw) < body + length:
         return None
     try:
-        sealed = raw[body + NONCE_BYTES : body + length]
+        sealed = memoryview(raw)[body + NONCE_BYTES : body + length]
         return aead.decrypt(raw[body : body + NONCE_BYTES], sealed, _bound(name, header)), body + length
     except InvalidTag:
         return None

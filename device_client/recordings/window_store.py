@@ -240,8 +240,9 @@ class WindowStore:
                 chosen = self._chosen(entry, held_out=held_out)
                 end = at + int(np.count_nonzero(chosen))
                 if end > at:
-                    x[at:end] = frame.windows()[chosen]
-                    y[at:end] = frame.labels()[chosen]
+                    every = end - at == len(chosen)
+                    x[at:end] = frame.windows() if every else frame.windows()[chosen]
+                    y[at:end] = frame.labels() if every else frame.labels()[chosen]
                 at = end
         return Records(x, y)
 

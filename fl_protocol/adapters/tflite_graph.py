@@ -29,6 +29,8 @@ _MAKERS: dict[Runtime, Callable[..., Any]] = {
 class TfliteGraph:
     """The signatures ``train`` and ``evaluate`` of a bundle's graph; what `device_client.ports.Graph` asks for.
 
+    ``train_few`` too, which graphs do not have that were built before there was one.
+
     Args:
         model: the flatbuffer, from a verified bundle.
         batch_size: B of the bundle's manifest.
@@ -56,10 +58,15 @@ class TfliteGraph:
         self._num_parameters = num_parameters
         self.runtime, interpreter = _interpreter(model, runtime, num_threads)
         try:
-            self._train = _Signature(interpreter.get_signature_runner("train"))
+            few = ["train_few"] if "train_few" in interpreter.get_signature_list() else []
+            trainings = [_Signature(interpreter.get_signature_runner(name)) for name in (*few, "train")]
+            self._train = {signature.shapes["mask"][0]: signature for signature in trainings}
             self._evaluate = _Signature(interpreter.get_signature_runner("evaluate"))
         except (ValueError, KeyError) as error:
             raise BundleError(f"the graph has no usable train and evaluate signatures ({error})") from error
+        self.train_sizes = tuple(self._train)
+        if self.train_sizes[-1] != batch_size:
+            raise BundleError(f"the graph trains on {self.train_sizes[-1]} rows, the manifest says {batch_size}")
 
     @classmethod
     def of_bundle(cls, bundle: ModelBundle, *, runtime: Runtime | None = None, num_threads: int = 1) -> TfliteGraph:
@@ -77,9 +84,10 @@ class TfliteGraph:
     def train(
         self, params: Float32, x: Float32, y: Labels, mask: Float32, *, clip: float, dropout: Float32 | None = None
     ) -> Float32:
-        """Clipped gradient sum, float32 [d]."""
+        """Clipped gradient sum, float32 [d], by the signature for so many rows."""
         masks = {} if dropout is None else {"dropout": dropout}
-        result = self._train.run(params=params, x=x, y=y, mask=mask, clip=np.float32(clip), **masks)
+        signature = self._train.get(len(mask), self._train[self.train_sizes[-1]])
+        result = signature.run(params=params, x=x, y=y, mask=mask, clip=np.float32(clip), **masks)
         gradient: Float32 = result["grad"]
         if gradient.shape != (self._num_parameters,):
             raise BundleError(
@@ -98,14 +106,14 @@ class _Signature:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self._shapes = {name: tuple(told["shape"]) for name, told in runner.get_input_details().items()}
+        self.shapes = {name: tuple(map(int, told["shape"])) for name, told in runner.get_input_details().items()}
 
     def run(self, **inputs: Any) -> Any:
         """Run it. Raises GraphError."""
         # Measured: tflite-runtime 2.14 resizes its inputs to whatever comes, and computes with that; LiteRT 2.3 raises.
-        wrong = {name: np.shape(value) for name, value in inputs.items() if np.shape(value) != self._shapes.get(name)}
+        wrong = {name: value.shape for name, value in inputs.items() if value.shape != self.shapes.get(name)}
         if wrong:
-            raise GraphError(f"the graph takes inputs of shapes {self._shapes}, got {wrong}")
+            raise GraphError(f"the graph takes inputs of shapes {self.shapes}, got {wrong}")
         try:
             return self._runner(**inputs)
         except (RuntimeError, ValueError) as error:

@@ -45,6 +45,21 @@ def test_no_record_moves_the_sum_by_more_than_the_clip(model: str, runtime: Runt
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("runtime", INSTALLED)
+@pytest.mark.parametrize("count", [3, 8, 13, 16, 17, 35])
+def test_what_is_left_of_a_batch_is_summed_alike_on_few_rows_and_on_many(
+    model: str, runtime: Runtime, count: int
+) -> None:
+    graph, params = graph_of(model, runtime), some_params(model)
+    records = synthetic_records(load_bundle(model), seed=4, count=count)
+    assert graph.train_sizes == (8, 32)
+    ours = clipped_gradient_sum(graph, params, records, np.arange(count), clip=0.5, entropy=os.urandom)
+    graph.train_sizes = (32,)  # as graphs have that were built before there was a signature for few rows
+    padded = clipped_gradient_sum(graph, params, records, np.arange(count), clip=0.5, entropy=os.urandom)
+    np.testing.assert_allclose(ours, padded, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_installed_runtimes_agree(model: str) -> None:
     params, records = some_params(model), synthetic_records(load_bundle(model), seed=2, count=50)
     graphs = [graph_of(model, runtime) for runtime in INSTALLED]

@@ -86,6 +86,12 @@ class LogisticGraph:
     dropout: tuple[DropoutMask, ...] = ()
     calls: int = 0
     rows: list[int] = field(default_factory=list)
+    few: int = 0
+    sizes: list[int] = field(default_factory=list)
+
+    @property
+    def train_sizes(self) -> tuple[int, ...]:
+        return (self.few, self.batch_size) if self.few else (self.batch_size,)
 
     @property
     def num_parameters(self) -> int:
@@ -96,6 +102,9 @@ class LogisticGraph:
     ) -> Float32:
         self.calls += 1
         self.rows.append(int(mask.sum()))
+        assert len(x) == len(y) == len(mask)
+        assert len(mask) in self.train_sizes
+        self.sizes.append(len(mask))
         gradients = self._per_example(params, x, y)
         norms = np.linalg.norm(gradients, axis=1)
         scale = mask * np.minimum(1.0, clip / np.maximum(norms, 1e-12))

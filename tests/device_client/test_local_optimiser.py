@@ -142,6 +142,7 @@ class QuadraticGraph:
     """Every record is a curvature h and a centre a, and its loss is Σ h·(θ − a)² / 2."""
 
     batch_size: int = 1
+    train_sizes: tuple[int, ...] = (1,)
     dropout: tuple[()] = ()
 
     def train(

@@ -25,6 +25,7 @@ class FailingGraph:
     calls: int = 0
     dropout: tuple[Any, ...] = ()
     batch_size: int = field(default_factory=lambda: real_graph().batch_size)
+    train_sizes: tuple[int, ...] = field(default_factory=lambda: real_graph().train_sizes)
 
     def train(self, *arguments: Any, **named: Any) -> Any:
         self.calls += 1

@@ -29,6 +29,7 @@ from fl_protocol.model_manifest import DropoutMask
 from tests.device_client import noise_checks
 from tests.device_client.noise_checks import FALSE_ALARM_RATE
 from tests.device_client.ports import LogisticGraph, UnclippedGraph, make_plan, make_records
+from tests.enrolments import broken_copy as broken_module
 from tests.virtual_fleet import SeededEntropy
 
 Train = Callable[..., Float32]
@@ -191,6 +192,55 @@ def test_batches_are_cut_into_pieces_of_the_graphs_size_without_a_trace(batch_si
     result, reference = evaluate(graph, params, records), evaluate(LogisticGraph(7, 6), params, records)
     assert (result.correct, result.count) == (reference.correct, 7)
     assert result.loss_sum == pytest.approx(reference.loss_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [
+        (0, []),
+        (1, [2]),
+        (3, [2, 2]),
+        (4, [2, 2]),
+        (5, [8]),
+        (8, [8]),
+        (9, [8, 2]),
+        (12, [8, 2, 2]),
+        (13, [8, 8]),
+        (20, [8, 8, 2, 2]),
+    ],
+)
+def test_the_end_of_a_batch_goes_through_few_rows_without_a_trace(count: int, sizes: list[int]) -> None:
+    records, params, batch = make_records(count=20), np.ones(12, np.float32), np.arange(20)[::-1][:count]
+    whole = clipped_gradient_sum(LogisticGraph(20, 6), params, records, batch, clip=1.0, entropy=os.urandom)
+    graph = LogisticGraph(8, 6, few=2)
+    np.testing.assert_allclose(
+        clipped_gradient_sum(graph, params, records, batch, clip=1.0, entropy=os.urandom), whole, rtol=1e-5, atol=1e-6
+    )
+    assert (graph.sizes, sum(graph.rows)) == (sizes, count)
+
+
+def check_no_record_is_left_out_or_made_up(module: Any) -> None:
+    records, params = make_records(count=13), np.ones(12, np.float32)
+    for count in (3, 5, 12):
+        batch = np.arange(count)
+        ours, whole = (
+            module.clipped_gradient_sum(graph, params, records, batch, clip=1.0, entropy=os.urandom)
+            for graph in (LogisticGraph(8, 6, few=2), LogisticGraph(count, 6))
+        )
+        np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("at += size", "at += sizes[-1]"),  # what comes after the first small piece is forgotten
+        ("batch[at : at + size]", "batch[:size]"),  # the first records come again
+    ],
+)
+def test_pieces_that_lose_or_invent_records_are_caught(wrong: tuple[str, str]) -> None:
+    check_no_record_is_left_out_or_made_up(broken_module("device_client.training"))
+    with pytest.raises(AssertionError):
+        check_no_record_is_left_out_or_made_up(broken_module("device_client.training", wrong))
 
 
 def test_a_device_without_records_sends_noise_and_nothing_else() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from fl_protocol import integer_noise
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.integer_noise import (
     _cumulative_weights,
@@ -95,17 +98,59 @@ def test_sigmas_out_of_range_are_refused(sigma: float) -> None:
         discrete_gaussian(sigma, 1, SeededEntropy(""))
 
 
-@pytest.mark.parametrize("sigma", [1.0, 3.7, 512.0, 1023.9])
-def test_the_guide_gives_what_a_search_of_the_table_gives(sigma: float) -> None:
+def check_guide(sigma: float, module: Any) -> None:
     cumulative = _cumulative_weights("gaussian", sigma)
     # Every boundary of the table and of the guide, one below and one above, and the ends.
     table = {int(c) + k for c in cumulative for k in (-1, 0, 1)}
     edges = table | {(i << 47) + k for i in range(1 << 16) for k in (-1, 0)}
     draws = np.array(sorted(edge for edge in edges if 0 <= edge < 1 << 63), np.int64)
-    raw = (draws.astype(np.uint64) << np.uint64(1)).astype("<u8").tobytes()
     searched = np.minimum(np.searchsorted(cumulative, draws, side="right"), len(cumulative) - 1)
-    drawn = _table_sample("gaussian", sigma, len(draws), lambda count: raw[:count])
+    drawn = module._table_sample("gaussian", sigma, len(draws), in_two_parts(draws, unclear(cumulative, draws)))
     np.testing.assert_array_equal(drawn, searched - (len(cumulative) - 1) // 2)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 3.7, 512.0, 1023.9])
+def test_the_guide_gives_what_a_search_of_the_table_gives(sigma: float) -> None:
+    check_guide(sigma, integer_noise)
+
+
+def test_a_sampler_that_forgets_the_bits_behind_the_guide_is_caught() -> None:
+    check_guide(3.7, broken_copy("fl_protocol.integer_noise"))
+    copy = broken_copy("fl_protocol.integer_noise", ("_TAIL_BITS | tails", "_TAIL_BITS | 0 * tails"))
+    with pytest.raises(AssertionError):
+        check_guide(3.7, copy)
+
+
+def unclear(cumulative: np.ndarray, draws: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    """Which draws share their leading 16 bits with one that another entry of the table has, bool [draws]."""
+    first, last = draws >> 47 << 47, draws | (1 << 47) - 1
+    return np.searchsorted(cumulative, first, side="right") != np.searchsorted(cumulative, last, side="right")
+
+
+def in_two_parts(draws: np.ndarray, whole: np.ndarray) -> Callable[[int], bytes]:  # type: ignore[type-arg]
+    """A source of given draws of 63 bits: 16 bits of each, then the other 47, with 17 to spare, where `whole`."""
+    parts = [(draws >> 47).astype("<u2"), (draws[whole].astype(np.uint64) << np.uint64(17)).astype("<u8")]
+
+    def source(count: int) -> bytes:
+        part = parts.pop(0).tobytes()
+        assert len(part) == count
+        return part
+
+    return source
+
+
+@pytest.mark.parametrize("sigma", [1.0, 512.0])
+def test_every_draw_has_63_bits_of_its_own(sigma: float) -> None:
+    cumulative = _cumulative_weights("gaussian", sigma)
+    asked: list[int] = []
+
+    def counting(count: int) -> bytes:
+        asked.append(count)
+        return SeededEntropy(f"{len(asked)}")(count)
+
+    _table_sample("gaussian", sigma, COUNT, counting)
+    heads = np.frombuffer(SeededEntropy("1")(2 * COUNT), "<u2").astype(np.int64) << 47
+    assert asked == [2 * COUNT, 8 * np.count_nonzero(unclear(cumulative, heads))]
 
 
 # Skellam.

@@ -18,7 +18,7 @@ from fl_protocol.bundle import ModelBundle  # noqa: E402
 from fl_protocol.model_manifest import ClipGroup  # noqa: E402
 from models import catalog, check  # noqa: E402
 from models.build import build_bundle  # noqa: E402
-from models.convert import convert_network, convert_signatures  # noqa: E402
+from models.convert import convert_network, convert_signatures, training_rows  # noqa: E402
 from models.errors import ConversionError  # noqa: E402
 from models.hostile import LARGEST_CONTRIBUTION, hostile_probes, worst_contribution  # noqa: E402
 from models.layers import gradients  # noqa: E402
@@ -131,8 +131,16 @@ GAPS = tuple(np.arange(34.0, 54.0, 1.0))
 
 
 def longest(network: Network, graph: bytes, runtime: str, *, batch_size: int = 2, draws: int = 40) -> float:
-    probes = hostile_probes(network, batch_size=batch_size, gaps=GAPS, draws=draws)
-    return worst_contribution(graph, runtime, probes, clips=CLIPS)
+    return max(
+        worst_contribution(
+            graph,
+            runtime,
+            hostile_probes(network, batch_size=rows, gaps=GAPS, draws=draws),
+            clips=CLIPS,
+            signature=signature,
+        )
+        for signature, rows in training_rows(batch_size).items()
+    )
 
 
 def test_no_hostile_parameters_let_a_record_pass_the_clip_of_a_committed_bundle(

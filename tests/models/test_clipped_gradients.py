@@ -30,6 +30,11 @@ def test_full_batches_match_autodiff(bundle: ModelBundle, model: str, runtime: s
     assert check.worst_error(runner, model_cases(model, 32).values()) < TOLERANCE
 
 
+def test_small_batches_match_autodiff(bundle: ModelBundle, model: str, runtime: str) -> None:
+    runner = signature(bundle.graph, runtime, "train_few")
+    assert check.worst_error(runner, model_cases(model, 8).values()) < TOLERANCE
+
+
 def test_batches_of_one_match_autodiff(model: str, runtime: str) -> None:
     runner = signature(single_example_graph(model), runtime, "train")
     assert check.worst_error(runner, model_cases(model, 1).values()) < TOLERANCE

@@ -40,8 +40,10 @@ def test_an_operator_without_a_builtin_is_refused() -> None:
 
 
 def test_the_signatures_are_those_of_the_design(bundle: ModelBundle) -> None:
+    training = ["clip", "mask", "params", "x", "y"], ["grad", "loss", "norms"]
     assert signatures(bundle.graph) == {
-        "train": (["clip", "mask", "params", "x", "y"], ["grad", "loss", "norms"]),
+        "train": training,
+        "train_few": training,
         "infer": (["params", "x"], ["logits"]),
         "evaluate": (["mask", "params", "x", "y"], ["correct", "loss_sum"]),
     }

@@ -28,6 +28,10 @@ class WatchedGraph:
         return self._graph.batch_size
 
     @property
+    def train_sizes(self) -> tuple[int, ...]:
+        return self._graph.train_sizes
+
+    @property
     def dropout(self) -> tuple[DropoutMask, ...]:
         return self._graph.dropout
 
