@@ -23,6 +23,7 @@ from firmware_sim.errors import FleetError
 from firmware_sim.fleet.build import ShardSpec, build_shard, index_of
 from firmware_sim.fleet.record import DeviceRecord
 from firmware_sim.fleet.shard import Left, Shard
+from firmware_sim.fleet.shared_memory import AnswerReader, AnswerWriter, SharedFile
 from firmware_sim.fleet.windows import Download, Totals, Window, WindowReport
 from fl_protocol.errors import ConfigError
 
@@ -146,10 +147,12 @@ class InProcess:
 
 @dataclass
 class _Worker:
-    """A process that simulates one shard, and the line to it."""
+    """A process that simulates one shard, the line to it, and what reads its answers."""
 
     process: BaseProcess
     line: Connection
+    file: SharedFile
+    answers: AnswerReader
 
 
 @dataclass
@@ -168,14 +171,17 @@ class Processes:
     def __post_init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked copy of open databases and threads would not be safe
         for number in range(self.count):
-            mine, theirs = context.Pipe()
+            (mine, theirs), file = context.Pipe(), SharedFile()
             process = context.Process(
-                target=_serve, args=(theirs, self.scenario, number, self.count), name=f"shard-{number}", daemon=True
+                target=_serve,
+                args=(theirs, file, self.scenario, number, self.count),
+                name=f"shard-{number}",
+                daemon=True,
             )
             with _ignoring_interrupts():
                 process.start()
             theirs.close()
-            self._workers.append(_Worker(process, mine))
+            self._workers.append(_Worker(process, mine, file, AnswerReader(file)))
 
     def start(self, starts_s: float, records: Sequence[DeviceRecord] | None) -> None:
         """Make the shards."""
@@ -203,6 +209,7 @@ class Processes:
         for worker in self._workers:
             with contextlib.suppress(OSError):
                 worker.line.close()
+                worker.file.close()
         for worker in self._workers:
             worker.process.join(_END_WITHIN_S)
             if worker.process.is_alive():
@@ -211,7 +218,8 @@ class Processes:
     def _ask(self, number: int, command: str, *arguments: Any) -> None:
         """Give a process something to do. Raises FleetError."""
         try:
-            self._workers[number].line.send((command, arguments))
+            worker = self._workers[number]
+            worker.line.send((command, arguments, worker.answers.take_done()))
         except OSError as error:
             raise self._died(number) from error
 
@@ -231,7 +239,7 @@ class Processes:
     def _answer(self, number: int, worker: _Worker) -> Any:
         """What a process says."""
         try:
-            answer, failure = worker.line.recv()
+            answer, failure = worker.answers.loads(*worker.line.recv())
         except (EOFError, OSError) as error:
             raise self._died(number) from error
         if isinstance(failure, ConfigError):
@@ -254,17 +262,18 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _serve(line: Connection, scenario: Path, number: int, count: int) -> None:
+def _serve(line: Connection, file: SharedFile, scenario: Path, number: int, count: int) -> None:
     """A process that simulates one shard, until the line is closed."""
-    host = ShardHost(scenario, number, count)
+    host, answers = ShardHost(scenario, number, count), AnswerWriter(file)
     while True:
         try:
-            command, arguments = line.recv()
+            command, arguments, done = line.recv()
         except EOFError:
             return
+        answers.take_back(done)
         try:
-            line.send((getattr(host, command)(*arguments), None))
+            line.send(answers.dumps((getattr(host, command)(*arguments), None)))
         except ConfigError as error:
-            line.send((None, error))
+            line.send(answers.dumps((None, error)))
         except Exception:
-            line.send((None, traceback.format_exc()))
+            line.send(answers.dumps((None, traceback.format_exc())))

@@ -14,6 +14,7 @@ from device_client.device import Device
 from device_client.errors import StoreError
 from firmware_sim.fleet.record import DeviceRecord, packed
 from firmware_sim.fleet.surroundings import Ending, Surroundings
+from firmware_sim.hand_over import HandOver
 from firmware_sim.virtual_flash import VirtualFlash
 
 LONGEST_NAP_S = 3600.0
@@ -71,6 +72,7 @@ class Living:
         surroundings: what it is in.
         record_until: stores what its wearer has recorded until a time, seconds of the shard's time.
         count_awake: told of every turn.
+        hand_over: what the device hands over in memory.
     """
 
     record: DeviceRecord
@@ -82,6 +84,7 @@ class Living:
     surroundings: Surroundings
     record_until: Callable[[float], None]
     count_awake: Callable[[], None]
+    hand_over: HandOver
     turns: int = 0
 
     def life(self, environment: simpy.Environment) -> Generator[simpy.Event, Any, Ending]:
@@ -94,6 +97,7 @@ class Living:
             self.device.step()
             self.turns += 1
             self.count_awake()
+            self.hand_over.forget_all_but(self.device.outbox)
             if compute_s := self.take_compute_s():
                 self.record.compute_s += compute_s
                 yield environment.timeout(compute_s)
