@@ -38,7 +38,9 @@ _BLOCK = 32_768  # float64 blocks of this many stay in the processor's cache
 def norm_of(values: NDArray[np.float32]) -> float:
     """L2 norm; infinite or NaN exactly if a value is, or if the norm does not fit float32."""
     squared = squared_norm(values)
-    if squared == 0 and not values.any():
+    if math.isnan(squared):  # no square of a number is
+        return math.nan
+    if squared == 0 and values.max(initial=0) == values.min(initial=0):
         return 0.0
     # Of values near the limits the squares may underflow; float64 has room for all of them.
     return math.sqrt(squared) if 1e-20 < squared < math.inf else float(np.linalg.norm(values.astype(np.float64)))

@@ -23,7 +23,7 @@ from firmware_sim.errors import FleetError
 from firmware_sim.fleet.build import ShardSpec, build_shard, index_of
 from firmware_sim.fleet.record import DeviceRecord
 from firmware_sim.fleet.shard import Left, Shard
-from firmware_sim.fleet.shared_memory import AnswerReader, AnswerWriter, SharedFile
+from firmware_sim.fleet.shared_memory import AnswerReader, AnswerWriter, SharedFile, SharedFiles, ask, asked
 from firmware_sim.fleet.windows import Download, Totals, Window, WindowReport
 from fl_protocol.errors import ConfigError
 
@@ -147,11 +147,11 @@ class InProcess:
 
 @dataclass
 class _Worker:
-    """A process that simulates one shard, the line to it, and what reads its answers."""
+    """A process that simulates one shard, the line to it, and what both have in memory."""
 
     process: BaseProcess
     line: Connection
-    file: SharedFile
+    files: SharedFiles
     answers: AnswerReader
 
 
@@ -171,17 +171,17 @@ class Processes:
     def __post_init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked copy of open databases and threads would not be safe
         for number in range(self.count):
-            (mine, theirs), file = context.Pipe(), SharedFile()
+            (mine, theirs), files = context.Pipe(), SharedFiles(SharedFile(), SharedFile())
             process = context.Process(
                 target=_serve,
-                args=(theirs, file, self.scenario, number, self.count),
+                args=(theirs, files, self.scenario, number, self.count),
                 name=f"shard-{number}",
                 daemon=True,
             )
             with _ignoring_interrupts():
                 process.start()
             theirs.close()
-            self._workers.append(_Worker(process, mine, file, AnswerReader(file)))
+            self._workers.append(_Worker(process, mine, files, AnswerReader(files.answers)))
 
     def start(self, starts_s: float, records: Sequence[DeviceRecord] | None) -> None:
         """Make the shards."""
@@ -209,7 +209,8 @@ class Processes:
         for worker in self._workers:
             with contextlib.suppress(OSError):
                 worker.line.close()
-                worker.file.close()
+                worker.files.questions.close()
+                worker.files.answers.close()
         for worker in self._workers:
             worker.process.join(_END_WITHIN_S)
             if worker.process.is_alive():
@@ -219,7 +220,7 @@ class Processes:
         """Give a process something to do. Raises FleetError."""
         try:
             worker = self._workers[number]
-            worker.line.send((command, arguments, worker.answers.take_done()))
+            ask(worker.line, worker.files.questions, (command, arguments, worker.answers.take_done()))
         except OSError as error:
             raise self._died(number) from error
 
@@ -262,12 +263,12 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _serve(line: Connection, file: SharedFile, scenario: Path, number: int, count: int) -> None:
+def _serve(line: Connection, files: SharedFiles, scenario: Path, number: int, count: int) -> None:
     """A process that simulates one shard, until the line is closed."""
-    host, answers = ShardHost(scenario, number, count), AnswerWriter(file)
+    host, answers = ShardHost(scenario, number, count), AnswerWriter(files.answers)
     while True:
         try:
-            command, arguments, done = line.recv()
+            command, arguments, done = asked(line, files.questions)
         except EOFError:
             return
         answers.take_back(done)

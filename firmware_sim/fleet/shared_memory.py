@@ -1,9 +1,10 @@
-"""Answers of another process on this machine, whose large arrays are not sent but left in memory that both have mapped.
+"""Asking another process on this machine: what is large is not sent, but left in memory that both have.
 
 The memory is a file without a name: the system takes it back when the last process that has it open is gone, however
-that ended. One side writes arrays and the other only reads them; when nothing there refers to one any more, it says so,
-and the place is written to again. So there is as much of it as arrays were in use at a time, and a place that is used
-again costs one copy and nothing else.
+that ended. A question lies in a file of its own until it is answered. Of an answer, large arrays stay where they were
+written: one side writes and the other only reads; when nothing there refers to an array any more, it says so, and the
+place is written to again. So there is as much of it as arrays were in use at a time, and a place that is used again
+costs one copy and nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
+from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple
 
@@ -46,8 +48,9 @@ class SharedFile:
                 self.descriptor = os.dup(file.fileno())
 
     def close(self) -> None:
-        """Let go of it; what is mapped stays so."""
-        os.close(self.descriptor)
+        """Let go of it; what is mapped stays so. Raises OSError if that was done."""
+        descriptor, self.descriptor = self.descriptor, -1
+        os.close(descriptor)
 
     def segment(self, number: int, access: int) -> mmap.mmap:
         """Map one of its segments. Raises OSError."""
@@ -58,6 +61,35 @@ class SharedFile:
 
     def __setstate__(self, handed: Any) -> None:
         self.descriptor = handed.detach()
+
+
+class SharedFiles(NamedTuple):
+    """What two processes have in common: a file for questions, and one for answers."""
+
+    questions: SharedFile
+    answers: SharedFile
+
+
+def ask(line: Connection, file: SharedFile, question: object) -> None:
+    """Send a question; the one before was answered. Raises OSError.
+
+    Args:
+        line: to the other process.
+        file: that it has too, for questions alone.
+        question: can be pickled.
+    """
+    data = pickle.dumps(question, protocol=5)
+    if len(data) >= LEAST_BYTES:
+        os.pwrite(file.descriptor, data, 0)
+        line.send(len(data))
+    else:
+        line.send(data)
+
+
+def asked(line: Connection, file: SharedFile) -> Any:
+    """The next question of this program's own; it is a pickle. Raises EOFError: there is none any more; OSError."""
+    data = line.recv()
+    return pickle.loads(os.pread(file.descriptor, data, 0) if isinstance(data, int) else data)  # noqa: S301 - see above
 
 
 class AnswerWriter:

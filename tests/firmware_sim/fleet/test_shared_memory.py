@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from types import ModuleType
 
 import numpy as np
@@ -36,6 +37,23 @@ class Line:
         data, spans = self.writer.dumps(list(arrays))
         self.offsets = [span.offset for span in spans]
         return list(self.reader.loads(data, spans))
+
+
+def test_questions_come_in_order_and_whole_whether_large_or_small() -> None:
+    (mine, theirs), file = multiprocessing.Pipe(), shared_memory.SharedFile()
+    for question in ("a", b"b" * 3 * LARGE, ("c", b"c" * LARGE), None, b"d" * 2 * LARGE):
+        shared_memory.ask(mine, file, question)
+        assert shared_memory.asked(theirs, file) == question
+    mine.close()
+    with pytest.raises(EOFError):
+        shared_memory.asked(theirs, file)
+
+
+def test_a_file_is_let_go_of_once() -> None:
+    file = shared_memory.SharedFile()
+    file.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        file.close()
 
 
 def test_arrays_come_as_they_were_and_are_not_written_to() -> None:
