@@ -11,7 +11,10 @@ of them stay below 2^62 in int64. Masked updates are words below 2^32, of which 
 **From float to integer in one addition.** From 2^20 to 2^21, float64 has just the multiples of 2^-32, and their bits,
 read as an integer, count them. So the sum of a value and R = 1.5 * 2^20 is rounded as it should be (R is an even
 multiple, so that ties go to even multiples of the value too), and its bits are those of R, plus the value in units of
-2^-32. They are added up modulo 2^64, and the bits of R are taken off once for all updates. Pure.
+2^-32. They are added up modulo 2^64, and the bits of R are taken off once for all updates.
+
+**A few updates at a time.** The sum is larger than the processor's cache and twice as long as an update, so each part
+of it is fetched once for several updates. Pure.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ UNIT = 2.0**-32
 """What 1 in a total stands for."""
 _ROUNDER = 1.5 * 2.0**20
 _ROUNDER_BITS = int(np.float64(_ROUNDER).view(np.int64))
-_BLOCK = 32_768  # float64 blocks of this many stay in the processor's cache
+_MOST_WAITING, _MOST_WAITING_BYTES = 8, 32 * 2**20
+_BLOCK = 65_536  # float64 blocks of this many stay in the processor's cache
 
 
 def norm_of(values: NDArray[np.float32]) -> float:
@@ -57,6 +61,7 @@ class ExactSum:
     def __init__(self, total: NDArray[np.int64], count: int = 0) -> None:
         self._total, self.count = total, count
         self._num_rounders = 0  # whose bits are in the total
+        self._waiting: list[NDArray[np.float32]] = []
         self._block = np.empty(min(_BLOCK, len(total)))
 
     @classmethod
@@ -67,6 +72,7 @@ class ExactSum:
     @property
     def total(self) -> NDArray[np.int64]:
         """The sum, int64 [d] in units of `UNIT`."""
+        self._add_waiting()
         if self._num_rounders:
             modular = self._total.view(np.uint64)
             modular -= np.uint64(self._num_rounders * _ROUNDER_BITS % 2**64)
@@ -74,17 +80,27 @@ class ExactSum:
         return self._total
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Add one update, float32 [d], whose norm was checked. Raises CombineError when there are too many."""
+        """Add one update, float32 [d], whose norm was checked; it must not be changed until `total` is looked at.
+
+        Raises CombineError when there are too many.
+        """
         self._make_room(1)
-        for start in range(0, len(values), _BLOCK):
-            part = values[start : start + _BLOCK]
-            block = self._block[: len(part)]
-            block[:] = part
-            block += _ROUNDER
-            total = self._total[start : start + _BLOCK]
-            total += block.view(np.int64)
+        self._waiting.append(values)
         self.count += 1
-        self._num_rounders += 1
+        if len(self._waiting) == _MOST_WAITING or len(self._waiting) * values.nbytes >= _MOST_WAITING_BYTES:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        """Add what was put off."""
+        for start in range(0, len(self._total) if self._waiting else 0, _BLOCK):
+            total = self._total[start : start + _BLOCK]
+            block = self._block[: len(total)]
+            for values in self._waiting:
+                block[:] = values[start : start + _BLOCK]
+                block += _ROUNDER
+                total += block.view(np.int64)
+        self._num_rounders += len(self._waiting)
+        self._waiting.clear()
 
     def add_masked(self, vector: NDArray[np.unsignedinteger[Any]]) -> None:
         """Add one masked update, words [d] of at most 32 bits; `total` is then a sum of words. Raises CombineError."""
