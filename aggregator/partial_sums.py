@@ -22,7 +22,7 @@ from aggregator.exact_sum import ExactSum
 SumKey = tuple[str, int, int]
 """Task, the round that is counted in, the round that updates were made for."""
 SECRET_BYTES = 32
-_NONCE_BYTES = 12
+_NONCE_BYTES, _TAG_BYTES = 12, 16
 _INFO = b"covey v1 partial sum\0"
 
 
@@ -51,11 +51,13 @@ def seal_sum(partial: ExactSum, secret: bytes | None, *, place: str, entropy: Ca
 
 def open_sum(sealed: bytes, secret: bytes | None, *, place: str, count: int) -> ExactSum:
     """Decrypt a sum of `count` updates. Raises BlobError when it is not this one."""
+    nonce, encrypted = sealed[:_NONCE_BYTES], memoryview(sealed)[_NONCE_BYTES:]
+    total = np.empty(max(0, len(encrypted) - _TAG_BYTES) // 8, "<i8")
     try:
-        plain = _cipher(secret, place).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], _bound_to(place, count))
+        _cipher(secret, place).decrypt_into(nonce, encrypted, _bound_to(place, count), total.view(np.uint8).data)
     except (InvalidTag, ValueError):
         raise BlobError(f"the stored sum of {place} is damaged; abort the round, or restore a backup") from None
-    return ExactSum(np.frombuffer(plain, "<i8").astype(np.int64), count)
+    return ExactSum(total.astype(np.int64, copy=False), count)
 
 
 def _cipher(secret: bytes | None, place: str) -> AESGCM:

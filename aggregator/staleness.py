@@ -94,11 +94,14 @@ def combine_stale(
             raise CombineError(f"a round takes at most {MOST_UPDATES} updates; lower its goal")
     if count == 0:
         raise CombineError("no updates to combine")
-    total = np.zeros(length)
+    total, weighted = np.zeros(length), np.empty(length)
     for staleness in sorted(sums):
-        total += weight.weight(staleness) * sums[staleness]
+        np.multiply(sums[staleness], weight.weight(staleness), out=weighted)
+        total += weighted
     # In this order: with staleness 0 only and a power of two as unit, the very bits of the synchronous mean.
-    return total * unit / count, count
+    total *= unit
+    total /= count
+    return total, count
 
 
 def _check(staleness: int, partial: PartialSum, number: int, *, length: int) -> None:
@@ -115,8 +118,8 @@ def _add(sums: dict[int, PartialSum], staleness: int, partial: PartialSum) -> No
     """Add to the sum of the same staleness, in its own type."""
     before = sums.get(staleness)
     if before is None:
-        sums[staleness] = partial.copy()
+        sums[staleness] = partial
     elif before.dtype != partial.dtype:
         raise CombineError(f"partial sums of {before.dtype} and of {partial.dtype}: expected all of one type")
     else:
-        before += partial
+        sums[staleness] = before + partial

@@ -340,6 +340,7 @@ class Device:
             kept_chunks=kept_chunks(self.store, study.study),
             kept_model=kept_model(self.store, study.study),
             working_on=manifest,
+            downloads=ports.downloads,
         )
         will = session.offline_presence()
         pseudonym = self.pseudonyms[study.study].get(name.device)
@@ -383,6 +384,7 @@ class Device:
             credential=pseudonym.credential if pseudonym is not None else None,
             trainer=self._ports.trainer,
             sealer=self._ports.sealer,
+            vectors=self._ports.vectors,
         )
 
     def _interrupted(

@@ -9,12 +9,14 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from device_client.config import StudyConfig
+from device_client.downloads import Download, Downloads
 from device_client.ledger import Counter
 from device_client.ports import Bell, Board, Clock, Graph, Store, Transport, Watchdog
 from device_client.pseudonyms import Pseudonym
 from device_client.recordings.window_store import WindowFiles
 from device_client.sealer import Sealer
 from device_client.training import LocalTraining, Trainer
+from device_client.work_vectors import IN_ENTRY, WorkVectors
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.integer_noise import Entropy
@@ -59,6 +61,8 @@ class DevicePorts:
         software: name and version, for presence.
         trainer: does the local steps.
         sealer: closes up updates.
+        vectors: how work in the outbox holds its vectors.
+        downloads: how models are fetched.
     """
 
     store: DeviceStore
@@ -77,3 +81,5 @@ class DevicePorts:
     software: str
     trainer: Trainer = LocalTraining
     sealer: Sealer = seal_update
+    vectors: WorkVectors = IN_ENTRY
+    downloads: Downloads = Download

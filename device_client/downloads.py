@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -210,3 +211,14 @@ class Download:
     def _topic(self, index: int) -> str:
         """Where one chunk is retained."""
         return f"{self._prefix}{index}"
+
+
+class Downloads(Protocol):
+    """Begins a `Download`, with its arguments. A device has one way, that class itself, and no setting and no message
+    names another; in the simulator devices of one process may share what one of them has verified.
+    """
+
+    def __call__(
+        self, *, tenant: str, digest: bytes, total_bytes: int, key: Ed25519PublicKey, kept: Iterable[bytes] = ()
+    ) -> Download:
+        """One that is not started."""

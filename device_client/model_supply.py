@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_client.current_round import CurrentRound
-from device_client.downloads import Download
+from device_client.downloads import Download, Downloads
 from device_client.events import Action, DropChunks, KeepModel
 from device_client.model_route import route_to
 from device_client.session_config import SessionConfig
@@ -27,12 +27,18 @@ class ModelSupply:
         config: who this device is.
         kept_chunks: by digest, what was kept of downloads.
         kept_model: digest of the model that was kept; empty if none.
+        downloads: begins a download.
     """
 
     def __init__(
-        self, config: SessionConfig, *, kept_chunks: Mapping[bytes, Iterable[bytes]] | None, kept_model: bytes
+        self,
+        config: SessionConfig,
+        *,
+        kept_chunks: Mapping[bytes, Iterable[bytes]] | None,
+        kept_model: bytes,
+        downloads: Downloads = Download,
     ) -> None:
-        self._config = config
+        self._config, self._downloads = config, downloads
         self._chunks = dict(kept_chunks) if kept_chunks is not None else {}
         self._model = kept_model
 
@@ -74,7 +80,7 @@ class ModelSupply:
     def _download(self, digest: bytes, total_bytes: int) -> Download:
         """A vector or a delta, going on from what was kept of it."""
         config = self._config
-        return Download(
+        return self._downloads(
             tenant=config.tenant,
             digest=digest,
             total_bytes=total_bytes,

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import msgspec
-import numpy as np
 
 from device_client.errors import DeviceError, StoreError
 from device_client.events import PendingUpdate
 from device_client.local_optimiser import Control, LocalProgress
 from device_client.ports import Float32, Store
+from device_client.work_vectors import IN_ENTRY, WorkVectors
 from fl_protocol.errors import ProtocolError
 from fl_protocol.limits import MAX_TRANSFER_BYTES
 from fl_protocol.messages import RoundManifestMsg, TrainingPlanMsg, decode
@@ -33,7 +33,7 @@ class OutboxFullError(DeviceError):
 
 
 class Work(msgspec.Struct, frozen=True, tag="work", kw_only=True):
-    """A participation that is charged for and computed, or about to be; vectors are little-endian float32.
+    """A participation that is charged for and computed, or about to be; vectors are as `WorkVectors` packed them.
 
     Args:
         device: the name on the wire that it will be sealed under.
@@ -62,22 +62,25 @@ class Work(msgspec.Struct, frozen=True, tag="work", kw_only=True):
 
     def largest_bytes(self) -> int:
         """What its entry takes at most; the sealed update takes less. Raises StoreError."""
-        plan = self.decoded_manifest().plan
+        manifest = self.decoded_manifest()
+        plan = manifest.plan
         if isinstance(plan, TrainingPlanMsg):
             # Progress is float64: the parameters, and with momentum their velocity.
-            progress = len(self.start) * (4 if plan.momentum else 2)
+            progress = max(len(self.start), 4 * manifest.num_parameters) * (4 if plan.momentum else 2)
         else:
             progress = 8 * plan.length
         entry = len(self.manifest) + len(self.start) + len(self.server_control) + len(self.own_control)
         return entry + progress + _SEALING_BYTES
 
-    def start_params(self) -> Float32:
-        """What training starts from, float32 [d]."""
-        return _floats(self.start)
+    def start_params(self, vectors: WorkVectors = IN_ENTRY) -> Float32:
+        """What training starts from, float32 [d]. Raises StoreError."""
+        return vectors.unpack(self.start)
 
-    def control(self) -> Control | None:
-        """SCAFFOLD's control variates."""
-        return (_floats(self.server_control), _floats(self.own_control)) if self.server_control else None
+    def control(self, vectors: WorkVectors = IN_ENTRY) -> Control | None:
+        """SCAFFOLD's control variates. Raises StoreError."""
+        if not self.server_control:
+            return None
+        return vectors.unpack(self.server_control), vectors.unpack(self.own_control)
 
 
 class GivenUp(msgspec.Struct, frozen=True, tag="given up", kw_only=True):
@@ -118,6 +121,15 @@ class Outbox:
         """A study's work in progress; there is at most one."""
         entries = (entry for name, entry in self._entries.items() if name not in self._given_up)
         return next((entry for entry in entries if isinstance(entry, Work) and entry.study == study), None)
+
+    def __contains__(self, update_id: bytes) -> bool:
+        """Whether the store has an entry of this update, whatever became of it."""
+        return update_id in self._entries
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the store has work in progress, whatever became of it."""
+        return any(isinstance(entry, Work) for entry in self._entries.values())
 
     @property
     def size_bytes(self) -> int:
@@ -214,7 +226,3 @@ class Outbox:
 
 def _name(update_id: bytes) -> str:
     return PREFIX + update_id.hex()
-
-
-def _floats(raw: bytes) -> Float32:
-    return np.frombuffer(raw, "<f4").astype(np.float32)

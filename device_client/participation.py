@@ -31,12 +31,14 @@ from device_client.record_sums import RecordSums, channels_problem
 from device_client.sealer import Sealer
 from device_client.secure_update import protected_update
 from device_client.training import Evaluation, LocalTraining, Records, Trainer, Training, evaluate
+from device_client.work_vectors import IN_ENTRY, WorkVectors
 from fl_protocol.errors import ProtocolError
 from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import (
     EncodingName,
     RoundManifestMsg,
     UpdateBodyMsg,
+    UpdateBodyView,
     UpdateEnvelopeMsg,
     UpdateHeaderMsg,
     decode,
@@ -46,7 +48,13 @@ from fl_protocol.plans import EvaluationPlanMsg, TrainingPlanMsg
 from fl_protocol.sealing import seal_update
 from fl_protocol.secagg.messages import DeviceCredentialMsg, SecureBodyMsg
 from fl_protocol.secagg.parties import Sender
-from fl_protocol.update_encoding import decode_values, encode_values, rotation_seed, usable_encoding
+from fl_protocol.update_encoding import (
+    decode_values,
+    encode_values,
+    float32_view,
+    rotation_seed,
+    usable_encoding,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class Participant:
         feedback: what ``top_k`` has left out so far.
         trainer: does the local steps.
         sealer: closes up the update.
+        vectors: how work in the outbox holds its vectors.
     """
 
     study: str
@@ -85,6 +94,7 @@ class Participant:
     credential: DeviceCredentialMsg | None = None
     trainer: Trainer = LocalTraining
     sealer: Sealer = seal_update
+    vectors: WorkVectors = IN_ENTRY
 
     def begin(self, manifest: RoundManifestMsg, params: Float32, control: Float32 | None, *, now_s: float) -> LocalWork:
         """Note, charge, and begin to compute.
@@ -113,9 +123,9 @@ class Participant:
             study=self.study,
             device=self.device,
             manifest=encode(manifest),
-            start=_bytes(self._start(manifest, params)),
-            server_control=_bytes(control) if control is not None else b"",
-            own_control=_bytes(self.control.at(manifest)) if control is not None else b"",
+            start=self.vectors.pack(self._start(manifest, params)),
+            server_control=self.vectors.pack(control) if control is not None else b"",
+            own_control=self.vectors.pack(self.control.at(manifest)) if control is not None else b"",
         )
         self.outbox.begin(work)
         return self.go_on(work, now_s=now_s)
@@ -126,9 +136,9 @@ class Participant:
             case TrainingPlanMsg():
                 # All layers are trained with noise on all of them, so what is shared is as private as if all were. The
                 # personal ones are those from before the round, however often it is begun again.
-                return np.concatenate([params, self.personal.values])
+                return _joined(params, self.personal.values)
             case EvaluationPlanMsg():  # the global model as everybody has it, as `measure` does
-                return np.concatenate([params, self.personal.initial])
+                return _joined(params, self.personal.initial)
             case _:
                 return np.zeros(0, np.float32)
 
@@ -186,7 +196,7 @@ class Participant:
         records, personal = self.held_out_records(), self.personal
         models = {"global": personal.initial, **({"personal": personal.values} if personal.initial.size else {})}
         return {
-            name: evaluate(self.graph, np.concatenate([params, own]), records)
+            name: evaluate(self.graph, _joined(params, own), records)
             for name, own in models.items()
             if len(records) and params.size
         }
@@ -247,7 +257,7 @@ class LocalWork:
         # Only now: a round that is trained again must start from the same personal layers and control variate.
         if isinstance(self.manifest.plan, TrainingPlanMsg):
             shared = self.manifest.num_parameters
-            one.personal.keep(self._work.start_params()[shared:] + change[shared:])
+            one.personal.keep(self._work.start_params(one.vectors)[shared:] + change[shared:])
         if own_control is not None:
             one.control.propose(self.manifest, own_control)
         return pending
@@ -291,6 +301,8 @@ class LocalWork:
             sender = Sender(self._work.device, self._work.update_id, one.signing_key, one.credential)
             return protected_update(manifest.secure, manifest, change, sender=sender, entropy=one.entropy), None
         seed = rotation_seed(manifest.model_digest, manifest.round)
+        if name == "float32":
+            return UpdateBodyView(num_parameters=len(change), values=float32_view(change), encoding=name), None
         wanted = one.feedback.compensate(change, device=self._work.device) if name == "top_k" else change
         values = encode_values(wanted, name, seed=seed, entropy=one.entropy, fraction=manifest.top_k_fraction)
         body = UpdateBodyMsg(num_parameters=len(change), values=values, encoding=name)
@@ -313,15 +325,16 @@ def _computation(participant: Participant, work: Work, manifest: RoundManifestMs
     if isinstance(plan, TrainingPlanMsg):
         return one.trainer(
             one.graph,
-            work.start_params(),
+            work.start_params(one.vectors),
             one.training_records(),
             plan=plan,
             entropy=one.entropy,
-            control=work.control(),
+            control=work.control(one.vectors),
             progress=work.progress,
         )
     records = one.held_out_records() if isinstance(plan, EvaluationPlanMsg) else one.training_records()
-    return RecordSums(one.graph, work.start_params(), records, plan=plan, entropy=one.entropy, progress=work.progress)
+    start = work.start_params(one.vectors)
+    return RecordSums(one.graph, start, records, plan=plan, entropy=one.entropy, progress=work.progress)
 
 
 def _encoding_of(manifest: RoundManifestMsg) -> EncodingName:
@@ -344,5 +357,6 @@ def sealed_digest_of(envelope: bytes) -> bytes:
     return digest
 
 
-def _bytes(values: Float32) -> bytes:
-    return np.ascontiguousarray(values, "<f4").tobytes()
+def _joined(shared: Float32, own: Float32) -> Float32:
+    """Shared and personal parameters in one vector, float32 [d]; no copy where there are no personal ones."""
+    return np.concatenate([shared, own]) if own.size else shared

@@ -25,6 +25,7 @@ from device_client.current_round import (
     work_ends_s,
 )
 from device_client.delivery import Deliveries, uniform
+from device_client.downloads import Download, Downloads
 from device_client.events import (
     Abandon,
     Action,
@@ -84,6 +85,7 @@ class DeviceSession:
         kept_chunks: by digest, what was kept of downloads.
         kept_model: digest of the model that was kept; empty if none.
         working_on: manifest of the round whose training was interrupted and goes on.
+        downloads: begins a download.
     """
 
     def __init__(
@@ -96,12 +98,13 @@ class DeviceSession:
         kept_chunks: Mapping[bytes, Iterable[bytes]] | None = None,
         kept_model: bytes = b"",
         working_on: RoundManifestMsg | None = None,
+        downloads: Downloads = Download,
     ) -> None:
         self._config = config
         self._entropy = entropy
         self._state = _state_for(f"{config.tenant}/{config.task}", state if state is not None else SessionState())
         self._deliveries = Deliveries(tenant=config.tenant, entropy=entropy, outbox=outbox)
-        self._supply = ModelSupply(config, kept_chunks=kept_chunks, kept_model=kept_model)
+        self._supply = ModelSupply(config, kept_chunks=kept_chunks, kept_model=kept_model, downloads=downloads)
         self._working_on = working_on
         self._work_ends_s = work_ends_s(working_on) if working_on is not None else math.inf
         # The newest open round, and its latest deadline.

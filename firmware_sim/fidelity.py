@@ -6,6 +6,7 @@ privacy on a device, where there is no other trainer than `device_client.trainin
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -105,12 +106,20 @@ class EmptyTraining:
         return LocalProgress(self.step, b"", b"")
 
     def change(self) -> Float32:
-        """Zeros, float32 [d]."""
-        return np.zeros(self._length, np.float32)
+        """Zeros, float32 [d], read-only."""
+        return _no_change(self._length)
 
     def next_control(self) -> Float32:
         """Raises TrainingError: nothing is learned, so there is no control variate."""
         raise TrainingError("a surrogate has no control variates; run the scenario with fidelity real")
+
+
+@functools.lru_cache(maxsize=4)
+def _no_change(length: int) -> Float32:
+    """Zeros, float32 [length]: the same ones for all, since nobody writes to them."""
+    zeros = np.zeros(length, np.float32)
+    zeros.flags.writeable = False
+    return zeros
 
 
 class EmptyTrainer:

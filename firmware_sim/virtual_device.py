@@ -15,10 +15,12 @@ from device_client.adapters.encrypted_files import EncryptedFiles
 from device_client.config import DeviceConfig, StudyConfig
 from device_client.device import Device
 from device_client.device_ports import Connection, DevicePorts
+from device_client.downloads import Download, Downloads
 from device_client.eligibility import Conditions
 from device_client.ports import Bell, Board, Clock, Graph, Transport
 from device_client.sealer import Sealer
 from device_client.training import LocalTraining, Trainer
+from device_client.work_vectors import IN_ENTRY, WorkVectors
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.durable import Disk
@@ -92,6 +94,8 @@ class VirtualHardware:
         bell: asked to wait when there is nothing to do.
         trainer: does the local steps.
         sealer: closes up updates.
+        vectors: how work in the outbox holds its vectors.
+        downloads: how models are fetched.
         files, counter_file: make the store over its flash, and the counter over its own.
     """
 
@@ -108,6 +112,8 @@ class VirtualHardware:
     bell: Bell = field(default_factory=VirtualBell)
     trainer: Trainer = LocalTraining
     sealer: Sealer = seal_update
+    vectors: WorkVectors = IN_ENTRY
+    downloads: Downloads = Download
     files: Callable[..., EncryptedFiles] = EncryptedFiles
     counter_file: Callable[..., CounterFile] = CounterFile
 
@@ -151,5 +157,7 @@ def virtual_device(
         software="covey virtual",
         trainer=hardware.trainer,
         sealer=hardware.sealer,
+        vectors=hardware.vectors,
+        downloads=hardware.downloads,
     )
     return kind(config, ports)

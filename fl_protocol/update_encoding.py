@@ -17,6 +17,7 @@ outcome of its rounding), which is checked; what is decoded is finite, and the s
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -27,6 +28,7 @@ from fl_protocol.encoding.scaled_half import decode_half, encode_half
 from fl_protocol.encoding.top_k import decode_top_k, encode_top_k
 from fl_protocol.errors import LocalMisuseError, ProtocolError, RefusalReason, RefusedError
 from fl_protocol.messages import EncodingName, RoundManifestMsg, TrainingPlanMsg, UpdateBodyMsg
+from fl_protocol.squared_norm import squared_norm
 
 Float32 = NDArray[np.float32]
 
@@ -67,17 +69,29 @@ def encode_values(
     Raises:
         LocalMisuseError: values or fraction are outside these ranges.
     """
-    if values.ndim != 1 or not values.size or values.dtype != np.float32:
-        raise LocalMisuseError(f"values: expected float32 [d] with d > 0, got {values.dtype} {values.shape}")
+    _check_vector(values)
     if name == "float16":
         return encode_half(values)
     if name == "int8":
         return encode_int8(values, seed=seed, entropy=entropy)
     if name == "top_k":
         return encode_top_k(values, fraction=fraction)
-    if not np.isfinite(values).all():
+    return bytes(float32_view(values))
+
+
+def float32_view(values: Float32) -> memoryview:
+    """What `encode_values` gives for ``float32``, as a view of the values: the largest updates are not copied.
+
+    Args:
+        values: float32 [d], finite, d at least 1; not to be changed as long as the view is used.
+
+    Raises:
+        LocalMisuseError: they are not that.
+    """
+    _check_vector(values)
+    if not _are_finite(values):
         raise LocalMisuseError("values: expected finite numbers")
-    return values.astype("<f4").tobytes()
+    return np.ascontiguousarray(values, "<f4").data.cast("B")
 
 
 def decode_values(raw: bytes, name: EncodingName, *, num_parameters: int, seed: bytes) -> Float32:
@@ -102,23 +116,43 @@ def decode_values(raw: bytes, name: EncodingName, *, num_parameters: int, seed: 
         return decode_int8(raw, num_parameters, seed=seed)
     if name == "top_k":
         return decode_top_k(raw, num_parameters)
-    if len(raw) != 4 * num_parameters:
-        raise ProtocolError(f"float32: expected {4 * num_parameters} bytes for {num_parameters} values, got {len(raw)}")
-    values: Float32 = np.frombuffer(raw, "<f4").astype(np.float32, copy=False)
-    if not np.isfinite(values).all():
+    values = _float32_values(raw, num_parameters)
+    if not _are_finite(values):
         raise RefusedError(RefusalReason.NOT_FINITE, "float32: a value is NaN or infinite")
     return values
 
 
-def open_values(body: UpdateBodyMsg, *, seed: bytes) -> Float32:
+def open_values(body: UpdateBodyMsg, *, seed: bytes, checks_float32: bool = True) -> Float32:
     """The values of an opened update, float32 [num_parameters], finite; runs at the aggregator.
 
     Args:
         body: from inside the seal, untrusted. Compare its `num_parameters` with what the round expects *before*: so
             much is allocated, whatever the length of the message.
         seed: `rotation_seed` of the round and model that the update's header names.
+        checks_float32: whether it is looked through what came as float32; False for a caller that does so itself, and
+            then only such values may not be finite.
 
     Raises:
         ProtocolError: as `decode_values`.
     """
+    if body.encoding == "float32" and not checks_float32:
+        return _float32_values(body.values, body.num_parameters)
     return decode_values(body.values, body.encoding, num_parameters=body.num_parameters, seed=seed)
+
+
+def _check_vector(values: Float32) -> None:
+    """Raises LocalMisuseError: it is no vector of float32."""
+    if values.ndim != 1 or not values.size or values.dtype != np.float32:
+        raise LocalMisuseError(f"values: expected float32 [d] with d > 0, got {values.dtype} {values.shape}")
+
+
+def _float32_values(raw: bytes, num_parameters: int) -> Float32:
+    """Values that came as they are, which may be anything. Raises ProtocolError."""
+    if len(raw) != 4 * num_parameters:
+        raise ProtocolError(f"float32: expected {4 * num_parameters} bytes for {num_parameters} values, got {len(raw)}")
+    return np.frombuffer(raw, "<f4").astype(np.float32, copy=False)
+
+
+def _are_finite(values: Float32) -> bool:
+    """Whether all values are; their sum of squares says so in half the time, unless it overflows."""
+    return math.isfinite(squared_norm(values)) or bool(np.isfinite(values).all())

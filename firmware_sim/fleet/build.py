@@ -37,7 +37,7 @@ from firmware_sim.scenario.loading import TASK, LoadedScenario, load_scenario
 from firmware_sim.scenario.schema import Scenario
 from firmware_sim.sensors.assembly import make_sensor
 from firmware_sim.sensors.diary import DAY_S
-from firmware_sim.unsealed_wire import NoVerifier, unsealed_update
+from firmware_sim.unsealed_wire import NoVerifier
 from firmware_sim.virtual_device import VirtualClock
 from firmware_sim.wearer.habits import Habits
 from firmware_sim.wearer.situation import Wearing
@@ -49,7 +49,6 @@ from fl_protocol.adapters.journal import Journal
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.helper_config import HelperPin
-from fl_protocol.sealing import seal_update
 from fl_protocol.signing import public_key_hex
 
 TENANT = "fleet"
@@ -240,7 +239,7 @@ def device_maker(loaded: LoadedScenario) -> DeviceMaker:
         aggregator_key=(
             RememberingKey(settings.key_of("aggregator").public_key()) if settings.is_sealed else NoVerifier()
         ),
-        sealer=seal_update if settings.is_sealed else unsealed_update,
+        is_sealed=settings.is_sealed,
         began_s=scenario.began_s,
         attacks=attack_plan_of(loaded),
     )

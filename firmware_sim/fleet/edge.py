@@ -8,12 +8,16 @@ beginning towards the hub.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
+
+from numpy.typing import NDArray
 
 from firmware_sim.fleet.windows import Download, Upload
 from firmware_sim.radio.edge import EdgeClient
+from firmware_sim.shared_models import SharedModels
 from fl_protocol.errors import LocalMisuseError
+from fl_protocol.topics import parse_upload_topic
 from fl_protocol.transport import Connected
 
 
@@ -34,13 +38,22 @@ class ShardEdge:
     Args:
         began_s: Unix seconds of the fleet's beginning.
         now_s: Unix seconds.
+        vectors: what a device hands over in memory, given its name; by update id.
 
     Attributes:
         retained: by topic.
+        models: that the devices share with ``wire = "off"``.
     """
 
-    def __init__(self, *, began_s: float, now_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        began_s: float,
+        now_s: Callable[[], float],
+        vectors: Callable[[str], Mapping[bytes, NDArray[Any]]] = lambda name: {},
+    ) -> None:
         self.retained: dict[str, bytes] = {}
+        self._vectors, self.models = vectors, SharedModels(self._retained_below)
         self._began_s, self._now_s = began_s, now_s
         self._up: dict[str, list[Upload]] = {}
         self._below: dict[str, dict[str, bytes]] = {}  # retained topics by the topic they are one level below
@@ -64,7 +77,9 @@ class ShardEdge:
         here = _named(client)
         number = here.next_number()
         if not retain:
-            upload = Upload(arrives_s - self._began_s, here.name, number, topic, payload)
+            vectors = self._vectors(here.name)
+            values = vectors.get(parse_upload_topic(topic).update_id) if vectors else None
+            upload = Upload(arrives_s - self._began_s, here.name, number, topic, payload, values)
             self._up.setdefault(here.name, []).append(upload)
 
     def subscribe(self, client: EdgeClient, topic_filter: str, *, arrives_s: float) -> None:
@@ -154,6 +169,10 @@ class ShardEdge:
         subscribers.pop(name, None)
         if not subscribers:
             self._subscribers.pop(topic_filter, None)
+
+    def _retained_below(self, topic: str) -> list[bytes]:
+        """What is retained one level below a topic."""
+        return list(self._below.get(topic, {}).values())
 
     def _retain(self, topic: str, payload: bytes) -> None:
         """Keep a message, or forget the one that there was."""

@@ -24,6 +24,7 @@ from firmware_sim.errors import FleetError
 from firmware_sim.fleet.build import ShardBuilder, index_of
 from firmware_sim.fleet.record import DeviceRecord
 from firmware_sim.fleet.shard import Left, Shard
+from firmware_sim.fleet.shared_memory import AnswerReader, AnswerWriter, SharedFile, SharedFiles, ask, asked
 from firmware_sim.fleet.windows import Download, Totals, Window, WindowReport
 from fl_protocol.errors import ConfigError
 
@@ -153,10 +154,12 @@ class InProcess:
 
 @dataclass
 class _Worker:
-    """A process that simulates one shard, and the line to it."""
+    """A process that simulates one shard, the line to it, and what both have in memory."""
 
     process: BaseProcess
     line: Connection
+    files: SharedFiles
+    answers: AnswerReader
 
 
 @dataclass
@@ -175,14 +178,17 @@ class Processes:
     def __post_init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked copy of open databases and threads would not be safe
         for number in range(self.count):
-            mine, theirs = context.Pipe()
+            (mine, theirs), files = context.Pipe(), SharedFiles(SharedFile(), SharedFile())
             process = context.Process(
-                target=_serve, args=(theirs, self.scenario, number, self.count), name=f"shard-{number}", daemon=True
+                target=_serve,
+                args=(theirs, files, self.scenario, number, self.count),
+                name=f"shard-{number}",
+                daemon=True,
             )
             with _ignoring_interrupts():
                 process.start()
             theirs.close()
-            self._workers.append(_Worker(process, mine))
+            self._workers.append(_Worker(process, mine, files, AnswerReader(files.answers)))
 
     def start(self, starts_s: float, records: Sequence[DeviceRecord] | None) -> None:
         """Make the shards."""
@@ -210,6 +216,8 @@ class Processes:
         for worker in self._workers:
             with contextlib.suppress(OSError):
                 worker.line.close()
+                worker.files.questions.close()
+                worker.files.answers.close()
         for worker in self._workers:
             worker.process.join(_END_WITHIN_S)
             if worker.process.is_alive():
@@ -218,7 +226,8 @@ class Processes:
     def _ask(self, number: int, command: str, *arguments: Any) -> None:
         """Give a process something to do. Raises FleetError."""
         try:
-            self._workers[number].line.send((command, arguments))
+            worker = self._workers[number]
+            ask(worker.line, worker.files.questions, (command, arguments, worker.answers.take_done()))
         except OSError as error:
             raise self._died(number) from error
 
@@ -238,7 +247,7 @@ class Processes:
     def _answer(self, number: int, worker: _Worker) -> Any:
         """What a process says."""
         try:
-            answer, failure = worker.line.recv()
+            answer, failure = worker.answers.loads(*worker.line.recv())
         except (EOFError, OSError) as error:
             raise self._died(number) from error
         if isinstance(failure, ConfigError):
@@ -271,17 +280,18 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _serve(line: Connection, scenario: Path, number: int, count: int) -> None:
+def _serve(line: Connection, files: SharedFiles, scenario: Path, number: int, count: int) -> None:
     """A process that simulates one shard, until the line is closed."""
-    host = ShardHost(scenario, number, count, owns_process=True)
+    host, answers = ShardHost(scenario, number, count, owns_process=True), AnswerWriter(files.answers)
     while True:
         try:
-            command, arguments = line.recv()
+            command, arguments, done = asked(line, files.questions)
         except EOFError:
             return
+        answers.take_back(done)
         try:
-            line.send((getattr(host, command)(*arguments), None))
+            line.send(answers.dumps((getattr(host, command)(*arguments), None)))
         except ConfigError as error:
-            line.send((None, error))
+            line.send(answers.dumps((None, error)))
         except Exception:
-            line.send((None, traceback.format_exc()))
+            line.send(answers.dumps((None, traceback.format_exc())))

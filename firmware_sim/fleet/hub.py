@@ -29,12 +29,12 @@ from firmware_sim.fleet.services import RUNNING, Services
 from firmware_sim.fleet.windows import Download, Registration, Upload
 from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.trusted_disk import trust_the_disk
-from firmware_sim.unsealed_wire import UNSEALED, NoSigner
+from firmware_sim.unsealed_wire import NoSigner, Values, unsealed
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
 from firmware_sim.virtual_device import VirtualClock
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.secagg.terms import HelperIdentity
-from fl_protocol.topics import down_filter, round_topic
+from fl_protocol.topics import down_filter, parse_upload_topic, round_topic
 
 BUSY_FOR_S = 30.0
 """How long after something happened the aggregator looks around often: transfers may be incomplete, helpers asked."""
@@ -82,11 +82,13 @@ class HubState(NamedTuple):
         lives: how often each process was started.
         broker: what it keeps.
         services: which are away.
+        handed: values that were handed over and are not decided about.
     """
 
     lives: dict[str, int]
     broker: bytes
     services: Services
+    handed: dict[bytes, Values]
 
 
 class _RunningHelper(NamedTuple):
@@ -123,6 +125,7 @@ class Hub:
     _helpers: dict[str, _RunningHelper] = field(default_factory=dict, init=False)
     _lives: dict[str, int] = field(default_factory=dict, init=False)
     _service: AggregatorService | None = field(default=None, init=False)
+    _handed: dict[bytes, Values] = field(default_factory=dict, init=False)
     services: Services = field(default=RUNNING, init=False)
 
     def __post_init__(self) -> None:
@@ -153,7 +156,7 @@ class Hub:
         for helper in self._helpers.values():
             helper.kill()
         self._helpers.clear()
-        return HubState(dict(self._lives), self.broker.kept_state(), self.services)
+        return HubState(dict(self._lives), self.broker.kept_state(), self.services, dict(self._handed))
 
     def take_up(self, state: HubState, now_s: float) -> None:
         """Go on from what was put down, before `start`; the same whether this hub put it down or another one.
@@ -165,6 +168,7 @@ class Hub:
         self.clock.time_s, self._busy_until_s = self.settings.began_s + now_s, 0.0
         self._lives, self.services = dict(state.lives), state.services
         self.broker.restore(state.broker)
+        self._handed.update(state.handed)
         self.broker.is_down = state.services.broker_away
 
     def retained(self) -> tuple[Download, ...]:
@@ -191,11 +195,15 @@ class Hub:
         self._come_back(before)
         count = 0
         for upload in uploads:
+            if upload.values is not None:
+                self._handed[parse_upload_topic(upload.topic).update_id] = upload.values
             self.broker.publish(upload.topic, upload.payload, retain=False)
             count += 1
         if self.services.aggregator_away and not before.aggregator_away:
             self._strike_aggregator()
         self._step_until_quiet()
+        if self._service is not None:  # all is decided; what was not taken is sent again, its values with it
+            self._handed.clear()
         if self.services.broker_away and not before.broker_away:
             self._strike_broker()
         down = tuple(self._down)
@@ -285,7 +293,7 @@ class Hub:
             name="aggregator",
             coordinates=True,
             signing_key=settings.key_of("aggregator") if settings.is_sealed else NoSigner(),
-            opener=OPENER if settings.is_sealed else UNSEALED,
+            opener=OPENER if settings.is_sealed else unsealed(self._handed),
             store=self._open_store(),
             transport=VirtualTransport(self.broker, session="aggregator", manual_acknowledgement=True),
             journal=self.journal,

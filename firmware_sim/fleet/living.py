@@ -14,6 +14,7 @@ from device_client.device import Device
 from device_client.errors import StoreError
 from firmware_sim.fleet.record import DeviceRecord, packed
 from firmware_sim.fleet.surroundings import Ending, Surroundings
+from firmware_sim.hand_over import HandOver
 from firmware_sim.lasting_flash import LastingFlash
 
 LONGEST_NAP_S = 3600.0
@@ -73,6 +74,7 @@ class Living:
         surroundings: what it is in.
         record_until: stores what its wearer has recorded until a time, seconds of the shard's time.
         count_awake: told of every turn.
+        hand_over: what the device hands over in memory.
     """
 
     record: DeviceRecord
@@ -84,6 +86,7 @@ class Living:
     surroundings: Surroundings
     record_until: Callable[[float], None]
     count_awake: Callable[[], None]
+    hand_over: HandOver
     turns: int = 0
     _written_pages: int = field(default=0, init=False)
     _writing_s: float = field(default=0.0, init=False)
@@ -98,6 +101,7 @@ class Living:
             self.device.step()
             self.turns += 1
             self.count_awake()
+            self.hand_over.forget_all_but(self.device.outbox)
             compute_s = self.take_compute_s()
             self.record.compute_s += compute_s
             if busy_s := compute_s + self._take_writing_s():

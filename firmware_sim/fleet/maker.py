@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import simpy
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -14,7 +14,6 @@ from device_client.device import Device
 from device_client.device_ports import Connection
 from device_client.device_store import create_identity
 from device_client.ports import Graph, Transport
-from device_client.sealer import Sealer
 from device_client.training import LocalTraining, Records, Trainer
 from firmware_sim.attackers.plan import AttackPlan
 from firmware_sim.attackers.training import HostileTrainer, Memory
@@ -25,10 +24,10 @@ from firmware_sim.fleet.living import FleetBell, Living
 from firmware_sim.fleet.record import DeviceRecord, packed, unpacked
 from firmware_sim.fleet.surroundings import Surroundings
 from firmware_sim.fleet.windows import Registration
+from firmware_sim.hand_over import HandOver
 from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.virtual_device import VirtualHardware, virtual_device
 from fl_protocol.bundle import ModelBundle
-from fl_protocol.sealing import seal_update
 
 _HONEST = AttackPlan((), seed=0)
 
@@ -47,7 +46,7 @@ class DeviceMaker:
         aggregator_key: that all are pinned to.
         began_s: Unix seconds at which the shard's time begins.
         attacks: which of the devices are hostile.
-        sealer: closes up updates.
+        is_sealed: whether updates are sealed; else their values are handed over in memory.
     """
 
     seed: str
@@ -58,7 +57,7 @@ class DeviceMaker:
     aggregator_key: Ed25519PublicKey
     began_s: float
     attacks: AttackPlan = _HONEST
-    sealer: Sealer = seal_update
+    is_sealed: bool = True
 
     def start(
         self,
@@ -94,8 +93,10 @@ class DeviceMaker:
             journal=journal,
             bell=bell,
             trainer=self._trainer(stopwatch, record, environment, counter),
-            sealer=self.sealer,
         )
+        hand_over = HandOver(record.vectors, edge.models)
+        if not self.is_sealed:
+            hardware = replace(hardware, sealer=hand_over.seal, vectors=hand_over, downloads=hand_over.download)
         try:
             device = virtual_device(
                 config,
@@ -118,6 +119,7 @@ class DeviceMaker:
             surroundings=surroundings,
             record_until=lambda to_s: self._record(device, record, to_s),
             count_awake=journal.count_awake,
+            hand_over=hand_over,
         )
         return living, enrolled
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
+from numpy.typing import NDArray
 
 from firmware_sim.board.board_state import BoardState
 from firmware_sim.lasting_flash import LastingFlash
@@ -58,6 +60,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
         slots: the boot loader's partition, where firmware is simulated, and of what it did: `firmware`, the version
             that runs; `booted_s`, when it booted last; `boot_cause`, the ending that it boots after next.
         news: (event, detail) that are to be told when its daemon starts.
+        vectors: with ``wire = "off"``, what its flash only names; see `firmware_sim.hand_over`.
         hours: the last ones in which it was counted as awake, eligible, having begun, having delivered; -1 for none.
     """
 
@@ -87,6 +90,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True, array_like=True):
     booted_s: float | None = None
     boot_cause: str = ""
     news: list[tuple[str, str]] = msgspec.field(default_factory=list)
+    vectors: dict[bytes, NDArray[Any]] = msgspec.field(default_factory=dict)
     hours: list[int] = msgspec.field(default_factory=lambda: [-1, -1, -1, -1])
 
 

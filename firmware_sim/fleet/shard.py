@@ -78,7 +78,11 @@ class Shard:
         self._records = {record.name: record for record in records}
         self._maker, self._world = maker, world
         self._environment = ShardTime(starts_s)
-        self._edge = ShardEdge(began_s=maker.began_s, now_s=lambda: maker.began_s + float(self._environment.now))
+        self._edge = ShardEdge(
+            began_s=maker.began_s,
+            now_s=lambda: maker.began_s + float(self._environment.now),
+            vectors=lambda name: self._records[name].vectors,
+        )
         self._living: dict[str, Living] = {}
         self._registrations: list[Registration] = []
         self._events: list[FleetEvent] = []

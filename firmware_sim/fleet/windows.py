@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from firmware_sim.fleet.services import RUNNING, Services
 
@@ -21,6 +23,7 @@ class Upload(NamedTuple):
         arrives_s: when.
         device: the sender's name on the wire.
         number: of this message among the sender's, so that what arrives at one time has an order.
+        values: that are handed over beside it with ``wire = "off"``, uint8 [bytes].
     """
 
     arrives_s: float
@@ -28,6 +31,7 @@ class Upload(NamedTuple):
     number: int
     topic: str
     payload: bytes
+    values: NDArray[np.uint8] | None = None
 
 
 class Download(NamedTuple):

@@ -138,7 +138,8 @@ class Scenario(Section, frozen=True, kw_only=True):
         checkpoint_hours: the run is put down, so that it can be resumed, after each round that ends, but at most
             every so many virtual hours. Every daemon is restarted then, as systems do.
         fidelity: how training is simulated.
-        wire: ``off`` leaves out sealing and signatures, to see what the rest costs; only with the engine open.
+        wire: ``off`` leaves out sealing and signatures, and hands models and updates over in memory, to see what the
+            rest costs; radios then carry only names of them. Only with the engine open.
         model: name of one of covey's bundles, or path of one, relative to the file.
         publisher_key: of a bundle that is given by its path, 64 hex digits.
         task: the aggregator's task file, without name, bundle and key (docs/tasks.md).

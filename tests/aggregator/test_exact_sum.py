@@ -81,8 +81,8 @@ def test_rounding_changes_a_value_by_at_most_half_a_unit(number: float) -> None:
     assert abs(error) <= Fraction(1, 2**33)
 
 
-def check_more_than_a_block_of_recent_ones(module: ModuleType) -> None:
-    """The largest values that are taken, with bits down to the last, for longer than float64 has room for."""
+def check_many_are_added_up(module: ModuleType) -> None:
+    """The largest values that are taken, with bits down to the last, for longer than a float64 would have room for."""
     largest = np.array([1023.9999, 0.0, 2.0**-32], np.float32)
     total = module.ExactSum.zeros(LENGTH)
     for _ in range(5000):
@@ -94,9 +94,17 @@ def check_more_than_a_block_of_recent_ones(module: ModuleType) -> None:
 
 
 def check_each_value_is_rounded_by_itself(module: ModuleType) -> None:
-    third = np.array([2.0**-33 * 1.5, -(2.0**-34), 1e-42], np.float32)
-    total = summed([third] * 100, module)
-    assert total.total.tolist() == [100, 0, 0]
+    """To the nearest unit, and from half-way to the even one, whatever the sum so far is."""
+    for values, units in (
+        ([2.0**-33 * 1.5, -(2.0**-34), 1e-42], [1, 0, 0]),
+        ([2.0**-33, 3 * 2.0**-33, 5 * 2.0**-33], [0, 2, 2]),
+        ([-(2.0**-33), -3 * 2.0**-33, -5 * 2.0**-33], [0, -2, -2]),
+    ):
+        for before in (0, 1):
+            total = module.ExactSum(np.full(LENGTH, before, np.int64), 1)
+            for _ in range(100):
+                total.add(np.array(values, np.float32))
+            assert total.total.tolist() == [before + 100 * unit for unit in units]
 
 
 def check_there_is_room_for_the_most(module: ModuleType) -> None:
@@ -115,7 +123,7 @@ def check_there_is_room_for_the_most(module: ModuleType) -> None:
 
 def check_blocks_are_all_added(module: ModuleType) -> None:
     """Longer than a block of the processor's cache, and no multiple of one."""
-    update = np.random.default_rng(0).normal(size=40_001).astype(np.float32)
+    update = np.random.default_rng(0).normal(size=140_001).astype(np.float32)
     total = summed([update, -update, update], module)
     assert total.total.tobytes() == sum_of(update, length=len(update)).tobytes()
 
@@ -134,7 +142,9 @@ def check_the_norm_is_told(module: ModuleType) -> None:
     assert norm(np.full(100, 1e30, np.float32)) == pytest.approx(1e31, rel=1e-5)
     assert norm(np.full(100, 1e-30, np.float32)) == pytest.approx(1e-29, rel=1e-5)
     assert norm(np.full(4, 2.0**-149, np.float32)) == pytest.approx(2.0**-148)
-    assert norm(np.zeros(5, np.float32)) == 0.0
+    assert norm(np.full(4, 2.0**-149, np.float32)) > 0
+    for nothing in (np.zeros(5, np.float32), -np.zeros(5, np.float32), np.zeros(0, np.float32)):
+        assert norm(nothing) == 0.0
 
 
 def test_a_sum_goes_on_after_it_was_looked_at() -> None:
@@ -155,14 +165,16 @@ def test_merging_changes_the_other_in_nothing() -> None:
 
 
 BREAKS = [
-    (check_more_than_a_block_of_recent_ones, ("_MOST_RECENT = 512", "_MOST_RECENT = 2**20")),
-    (check_each_value_is_rounded_by_itself, ("            block += _ROUNDER\n            block -= _ROUNDER\n", "")),
+    (check_many_are_added_up, ("self._num_rounders += len(", "self._num_rounders = len(")),
+    (check_each_value_is_rounded_by_itself, ("block += _ROUNDER\n", "block += _ROUNDER + UNIT\n")),
+    (check_each_value_is_rounded_by_itself, ("_ROUNDER = 1.5 * 2.0**20", "_ROUNDER = 1.5 * 2.0**20 + UNIT")),
     (check_there_is_room_for_the_most, ("if self.count + more > MOST_UPDATES:", "if False:")),
     (
         check_blocks_are_all_added,
-        ("for start in range(0, len(values), _BLOCK):\n            part", "for start in (0,):\n            part"),
+        ("for start in range(0, len(self._total) if self._waiting else 0, _BLOCK)", "for start in (0,)"),
     ),
     (check_the_norm_is_told, ("1e-20 < squared < math.inf", "True")),
+    (check_the_norm_is_told, ("squared == 0 and values.max(initial=0) == values.min(initial=0)", "squared == 0")),
 ]
 
 

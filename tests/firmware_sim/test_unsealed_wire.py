@@ -5,15 +5,19 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
 
 import aggregator.assembly
 import device_client.assembly
 from aggregator.ingest import OPENER, Opener, verify_header
 from device_client.device_ports import DevicePorts
+from device_client.downloads import Download
+from device_client.work_vectors import IN_ENTRY
 from firmware_sim.scenario.loading import load_scenario
-from firmware_sim.unsealed_wire import UNSEALED, NoSigner, NoVerifier, unsealed_update
+from firmware_sim.unsealed_wire import NoSigner, NoVerifier, unsealed, unsealed_update
 from fl_protocol.errors import ConfigError, ProtocolError, RefusalReason, RefusedError
 from fl_protocol.messages import RoundManifestMsg, UpdateBodyMsg, UpdateEnvelopeMsg, UpdateHeaderMsg, decode
 from fl_protocol.sealing import open_update, seal_update
@@ -38,10 +42,13 @@ def manifest() -> RoundManifestMsg:
     return examples.manifest("x25519", recipient=KEY.recipient())
 
 
+VALUES = np.array([1.0, 2.0], "<f4").tobytes()
+
+
 def envelope() -> bytes:
     """An update that was not sealed."""
-    body = UpdateBodyMsg(num_parameters=2, values=bytes(8))
-    return unsealed_update(body, manifest=manifest(), device="w1", update_id=UPDATE_ID, signing_key=DEVICE)
+    body = UpdateBodyMsg(num_parameters=2, values=VALUES)
+    return unsealed_update(body, manifest=manifest(), device="w1", update_id=UPDATE_ID)[0]
 
 
 def checked(opener: Opener) -> None:
@@ -63,7 +70,7 @@ def test_a_real_aggregator_refuses_what_was_not_signed() -> None:
     with pytest.raises(RefusedError) as refused:
         checked(OPENER)
     assert refused.value.reason is RefusalReason.BAD_SIGNATURE
-    checked(UNSEALED)  # the simulator's own takes it: nothing else was wrong with it
+    checked(unsealed({}))  # the simulator's own takes it: nothing else was wrong with it
 
 
 def test_a_real_aggregator_does_not_open_what_was_not_sealed() -> None:
@@ -71,7 +78,17 @@ def test_a_real_aggregator_does_not_open_what_was_not_sealed() -> None:
     header = decode(outer.header, UpdateHeaderMsg)
     with pytest.raises(ProtocolError):
         open_update(header, outer.sealed, KEY)
-    assert UNSEALED.open_body(header, outer.sealed, KEY).values == bytes(8)
+    handed = {UPDATE_ID: np.frombuffer(VALUES, np.uint8)}
+    assert bytes(unsealed(handed).open_body(header, outer.sealed, KEY).values) == VALUES
+
+
+def test_only_what_was_handed_over_is_opened() -> None:
+    outer = decode(envelope(), UpdateEnvelopeMsg)
+    header = decode(outer.header, UpdateHeaderMsg)
+    short, another = np.frombuffer(VALUES[:4], np.uint8), replace(header, update_id=b"\x0c" * 16)
+    for handed, named in ({}, header), ({UPDATE_ID: short}, header), ({another.update_id: short}, another):
+        with pytest.raises(ProtocolError):
+            unsealed(handed).open_body(named, outer.sealed, KEY)
 
 
 def test_a_real_device_refuses_a_manifest_that_was_not_signed() -> None:
@@ -93,9 +110,10 @@ def chosen_elsewhere(source: str, call: str, keyword: str) -> bool:
 
 def test_no_configuration_and_no_message_makes_a_device_or_an_aggregator_do_without() -> None:
     device, service = (Path(str(one.__file__)).read_text() for one in (device_client.assembly, aggregator.assembly))
-    assert not chosen_elsewhere(device, "DevicePorts", "sealer")
+    for port in ("sealer", "vectors", "downloads"):
+        assert not chosen_elsewhere(device, "DevicePorts", port)
     assert not chosen_elsewhere(service[: service.index("def make_service")], "make_service", "opener")
-    assert DevicePorts.sealer is seal_update
+    assert (DevicePorts.sealer, DevicePorts.vectors, DevicePorts.downloads) == (seal_update, IN_ENTRY, Download)
     careless = device.replace("DevicePorts(", "DevicePorts(sealer=chosen(config), ", 1)
     assert chosen_elsewhere(careless, "DevicePorts", "sealer")  # the search finds what it is for
 

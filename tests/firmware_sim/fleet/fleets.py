@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -67,6 +68,25 @@ reorder = 0.05
 """
 """Watches, phones and gateways at night, some of which are killed now and then, and some have a bad network."""
 
+HANDED = (
+    HARDWARE.replace('name = "hardware"', 'name = "handed"\nwire = "off"\nheld_out_windows = 0\nhistory_days = 1.0')
+    .replace('fidelity = "surrogate"', 'fidelity = "real"')
+    .replace('model = "watch_features"', 'model = "watch_cnn"')
+    .replace("repeat = 0.05", "drop = 0.7\nrepeat = 0.05")
+    .replace("checkpoint_hours = 1", "checkpoint_hours = 0")
+    .replace("rounds = 3\ngoal = 6", "rounds = 10\ngoal = 2")
+    .replace("[task.updates]", "[task.asynchronous]\nmaximum_staleness = 5\n\n[task.updates]")
+    + """
+[sensors]
+kind = "synthetic"
+windows_per_day = 30.0
+"""
+)
+"""The same devices, which train, and hand over models and updates in memory, where each vector has its own place.
+
+A round ends while others' updates for it are on their way, and count later: when the run is put down there are some.
+"""
+
 REAL = """
 name = "real"
 seed = 3
@@ -113,7 +133,7 @@ class Outcome:
         models: digests of the rounds' models.
         totals: of all devices.
         records: of each device. Of its files, their lengths only: HPKE draws its ephemeral keys from the operating
-            system, and the ledger has the digests of what was sealed.
+            system, and the ledger has the digests of what was sealed. Of vectors, their digests.
     """
 
     events: str
@@ -143,8 +163,15 @@ def outcome(run: FleetRun) -> Outcome:
         hashlib.sha256(table.read_bytes()).hexdigest(),
         models,
         run.totals,
-        [msgspec.structs.replace(one, flash=_lengths(one.flash), counter=_lengths(one.counter)) for one in run.records],
+        [_comparable(one) for one in run.records],
     )
+
+
+def _comparable(record: DeviceRecord) -> DeviceRecord:
+    """A record as an `Outcome` has it."""
+    digests: Any = {name: hashlib.sha256(vector.tobytes()).digest() for name, vector in record.vectors.items()}
+    flash, counter = _lengths(record.flash), _lengths(record.counter)
+    return msgspec.structs.replace(record, flash=flash, counter=counter, vectors=digests)
 
 
 def _lengths(image: Image) -> Image:

@@ -18,7 +18,8 @@ from firmware_sim.fleet.checkpoint import latest_checkpoint, write_checkpoint
 from firmware_sim.fleet.engines import InProcess, Processes
 from firmware_sim.fleet.simulation import SCENARIO
 from firmware_sim.fleet.windows import Window
-from tests.firmware_sim.fleet.fleets import HARDWARE, REAL, Outcome, folder_of, prepared, simulated
+from tests.enrolments import broken_copy
+from tests.firmware_sim.fleet.fleets import HANDED, HARDWARE, REAL, Outcome, folder_of, prepared, simulated
 from tests.firmware_sim.fleet.small_fleets import scenario_file
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -27,6 +28,11 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return simulated(folder_of(tmp_path_factory.mktemp("undisturbed") / "run", HARDWARE))
+
+
+@pytest.fixture(scope="module")
+def handed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return simulated(folder_of(tmp_path_factory.mktemp("handed") / "run", HANDED))
 
 
 def stopped_after(folder: Path, windows: int) -> None:
@@ -52,6 +58,29 @@ def test_a_run_that_stops_again_and_again_is_the_run_that_nobody_disturbed(
     assert has_checkpoint(folder)
     stopped_after(folder, 200)
     assert simulated(folder) == undisturbed
+
+
+def test_what_was_handed_over_in_memory_is_put_down_with_the_run(handed: Outcome, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "run", HANDED)
+    held = 0
+    for windows in (120, 100, 200, 200):
+        stopped_after(folder, windows)
+        found = latest_checkpoint(folder)
+        assert found is not None
+        assert not found.finished
+        held += sum(len(record.vectors) for record in found.records)
+    assert held
+    assert simulated(folder, Processes(folder / SCENARIO, 2)) == handed
+
+
+def test_a_hand_over_that_ends_with_its_daemon_is_caught(
+    handed: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = broken_copy(
+        "firmware_sim.hand_over", ("self._vectors, self", "vectors.clear()\n        self._vectors, self")
+    )
+    monkeypatch.setattr("firmware_sim.fleet.maker.HandOver", broken.HandOver)
+    assert simulated(folder_of(tmp_path / "run", HANDED)) != handed
 
 
 def test_a_real_run_resumed_on_another_number_of_shards_gives_the_same_models(tmp_path: Path) -> None:

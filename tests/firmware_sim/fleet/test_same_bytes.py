@@ -10,7 +10,7 @@ import pytest
 
 from firmware_sim.fleet.engines import Engine, InProcess, Processes
 from firmware_sim.fleet.simulation import SCENARIO, make_engine
-from tests.firmware_sim.fleet.fleets import HARDWARE, REAL, Outcome, folder_of, simulated
+from tests.firmware_sim.fleet.fleets import HANDED, HARDWARE, REAL, Outcome, folder_of, simulated
 
 ENGINES: dict[str, Callable[[Path], Engine]] = {
     "two shards": lambda path: InProcess(path, count=2),
@@ -19,7 +19,7 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[HARDWARE, REAL], ids=["hardware", "real"])
+@pytest.fixture(scope="module", params=[HARDWARE, REAL, HANDED], ids=["hardware", "real", "handed"])
 def scenario(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -40,13 +40,14 @@ def test_every_engine_gives_the_same_bytes(scenario: str, alone: Outcome, engine
 def test_another_seed_gives_other_events(scenario: str, alone: Outcome, tmp_path: Path) -> None:
     other = simulated(folder_of(tmp_path / "run", scenario, seed=4))
     assert other.events != alone.events
-    if scenario == REAL:
+    if scenario in {REAL, HANDED}:
         assert not set(other.models) & set(alone.models)
 
 
-def test_two_ray_actors_give_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scenario", [HARDWARE, HANDED], ids=["hardware", "handed"])
+def test_two_ray_actors_give_the_same_bytes(scenario: str, tmp_path: Path) -> None:
     if os.environ.get("COVEY_TESTS_NEED_RAY") != "1":
         pytest.importorskip("ray")
-    alone = simulated(folder_of(tmp_path / "alone", HARDWARE))
-    folder = folder_of(tmp_path / "run", HARDWARE)
+    alone = simulated(folder_of(tmp_path / "alone", scenario))
+    folder = folder_of(tmp_path / "run", scenario)
     assert simulated(folder, make_engine("ray", folder / SCENARIO, 2)) == alone

@@ -50,11 +50,12 @@ def test_a_broker_that_hands_on_what_it_should_lose_is_caught(tmp_path: Path, mo
         check_nothing_passes_a_broker_that_is_down(left)
 
 
+@pytest.mark.parametrize("wire", ["on", "off"])
 @pytest.mark.parametrize("for_s", [0.5, 2.0])
 def test_an_aggregator_that_is_killed_again_and_again_loses_nothing_that_has_a_receipt(
-    tmp_path: Path, for_s: float
+    tmp_path: Path, for_s: float, wire: str
 ) -> None:
-    left = ran(tmp_path, fault=[{**KILLS, "for_s": for_s}])
+    left = ran(tmp_path, wire=wire, fault=[{**KILLS, "for_s": for_s}])
     assert left.count("aggregator_killed") >= 5
     assert left.count("aggregator_killed") - left.count("aggregator_started") in {0, 1}
     check_every_receipt_counts_once(left)
