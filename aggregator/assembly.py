@@ -23,7 +23,7 @@ from aggregator.answers import Answers
 from aggregator.batches import Commits, CommitsHere
 from aggregator.committer import Committer, PendingUpdate, Verdict
 from aggregator.config import AggregatorConfig
-from aggregator.coordinator import ORDERS_EVERY_S, Coordinator
+from aggregator.coordinator import Coordinator, Pace
 from aggregator.errors import DatabaseError
 from aggregator.helper_calls import HelperCalls, HelperLink
 from aggregator.in_force import config_of, tasks_in_force
@@ -199,7 +199,7 @@ def make_service(
     links: Mapping[str, HelperLink] | None = None,
     commits: Commits | None = None,
     leases: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
-    orders_every_s: float = ORDERS_EVERY_S,
+    pace: Pace = Pace(),  # noqa: B008 - frozen
     opener: Opener = OPENER,
 ) -> AggregatorService:
     """The parts of one process, connected; a simulation passes its own transport, time and randomness.
@@ -221,7 +221,7 @@ def make_service(
         commits: whole updates; None to do so in this process.
         opener: verifies headers and opens seals in this process.
         leases: how long they are taken for.
-        orders_every_s: how often operators' orders and new tasks are looked for.
+        pace: how often orders, new tasks and what can be tidied are looked for.
     """
     committer = Committer(tenant=tenant, worker=name, store=store, entropy=entropy, now_s=now_s, opener=opener)
     commits = commits or CommitsHere(lambda batch: committer.commit(batch, lambda: tasks_in_force(store)))
@@ -266,7 +266,7 @@ def make_service(
             load=lambda task: _load(task, ports),
             monotonic_s=monotonic_s,
             terms=leases,
-            orders_every_s=orders_every_s,
+            pace=pace,
         )
     return AggregatorService(
         transport=transport,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from aggregator.errors import AggregatorError, BlobError, DatabaseError, LostModelError
 from aggregator.outage import Outage
@@ -33,12 +34,17 @@ from fl_protocol.transport import Connected, Disconnected, TransportEvent
 
 LOOK_EVERY_S = 0.2
 """How often deadlines and arrivals from other workers are looked at."""
-ORDERS_EVERY_S = 1.0
-SWEEP_EVERY_S = 300.0
 JUMP_S = 5.0
 """A wall clock that moves this much against the monotonic one was set."""
 
 LoadTask = Callable[[StoredTask], TaskRunner]
+
+
+class Pace(NamedTuple):
+    """How often a coordinator looks for operators' orders and new tasks, and for blobs that nothing names any more."""
+
+    orders_every_s: float = 1.0
+    sweep_every_s: float = 300.0
 
 
 class Coordinator:
@@ -50,7 +56,7 @@ class Coordinator:
         load: makes a task's runner.
         monotonic_s: seconds that no clock setting moves.
         terms: of its lease.
-        orders_every_s: how often it looks for operators' orders and new tasks.
+        pace: how often it looks for what.
     """
 
     def __init__(
@@ -61,9 +67,9 @@ class Coordinator:
         load: LoadTask,
         monotonic_s: Callable[[], float],
         terms: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
-        orders_every_s: float = ORDERS_EVERY_S,
+        pace: Pace = Pace(),  # noqa: B008 - frozen
     ) -> None:
-        self._terms, self._orders_every_s = terms, orders_every_s
+        self._terms, self._pace = terms, pace
         self.name, self._ports, self._load, self._monotonic_s = name, ports, load, monotonic_s
         self._runners: dict[str, TaskRunner] = {}
         self._sweeper = Sweeper(ports.store.database, ports.store.blobs)
@@ -142,7 +148,7 @@ class Coordinator:
         if looks and self._connected:
             self._ports.calls.look_after()
             failed += self._note_clock_jump(now_s)
-            if not happened_within(self._orders_every_s, self._asked_s, now_s):
+            if not happened_within(self._pace.orders_every_s, self._asked_s, now_s):
                 failed += self._load_new_tasks()
                 self._carry_out_orders()
                 self._asked_s = now_s
@@ -261,7 +267,7 @@ class Coordinator:
         """Empty the database's log after a round has closed, and sweep blobs now and then."""
         if self._unerased:
             self._unerased = not self._ports.store.database.empty_log()
-        if not happened_within(SWEEP_EVERY_S, self._swept_s, now_s):
+        if not happened_within(self._pace.sweep_every_s, self._swept_s, now_s):
             self._swept_s = now_s
             swept = self._sweeper.sweep(now_s=now_s, monotonic_s=self._monotonic_s())
             if swept:

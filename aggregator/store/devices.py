@@ -24,6 +24,16 @@ class RegisteredKey(NamedTuple):
         return self.not_before_s <= now_s <= self.not_after_s
 
 
+_ADD = insert(schema.devices)
+_FORGET = delete(schema.devices).where(schema.devices.c.device == bindparam("its_device"))
+_DEVICES, _PERIODS = schema.devices.c, schema.device_periods.c
+_FIND = (  # built once, for every commit asks it
+    select(_DEVICES.device, _DEVICES.public_key, _PERIODS.not_before_s, _PERIODS.not_after_s)
+    .select_from(schema.devices.outerjoin(schema.device_periods, _DEVICES.device == _PERIODS.device))
+    .where(_DEVICES.device.in_(bindparam("names", expanding=True)))
+)
+
+
 class Devices:
     """The register of devices. Every method is one transaction and raises DatabaseError."""
 
@@ -38,10 +48,9 @@ class Devices:
         """Register several devices' keys, or replace them."""
         rows = [{"device": device, "public_key": key, "added_s": now_s} for device, key in devices]
         with self._database.transaction() as connection:
-            for row in rows:
-                connection.execute(delete(schema.devices).where(schema.devices.c.device == row["device"]))
             if rows:
-                connection.execute(insert(schema.devices), rows)
+                connection.execute(_FORGET, [{"its_device": row["device"]} for row in rows])
+                connection.execute(_ADD, rows)
 
     def remove(self, device: str) -> bool:
         """Forget a device; whether it was registered. What it has sent and was accepted stays counted."""
@@ -59,14 +68,6 @@ class Devices:
         with self._database.reading() as connection:
             query = select(schema.devices.c.device, schema.devices.c.public_key).order_by(schema.devices.c.device)
             return [(row.device, row.public_key) for row in connection.execute(query)]
-
-
-_DEVICES, _PERIODS = schema.devices.c, schema.device_periods.c
-_FIND = (  # built once, for every commit asks it
-    select(_DEVICES.device, _DEVICES.public_key, _PERIODS.not_before_s, _PERIODS.not_after_s)
-    .select_from(schema.devices.outerjoin(schema.device_periods, _DEVICES.device == _PERIODS.device))
-    .where(_DEVICES.device.in_(bindparam("names", expanding=True)))
-)
 
 
 def find_devices(connection: Connection, names: Iterable[str]) -> dict[str, RegisteredKey]:

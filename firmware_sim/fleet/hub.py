@@ -11,6 +11,7 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator.assembly import make_service
+from aggregator.coordinator import Pace
 from aggregator.helper.answering import Study
 from aggregator.helper.helper_store import HelperDatabase, HelperStore
 from aggregator.helper.key_ring import Helper, KeyTerms
@@ -302,9 +303,9 @@ class Hub:
             monotonic_s=self.clock.now_s,
             limits=IntakeLimits(),
             helpers=settings.pinned_helpers(),
-            # Nobody would take over a lease that has run out, nor gives an order: both looks cost more than a commit.
+            # Nobody would take over a lease that has run out, nor gives an order: each look costs as much as a commit.
             leases=LeaseTerms(lease_s=110.0, renew_every_s=IDLE_EVERY_S),
-            orders_every_s=IDLE_EVERY_S,
+            pace=Pace(orders_every_s=IDLE_EVERY_S, sweep_every_s=IDLE_EVERY_S),
         )
         self._service.start()
 
