@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import resource
 import signal
 import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -46,10 +48,10 @@ class Engine(Protocol):
         """Make the shards: new, or of a run that is resumed at `starts_s`."""
 
     def begin(self, window: Window) -> None:
-        """Let all shards simulate a window; `collect` waits for them."""
+        """Let all shards simulate a window; `collect` waits for them. At most two are begun and not collected."""
 
     def collect(self) -> list[WindowReport]:
-        """What came of the window that was begun, by shard."""
+        """What came of the first window that was begun and not collected, by shard."""
 
     def put_down(self, now_s: float) -> list[PutDown]:
         """End what runs in every shard; `start` goes on."""
@@ -125,7 +127,7 @@ class InProcess:
 
     def __init__(self, scenario: Path, *, count: int = 1, traced: str = "") -> None:
         self._hosts = [ShardHost(scenario, number, count, traced=traced) for number in range(count)]
-        self._window: Window | None = None
+        self._begun: deque[Window] = deque()
 
     def start(self, starts_s: float, records: Sequence[DeviceRecord] | None) -> None:
         """Make the shards."""
@@ -134,13 +136,13 @@ class InProcess:
 
     def begin(self, window: Window) -> None:
         """Note the window."""
-        self._window = window
+        self._begun.append(window)
 
     def collect(self) -> list[WindowReport]:
         """Simulate it."""
-        if self._window is None:
+        if not self._begun:
             raise FleetError("a window was collected that was not begun")
-        window, self._window = self._window, None
+        window = self._begun.popleft()
         count = len(self._hosts)
         return [host.advance(addressed(window, number, count)) for number, host in enumerate(self._hosts)]
 
@@ -160,6 +162,7 @@ class _Worker:
     line: Connection
     files: SharedFiles
     answers: AnswerReader
+    asked: int = 0
 
 
 @dataclass
@@ -178,7 +181,7 @@ class Processes:
     def __post_init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked copy of open databases and threads would not be safe
         for number in range(self.count):
-            (mine, theirs), files = context.Pipe(), SharedFiles(SharedFile(), SharedFile())
+            (mine, theirs), files = context.Pipe(), SharedFiles((SharedFile(), SharedFile()), SharedFile())
             process = context.Process(
                 target=_serve,
                 args=(theirs, files, self.scenario, number, self.count),
@@ -216,8 +219,8 @@ class Processes:
         for worker in self._workers:
             with contextlib.suppress(OSError):
                 worker.line.close()
-                worker.files.questions.close()
-                worker.files.answers.close()
+                for file in (*worker.files.questions, worker.files.answers):
+                    file.close()
         for worker in self._workers:
             worker.process.join(_END_WITHIN_S)
             if worker.process.is_alive():
@@ -227,7 +230,8 @@ class Processes:
         """Give a process something to do. Raises FleetError."""
         try:
             worker = self._workers[number]
-            ask(worker.line, worker.files.questions, (command, arguments, worker.answers.take_done()))
+            file, worker.asked = worker.files.questions[worker.asked % 2], worker.asked + 1
+            ask(worker.line, file, (command, arguments, worker.answers.take_done()))
         except OSError as error:
             raise self._died(number) from error
 
@@ -283,9 +287,9 @@ def _ignoring_interrupts() -> Iterator[None]:
 def _serve(line: Connection, files: SharedFiles, scenario: Path, number: int, count: int) -> None:
     """A process that simulates one shard, until the line is closed."""
     host, answers = ShardHost(scenario, number, count, owns_process=True), AnswerWriter(files.answers)
-    while True:
+    for file in itertools.cycle(files.questions):
         try:
-            command, arguments, done = asked(line, files.questions)
+            command, arguments, done = asked(line, file)
         except EOFError:
             return
         answers.take_back(done)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class RayActors:
             raise FleetError(f"Ray does not start ({error}); take --engine local") from error
         actor = ray.remote(num_cpus=1)(ShardHost)
         self._actors: list[Any] = [actor.remote(scenario, number, count, owns_process=True) for number in range(count)]
-        self._begun: list[Any] = []
+        self._begun: deque[list[Any]] = deque()
 
     def start(self, starts_s: float, records: Sequence[DeviceRecord] | None) -> None:
         """Make the shards."""
@@ -63,13 +64,13 @@ class RayActors:
 
     def begin(self, window: Window) -> None:
         """Let all simulate it."""
-        self._begun = [
-            actor.advance.remote(addressed(window, number, self._count)) for number, actor in self._numbered()
-        ]
+        self._begun.append(
+            [actor.advance.remote(addressed(window, number, self._count)) for number, actor in self._numbered()]
+        )
 
     def collect(self) -> list[WindowReport]:
         """Wait for all."""
-        reports: list[WindowReport] = self._wait(self._begun)
+        reports: list[WindowReport] = self._wait(self._begun.popleft())
         return reports
 
     def put_down(self, now_s: float) -> list[PutDown]:

@@ -164,29 +164,44 @@ class FleetRun:
         """One window after the other, until the end or until it should stop."""
         scenario = self.loaded.scenario
         every_s, ends_s = scenario.exchange_s, scenario.duration_s
-        number = round(self.now_s / every_s)
+        number, is_begun, is_busy = round(self.now_s / every_s), False, False
         while number * every_s < ends_s:
             self.now_s = number * every_s
-            services = self._services.at(number)
-            down = tuple(one for one in down if services.lets_through(one.device))
-            self.engine.begin(Window(self.now_s, (number + 1) * every_s, down, services))
+            if not is_begun:
+                self._begin_window(number, down)
             # What was for single devices when the run was put down waits until they are connected again.
             held, self._held = self._held, ()
-            down = (*held, *self._work(hub, services))
-            reports = self.engine.collect()
-            self._take(hub, reports)
+            down = (*held, *self._work(hub, self._services.at(number)))
             if hub.is_finished:  # a while is left for the last receipts
                 ends_s = min(ends_s, self._finished_s(self.now_s) + DRAINED_AFTER_S)
-            number = self._next_number(number, reports, idle=not down)
+            puts_down = self._is_to_be_put_down() and not hub.is_finished
+            # All that comes down in the next window is known: a shard that is done with this one need not wait for the
+            # others. After a window that was followed by one in which nothing happens, the next is not begun so early.
+            is_begun = not puts_down and (bool(down) or is_busy) and (number + 1) * every_s < ends_s
+            if is_begun:
+                self._begin_window(number + 1, down)
+            reports = self.engine.collect()
+            self._take(hub, reports)
+            next_number = self._next_number(number, reports, idle=not down)
+            is_busy = next_number == number + 1
+            number = number + 1 if is_begun else next_number
             self.now_s = number * every_s
             self._tell(reports)
             yield
             if self.should_stop():
+                if is_begun:
+                    self.engine.collect()
                 return
-            if self._is_to_be_put_down() and not hub.is_finished:
-                self._held = tuple(one for one in down if one.device)
+            if puts_down:
+                self._held, is_busy = tuple(one for one in down if one.device), False
                 down = self._go_on(hub, self._put_down(hub))
         self.now_s, self.finished = min(self.now_s, ends_s), True
+
+    def _begin_window(self, number: int, down: tuple[Download, ...]) -> None:
+        """Have the shards simulate a window, with what comes through of all that comes down."""
+        services, every_s = self._services.at(number), self.loaded.scenario.exchange_s
+        passing = tuple(one for one in down if services.lets_through(one.device))
+        self.engine.begin(Window(number * every_s, (number + 1) * every_s, passing, services))
 
     def _finished_s(self, now_s: float) -> float:
         """When the task ended."""

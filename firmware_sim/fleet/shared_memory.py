@@ -64,14 +64,17 @@ class SharedFile:
 
 
 class SharedFiles(NamedTuple):
-    """What two processes have in common: a file for questions, and one for answers."""
+    """What two processes have in common: files for questions, in turn, and one for answers.
 
-    questions: SharedFile
+    One question may be asked before the last is answered, so there are two files.
+    """
+
+    questions: tuple[SharedFile, SharedFile]
     answers: SharedFile
 
 
 def ask(line: Connection, file: SharedFile, question: object) -> None:
-    """Send a question; the one before was answered. Raises OSError.
+    """Send a question; the one before that lay in this file was answered. Raises OSError.
 
     Args:
         line: to the other process.
