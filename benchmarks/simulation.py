@@ -5,8 +5,8 @@ the machine hits all; a rate is the median over the turns of the median round. S
 runs with one and with two processes, and the faster counts. A ratio is the rate of ours over theirs; of memory, the
 proportional memory of our whole tree over theirs, both at their highest.
 
-The week is a scenario of its own (``--scenario``), run by ``covey-fleet run`` with another number of devices; its
-seconds are all of it, from the beginning to the report.
+The week is a scenario of its own (``--scenario``), run by ``covey-fleet run`` with another number of devices, and with
+a goal and a minimum cohort in the same proportion to it; its seconds are all of it, from the beginning to the report.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from benchmarks.peers.environments import PeerMissingError
 from benchmarks.peers.simulation_job import Job
 from benchmarks.simulation_covey import CoveyJob
 from benchmarks.simulation_peers import PEERS, Bounds, Result, make_job, medians, run_command, run_job
+from benchmarks.simulation_plot import plot
 from benchmarks.timing import cpu_name
 
 SCENARIO = Path("firmware_sim/scenarios/mass-rollout.toml")
@@ -42,6 +44,7 @@ OURS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "million": (("covey_off", "off"),),
 }
 """Which of ours runs each kind of job, and how its wire is set."""
+_SCALED = ("devices", "goal", "minimum_cohort")
 
 
 def compared(kind: str, clients: int, *, rounds: int, repeats: int, peers: Sequence[str] = tuple(PEERS)) -> list[dict]:  # type: ignore[type-arg]
@@ -116,9 +119,9 @@ def week(scenario: Path, devices: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         changed = Path(folder) / "week.toml"
-        lines = scenario.read_text(encoding="utf-8").splitlines()
-        changed.write_text("\n".join(f"devices = {devices}" if one.startswith("devices") else one for one in lines))
+        changed.write_text(with_devices(scenario.read_text(encoding="utf-8"), devices), encoding="utf-8")
         command = [sys.executable, "-c", "from firmware_sim.cli import main; main()", "run", str(changed)]
+        command += ["--shards", "2"]
         began_s = time.perf_counter()
         with (
             subprocess.Popen(
@@ -136,6 +139,20 @@ def week(scenario: Path, devices: int) -> dict[str, Any]:
             raise PeerError(f"A week of {devices} devices failed: {said.decode(errors='replace')[-300:]}")
     peak = watch.peak()
     return {"devices": devices, "seconds": seconds, "peak_pss_mb": peak.pss_mb, "peak_rss_mb": peak.rss_mb}
+
+
+def with_devices(text: str, devices: int) -> str:
+    """A scenario's text with so many devices, and as large a share of them in a round.
+
+    Args:
+        text: has the keys ``devices``, ``goal`` and ``minimum_cohort`` on lines of their own.
+        devices: instead of the text's.
+    """
+    fields = {key: int(found[1]) for key in _SCALED if (found := re.search(rf"(?m)^{key} = (\d+)$", text))}
+    for key, value in fields.items():
+        scaled = max(2, round(value * devices / fields["devices"]))
+        text = re.sub(rf"(?m)^{key} = \d+$", f"{key} = {scaled}", text)
+    return text
 
 
 def _workers(peer: str) -> tuple[int, ...]:
@@ -157,6 +174,8 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--quick", action="store_true", help="few clients, one run each, no week: that all works")
     options.add_argument("--long", action="store_true", help=f"the week with {LONG_DEVICES:,} devices too")
     options.add_argument("--no-week", action="store_true", help="leave the week out")
+    options.add_argument("--only-week", action="store_true", help="leave all but the week out")
+    options.add_argument("--plot", type=Path, metavar="PNG", help="draw growth and weeks")
     options.add_argument("--kind", action="append", choices=OURS, help="only this one (may be repeated)")
     options.add_argument(
         "--clients", type=int, action="append", help="may be repeated; 100, 300 and 1,000 unless given"
@@ -176,7 +195,7 @@ def main() -> None:
     records = [
         record
         for count in clients
-        for kind in given.kind or OURS
+        for kind in ([] if given.only_week else given.kind or OURS)
         for record in compared(kind, count, rounds=rounds, repeats=repeats)
     ]
     counts = QUICK_DEVICES if given.quick else (*DEVICES, *((LONG_DEVICES,) if given.long else ()))
@@ -192,6 +211,8 @@ def main() -> None:
         "growth": records,
         "weeks": weeks,
     }
+    if given.plot:
+        plot(result, given.plot)
     print(json.dumps(result, indent=1 if given.json else None))
 
 

@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 from benchmarks.peers.simulation_job import CNN_PARAMETERS, Job
-from benchmarks.simulation import OURS, ratios
+from benchmarks.simulation import OURS, SCENARIO, ratios, with_devices
 from benchmarks.simulation_covey import CoveyJob, scenario_of, times_of
+from benchmarks.simulation_plot import plot
 from firmware_sim.scenario.loading import load_scenario
 
 
@@ -36,6 +37,25 @@ def test_a_simulator_that_failed_has_no_ratio() -> None:
     found = ratios([record("real", "covey", 10.0), record("real", "pfl", None)])
     assert found["real_over_pfl"] is None
     assert found["real_over_flower"] is None
+
+
+def test_a_week_of_other_devices_asks_for_as_large_a_share_of_them() -> None:
+    text = with_devices(SCENARIO.read_text(), 1_000)
+    assert "\ndevices = 1000\n" in text
+    assert "\ngoal = 20\n" in text
+    assert "\nminimum_cohort = 5\n" in text
+    assert with_devices(text, 100_000) == SCENARIO.read_text()
+
+
+def test_what_was_measured_is_drawn_and_what_failed_is_left_out(tmp_path: Path) -> None:
+    growth = [
+        {**record(kind, simulator, rate), "clients": clients}
+        for kind, simulator, rate in (("real", "covey", 9.0), ("real", "pfl", None), ("noop", "covey_off", 600.0))
+        for clients in (100, 300)
+    ]
+    weeks = [{"devices": devices, "seconds": devices / 100, "peak_pss_mb": 200.0} for devices in (1_000, 3_000)]
+    plot({"growth": growth, "weeks": weeks}, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("wire", ["on", "off"])
