@@ -78,7 +78,11 @@ _COUNTED = select(func.coalesce(func.sum(_PARTIALS.c.count), 0)).where(
 )
 _ACCEPTED = select(
     _TABLE.task, _TABLE.update_id, _TABLE.device, _TABLE.round, _TABLE.sealed_digest, _TABLE.accepted_s
-).where(_TABLE.update_id.in_(bindparam("ids", expanding=True)))
+).where(
+    # The tasks are named so that the primary key finds the rows: an id alone would be looked for in all of them.
+    _TABLE.task.in_(select(schema.tasks.c.task)),
+    _TABLE.update_id.in_(bindparam("ids", expanding=True)),
+)
 
 
 def _devices_of(number: Column[int]) -> Select[Any]:
