@@ -221,7 +221,8 @@ class Committer:
         """Those that were not accepted before and have a place."""
         headers = [whole.header for whole in wholes.values()]
         with self._store.database.reading() as connection:
-            known = accepted_updates(connection, {header.update_id for header in headers})
+            ids, of_tasks = {header.update_id for header in headers}, {header.task for header in headers}
+            known = accepted_updates(connection, ids, tasks=of_tasks)
             batch.taken = devices_that_sent(connection, {(one.task, one.round, one.device) for one in headers})
         fresh: dict[int, tuple[Whole, Placed]] = {}
         seen: dict[tuple[str, bytes], int] = {}

@@ -80,9 +80,11 @@ _ACCEPTED = select(
     _TABLE.task, _TABLE.update_id, _TABLE.device, _TABLE.round, _TABLE.sealed_digest, _TABLE.accepted_s
 ).where(
     # The tasks are named so that the primary key finds the rows: an id alone would be looked for in all of them.
-    _TABLE.task.in_(select(schema.tasks.c.task)),
+    _TABLE.task.in_(bindparam("tasks", expanding=True)),
     _TABLE.update_id.in_(bindparam("ids", expanding=True)),
 )
+
+_TASKS = select(schema.tasks.c.task)
 
 
 def _devices_of(number: Column[int]) -> Select[Any]:
@@ -101,9 +103,9 @@ class Updates:
         self._database = database
 
     def accepted(self, ids: Iterable[bytes]) -> dict[tuple[str, bytes], AcceptedUpdate]:
-        """Those of these update ids that are committed, by task and id."""
+        """Those of these update ids that are committed, by task and id, of the tasks that there are."""
         with self._database.reading() as connection:
-            return accepted_updates(connection, ids)
+            return accepted_updates(connection, ids, tasks=connection.execute(_TASKS).scalars().all())
 
     def add(self, connection: Connection, rows: Sequence[NewUpdate]) -> None:
         """Add a batch, as part of a transaction.
@@ -194,9 +196,11 @@ class Updates:
         return int(connection.execute(query).scalar_one())
 
 
-def accepted_updates(connection: Connection, ids: Iterable[bytes]) -> dict[tuple[str, bytes], AcceptedUpdate]:
-    """Those of these update ids that are committed, by task and id; part of a transaction."""
-    rows = connection.execute(_ACCEPTED, {"ids": list(ids)})
+def accepted_updates(
+    connection: Connection, ids: Iterable[bytes], *, tasks: Iterable[str]
+) -> dict[tuple[str, bytes], AcceptedUpdate]:
+    """Those of these update ids that are committed, of these tasks, by task and id; part of a transaction."""
+    rows = connection.execute(_ACCEPTED, {"ids": list(ids), "tasks": list(tasks)})
     return {(row.task, row.update_id): AcceptedUpdate(*row) for row in rows}
 
 

@@ -14,7 +14,7 @@ from aggregator.store.devices import find_devices
 from aggregator.store.updates import Updates, accepted_updates, devices_that_counted, devices_that_sent
 
 ASKED: dict[str, Callable[[Connection, Updates], object]] = {
-    "accepted before": lambda connection, _: accepted_updates(connection, [b"1" * 16, b"2" * 16]),
+    "accepted before": lambda connection, _: accepted_updates(connection, [b"1" * 16, b"2" * 16], tasks=["study"]),
     "sent in a round": lambda connection, _: devices_that_sent(connection, [("study", 1, "a"), ("study", 1, "b")]),
     "counted in a round": lambda connection, _: devices_that_counted(connection, [("study", 1, "a")]),
     "a round's count": lambda connection, updates: updates.counted(connection, "study", 1),
