@@ -7,7 +7,6 @@ instead of one failing half-way.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,9 +134,7 @@ def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         reads_only = connection.get_execution_options().get("covey_reads_only", False)
-        # By the driver: SQLAlchemy's way of executing takes longer than the transactions that this begins.
-        driver: Any = connection.connection.driver_connection
-        driver.execute("BEGIN" if reads_only else "BEGIN IMMEDIATE")
+        connection.exec_driver_sql("BEGIN" if reads_only else "BEGIN IMMEDIATE")
 
 
 @contextmanager
@@ -151,8 +148,6 @@ def _translated(what: str) -> Iterator[None]:
         raise DatabaseError(f"the database {what}: {error.strerror} ({error.filename})") from error
     except IntegrityError as error:
         raise ConflictError(f"the database {what}: another process was quicker ({error.orig})") from error
-    except sqlite3.Error as error:  # of a transaction's beginning
-        raise DatabaseError(f"the database {what}: {error}") from error
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         if getattr(cause, "sqlstate", None) in _LOST_RACES:

@@ -282,17 +282,12 @@ def stale_order(folder: Path) -> tuple[RoundState, RoundState]:
 
     def listen(_c: object, _cursor: object, text: str, *_rest: object) -> None:
         nonlocal last
-        last = text
-
-    def begins(connection: Connection) -> None:
-        nonlocal last
-        writes = not connection.get_execution_options().get("covey_reads_only", False)
-        if writes and last.startswith("SELECT orders") and not before:
+        if text == "BEGIN IMMEDIATE" and last.startswith("SELECT orders") and not before:
             last = ""
             happens()
+        last = last if text.startswith("BEGIN") else text
 
     event.listen(stalled.store.database.engine, "before_cursor_execute", listen)
-    event.listen(stalled.store.database.engine, "begin", begins, insert=True)  # before the write lock is taken
     pass_time(fleet, 10.0)
     return before[0], fleet.store.tasks.get(TASK).state
 
