@@ -11,6 +11,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 COLOURS = {"covey": "#1f77b4", "covey_off": "#17becf", "flower_simulation": "#7f7f7f", "pfl": "#ff7f0e"}
 LABELS = {"covey": "Covey", "covey_off": "Covey, wire off", "flower_simulation": "Flower", "pfl": "pfl"}
@@ -39,8 +40,11 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         _week(axes[1][-1], weeks, "peak_pss_mb", ylabel="peak memory (PSS), MB")
         axes[0][-1].set_title("A virtual week", fontsize=10)
         axes[1][-1].set_xlabel("devices")
-    if kinds:
-        axes[0][0].legend(frameon=False, fontsize=8)
+    lines = {line.get_label(): line for one in axes[0][: len(kinds)] for line in one.get_lines()}
+    if lines:
+        figure.legend(
+            lines.values(), lines.keys(), loc="outside upper center", ncols=len(lines), frameon=False, fontsize=8
+        )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -75,6 +79,10 @@ def _finish(axes: Axes, ylabel: str) -> None:
     """Both axes are logarithmic, so that growth in proportion is a slope of one."""
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,.0f}")
+        axis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.set_ylabel(ylabel)
     axes.grid(visible=True, which="major", color="#e5e5e5")
     axes.spines[["top", "right"]].set_visible(False)

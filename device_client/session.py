@@ -562,6 +562,8 @@ class DeviceSession:
 
 def _remembering_once(actions: list[Action]) -> list[Action]:
     """Of states that would be stored one directly after the other only the last: each write wears the flash."""
+    if len(actions) < 2:
+        return actions
     return [
         action
         for action, after in zip_longest(actions, actions[1:])

@@ -8,12 +8,13 @@ that, which takes most of its time. Both refuse the same, and count the same wea
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from firmware_sim.virtual_flash import PAGE_BYTES, ancestors, file_error, folder_of
+from firmware_sim.flash_files import FlashFiles, file_error
+from firmware_sim.virtual_flash import PAGE_BYTES
 
 
-class LastingFlash:
+class LastingFlash(FlashFiles[bytes]):
     """`fl_protocol.durable.Disk` in memory.
 
     Args:
@@ -26,8 +27,6 @@ class LastingFlash:
         page_writes: pages written so far, as if nothing were cached: an upper bound on wear.
     """
 
-    __slots__ = ("_files", "_folders", "_used_bytes", "capacity_bytes", "page_bytes", "page_writes", "read_only")
-
     def __init__(
         self,
         files: Mapping[str, bytes] | None = None,
@@ -36,14 +35,8 @@ class LastingFlash:
         read_only: bool = False,
         page_bytes: int = PAGE_BYTES,
     ) -> None:
-        self.capacity_bytes, self.read_only, self.page_bytes, self.page_writes = (
-            capacity_bytes,
-            read_only,
-            page_bytes,
-            0,
-        )
-        self._files = dict(files or {})
-        self._folders = {"", *(folder for name in self._files for folder in ancestors(name))}
+        super().__init__(dict(files or {}), read_only=read_only)
+        self.capacity_bytes, self.page_bytes, self.page_writes = capacity_bytes, page_bytes, 0
         self._used_bytes = sum(map(len, self._files.values()))
 
     def image(self) -> dict[str, bytes]:
@@ -121,22 +114,12 @@ class LastingFlash:
 
     def make_folder(self, name: str) -> None:
         """Create a subfolder, and those it is in."""
-        wanted = ancestors(name) | {name}
-        for folder in sorted(wanted & self._files.keys()):
-            raise file_error(errno.EEXIST if folder == name else errno.ENOTDIR, folder)
-        if not wanted <= self._folders:
-            self._refuse_read_only(name)
-            self._folders |= wanted
+        self._folders |= self._new_folders(name)
 
     def sync_folder(self, name: str = "") -> None:
         """It wears the flash, and names last in any case."""
-        if name not in self._folders:
-            raise file_error(errno.ENOTDIR if name in self._files else errno.ENOENT, name)
+        self._require_folder(name)
         self.page_writes += 1
-
-    def names(self, prefix: str = "") -> Sequence[str]:
-        """All files, sorted."""
-        return sorted(name for name in self._files if name.startswith(prefix))
 
     def _put(self, name: str, content: bytes, offset: int, data: bytes) -> None:
         """Write what there is room for; raises ENOSPC if that is not all."""
@@ -151,37 +134,3 @@ class LastingFlash:
         self._files[name] = content
         if len(taken) < len(data):
             raise file_error(errno.ENOSPC, "")
-
-    def _look(self, name: str) -> bytes | None:
-        """A file's content, if there is one."""
-        if (content := self._files.get(name)) is not None:
-            return content
-        if name in self._folders:
-            raise file_error(errno.EISDIR, name)
-        for folder in ancestors(name):
-            if folder in self._files:
-                raise file_error(errno.ENOTDIR, name)
-        return None
-
-    def _existing(self, name: str) -> bytes:
-        """A file's content. Raises FileNotFoundError."""
-        content = self._look(name)
-        if content is None:
-            raise file_error(errno.ENOENT, name)
-        return content
-
-    def _place(self, name: str) -> None:
-        """Refuse a name where no file can be."""
-        if self._look(name) is None and folder_of(name) not in self._folders:
-            raise file_error(errno.ENOENT, name)
-
-    def _writable(self, name: str) -> None:
-        """Refuse to write where nothing can be written."""
-        self._place(name)
-        if self.read_only:
-            raise file_error(errno.EROFS, name)
-
-    def _refuse_read_only(self, name: str) -> None:
-        """Refuse any change of a read-only disk."""
-        if self.read_only:
-            raise file_error(errno.EROFS, name)

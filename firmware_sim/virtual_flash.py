@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from firmware_sim.flash_files import FlashFiles, ancestors, file_error, folder_of
 from firmware_sim.flash_loss import FileState, NameChange, apply_names, chains_of, surviving_content
 
 PAGE_BYTES = 4096
@@ -48,7 +48,7 @@ class PowerCut:
     moment: Literal["before", "during", "after"] = "before"
 
 
-class VirtualFlash:
+class VirtualFlash(FlashFiles[FileState]):
     """`fl_protocol.durable.Disk` in memory.
 
     Args:
@@ -73,13 +73,12 @@ class VirtualFlash:
         random: Random | None = None,
         page_bytes: int = PAGE_BYTES,
     ) -> None:
-        self.capacity_bytes, self.read_only, self.power_cut = capacity_bytes, read_only, power_cut
+        super().__init__({}, read_only=read_only)
+        self.capacity_bytes, self.power_cut = capacity_bytes, power_cut
         self.page_bytes, self.operations, self.page_writes, self.written_bytes = page_bytes, 0, 0, 0
         self._given_random = random
-        self._files: dict[str, FileState] = {}
         self._synced_names: dict[str, FileState] = {}
         self._name_changes: list[NameChange] = []
-        self._folders = {""}
         self._synced_folders = {""}
         self._used_bytes, self._off = 0, False
 
@@ -192,19 +191,12 @@ class VirtualFlash:
 
     def make_folder(self, name: str) -> None:
         """Create a subfolder, and those it is in."""
-        wanted = ancestors(name) | {name}
-        for folder in sorted(wanted & self._files.keys()):
-            raise file_error(errno.EEXIST if folder == name else errno.ENOTDIR, folder)
-        if not wanted <= self._folders:
-            self._refuse_read_only(name)
+        wanted = self._new_folders(name)
         self._step("make_folder", name, lambda: self._folders.update(wanted))
 
     def sync_folder(self, name: str = "") -> None:
         """Make the names in this folder durable."""
-        if name in self._files:
-            raise file_error(errno.ENOTDIR, name)
-        if name not in self._folders:
-            raise file_error(errno.ENOENT, name)
+        self._require_folder(name)
 
         def effect() -> None:
             kept = []
@@ -222,11 +214,6 @@ class VirtualFlash:
             self.page_writes += 1
 
         self._step("sync_folder", name, effect, half=_nothing)
-
-    def names(self, prefix: str = "") -> Sequence[str]:
-        """All files, sorted."""
-        self._powered()
-        return sorted(name for name in self._files if name.startswith(prefix))
 
     def after_power_cut(self, random: Random) -> VirtualFlash:
         """What the next process finds if the power goes now; this flash is unchanged and may be asked again.
@@ -334,42 +321,6 @@ class VirtualFlash:
         apply_names(change, self._files)
         self._name_changes.append(change)
 
-    def _look(self, name: str) -> FileState | None:
-        """The file of a name, if there is one."""
-        self._powered()
-        if (file := self._files.get(name)) is not None:  # then no folder goes by its name, and all above it are folders
-            return file
-        if name in self._folders:
-            raise file_error(errno.EISDIR, name)
-        for folder in ancestors(name):
-            if folder in self._files:
-                raise file_error(errno.ENOTDIR, name)
-        return None
-
-    def _existing(self, name: str) -> FileState:
-        """The file of a name. Raises FileNotFoundError."""
-        file = self._look(name)
-        if file is None:
-            raise file_error(errno.ENOENT, name)
-        return file
-
-    def _place(self, name: str) -> None:
-        """Refuse a name where no file can be."""
-        self._look(name)
-        if folder_of(name) not in self._folders:
-            raise file_error(errno.ENOENT, name)
-
-    def _writable(self, name: str) -> None:
-        """Refuse to write where nothing can be written."""
-        self._place(name)
-        self._refuse_read_only(name)
-
-    def _refuse_read_only(self, name: str) -> None:
-        """Refuse any change of a read-only disk."""
-        self._powered()
-        if self.read_only:
-            raise file_error(errno.EROFS, name)
-
     def _powered(self) -> None:
         """After the power went nothing works, whoever tries (a `finally`, say)."""
         if self._off:
@@ -378,24 +329,3 @@ class VirtualFlash:
 
 def _nothing() -> None:
     """Leave it to chance."""
-
-
-_strerror = functools.cache(os.strerror)
-
-
-def file_error(number: int, name: str) -> OSError:
-    """As the operating system raises it."""
-    return OSError(number, _strerror(number), name)
-
-
-@functools.lru_cache(maxsize=4096)
-def folder_of(name: str) -> str:
-    """The folder that a name is in."""
-    return name.rpartition("/")[0]
-
-
-@functools.lru_cache(maxsize=4096)
-def ancestors(name: str) -> frozenset[str]:
-    """All folders that a name is in, but the root."""
-    parts = name.split("/")
-    return frozenset("/".join(parts[:end]) for end in range(1, len(parts)))

@@ -11,9 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from device_client.config import DeviceConfig, StudyConfig
 from device_client.device import Device
-from device_client.device_ports import Connection
 from device_client.device_store import create_identity
-from device_client.ports import Graph, Transport
+from device_client.ports import Graph
 from device_client.training import LocalTraining, Records, Trainer
 from firmware_sim.attackers.plan import AttackPlan
 from firmware_sim.attackers.training import HostileTrainer, Memory
@@ -71,15 +70,10 @@ class DeviceMaker:
         """A device whose daemon starts: from its flash, or new, and then enrolled and granted what it was made for."""
         record.lives += 1
         is_new, config = not record.flash, self.config(record.name)
-        life = f"{self.seed} {record.name} {record.lives}"
+        life = f"{self.seed} {record.name} {record.lives}"  # no two lives draw the same
         flash, counter, bell = unpacked(record.flash), unpacked(record.counter), FleetBell(environment)
-        stopwatch = Stopwatch(surroundings.compute_s)
-
+        stopwatch, hand_over = Stopwatch(surroundings.compute_s), HandOver(record.vectors, edge.models)
         surroundings.prepare(flash)
-
-        def connect(_wanted: Connection) -> Transport:
-            return surroundings.connect(edge, bell.ring)
-
         hardware = VirtualHardware(
             flash=flash,
             counter_flash=counter,
@@ -89,22 +83,15 @@ class DeviceMaker:
             entropy=SeededEntropy(life),
             nonces=SeededEntropy(f"{life} nonces"),
             jitter=SeededEntropy(f"{life} session"),
-            connect=connect,
+            connect=lambda _wanted: surroundings.connect(edge, bell.ring),
             journal=journal,
             bell=bell,
             trainer=self._trainer(stopwatch, record, environment, counter),
         )
-        hand_over = HandOver(record.vectors, edge.models)
         if not self.is_sealed:
             hardware = replace(hardware, sealer=hand_over.seal, vectors=hand_over, downloads=hand_over.download)
         try:
-            device = virtual_device(
-                config,
-                hardware,
-                bundle=lambda _study: self.bundle,
-                graph=lambda _bundle: self._graph(stopwatch, surroundings),
-                aggregator_key=self.aggregator_key,
-            )
+            device = self._device(config, hardware, stopwatch, surroundings)
         except Exception:  # a daemon that does not start finds the same flash when it is started again
             record.flash, record.counter = packed(flash.image()), packed(counter.image())
             raise
@@ -122,6 +109,18 @@ class DeviceMaker:
             hand_over=hand_over,
         )
         return living, enrolled
+
+    def _device(
+        self, config: DeviceConfig, hardware: VirtualHardware, stopwatch: Stopwatch, surroundings: Surroundings
+    ) -> Device:
+        """The daemon on its hardware. Raises CoveyError."""
+        return virtual_device(
+            config,
+            hardware,
+            bundle=lambda _study: self.bundle,
+            graph=lambda _bundle: self._graph(stopwatch, surroundings),
+            aggregator_key=self.aggregator_key,
+        )
 
     def _record(self, device: Device, record: DeviceRecord, to_s: float) -> None:
         """Store what the wearer has recorded since it was done last."""

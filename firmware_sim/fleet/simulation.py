@@ -137,49 +137,43 @@ def simulate(
     Raises:
         FleetError, ConfigError: it cannot be run.
     """
+    with _disk_failures_told(folder):
+        began_s = time.monotonic()
+        earlier_s = _earlier_s(folder)
+        simulates = make_engine(engine, folder / SCENARIO, shards)
+        try:
+            run = FleetRun(
+                loaded,
+                folder,
+                simulates,
+                told=told,
+                should_stop=should_stop,
+                faults=planned_faults(loaded),
+                measure=measure_of(loaded),
+                measure_attack=measure_attack_of(loaded),
+            )
+            finished = run.run()
+        finally:
+            simulates.close()
+            wall_s = earlier_s + time.monotonic() - began_s
+            with contextlib.suppress(OSError):  # whatever ended the run says more than a time that is not kept
+                write_atomic(folder / _TIMES, json.dumps({"wall_s": wall_s}).encode(), mode=0o644)
+        if not finished:
+            return RunResult(finished=False, metrics=None)
+        metrics = metrics_of(run, accuracies=_accuracies(run), wall_s=wall_s)
+        write_results(folder, metrics)
+        return RunResult(finished=True, metrics=metrics)
+
+
+@contextlib.contextmanager
+def _disk_failures_told(folder: Path) -> Iterator[None]:
+    """A disk's error as a sentence."""
     try:
-        return _simulated(folder, loaded, engine=engine, shards=shards, told=told, should_stop=should_stop)
+        yield
     except OSError as error:
         raise FleetError(
             f"the run in {folder} cannot go on ({error.strerror}); make room if its disk is full, and resume it"
         ) from error
-
-
-def _simulated(
-    folder: Path,
-    loaded: LoadedScenario,
-    *,
-    engine: EngineName,
-    shards: int,
-    told: Callable[[Progress], None],
-    should_stop: Callable[[], bool],
-) -> RunResult:
-    """As `simulate`. Raises OSError too."""
-    began_s = time.monotonic()
-    earlier_s = _earlier_s(folder)
-    simulates = make_engine(engine, folder / SCENARIO, shards)
-    try:
-        run = FleetRun(
-            loaded,
-            folder,
-            simulates,
-            told=told,
-            should_stop=should_stop,
-            faults=planned_faults(loaded),
-            measure=measure_of(loaded),
-            measure_attack=measure_attack_of(loaded),
-        )
-        finished = run.run()
-    finally:
-        simulates.close()
-        wall_s = earlier_s + time.monotonic() - began_s
-        with contextlib.suppress(OSError):  # whatever ended the run says more than a time that is not kept
-            write_atomic(folder / _TIMES, json.dumps({"wall_s": wall_s}).encode(), mode=0o644)
-    if not finished:
-        return RunResult(finished=False, metrics=None)
-    metrics = metrics_of(run, accuracies=_accuracies(run), wall_s=wall_s)
-    write_results(folder, metrics)
-    return RunResult(finished=True, metrics=metrics)
 
 
 def write_results(folder: Path, metrics: FleetMetrics) -> None:
