@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 
 from tests.contracts.databases import database, database_url, postgresql_server
+from tests.ids import LONGEST_ID, short_id
 from tests.once import runs_once
 
 __all__ = ["database", "database_url", "postgresql_server"]
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """A short name for long texts and bytes; None leaves it to pytest."""
+    is_long = isinstance(val, str | bytes) and len(val) > LONGEST_ID
+    return short_id(val) if is_long else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks

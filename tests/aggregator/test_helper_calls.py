@@ -33,6 +33,7 @@ from tests.fl_protocol.examples import (
     UNMASK_REQUEST,
     helper_key,
 )
+from tests.ids import short_id
 
 NOW_S = 1_000_000.0
 PINNED = {
@@ -252,7 +253,7 @@ PIN = {"name": A, "operator": "patients", "key": "00" * 32}
 FILES = {"ca": "ca.pem", "certificate": "own.pem", "certificate_key": "own.key"}
 
 
-@pytest.mark.parametrize("changes", [{}, {"url": "https://helper.example:8443", **FILES}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"url": "https://helper.example:8443", **FILES}], ids=short_id)
 def test_a_helper_is_asked_over_the_broker_or_over_https(changes: dict[str, str]) -> None:
     assert msgspec.convert({**PIN, **changes}, HelperSection).url == changes.get("url")
 
@@ -267,7 +268,7 @@ def test_a_helper_is_asked_over_the_broker_or_over_https(changes: dict[str, str]
         {"url": "https://user@helper.example:1", **FILES},
         {"key": "no key"},
     ],
-    ids=str,
+    ids=short_id,
 )
 def test_a_helper_that_is_half_configured_is_refused(changes: dict[str, str]) -> None:
     with pytest.raises(msgspec.ValidationError):

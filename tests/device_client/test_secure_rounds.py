@@ -43,6 +43,7 @@ from tests.device_client.test_participation import KEY, PARAMS, manifest_of, par
 from tests.enrolments import broken_copy
 from tests.fl_protocol.examples import HELPERS, helper_key, round_key, secure_terms
 from tests.fl_protocol.secagg.test_terms import PINNED
+from tests.ids import short_id
 from tests.virtual_fleet import SeededEntropy
 
 OPENED_IN_DRIVER = 1000
@@ -424,7 +425,7 @@ def test_a_wearer_may_let_a_device_take_part_less_often() -> None:
         {"l2_norm_clip": 1e300, "step": 1e-300},
         {"l2_norm_clip": 1.0, "step": 1e-300},
     ],
-    ids=str,
+    ids=short_id,
 )
 def test_terms_that_no_number_can_hold_are_refused_like_any_others(changes: dict[str, float]) -> None:
     manifest = secure(terms=changes)

@@ -18,6 +18,7 @@ from fl_protocol.limits import CHUNK_HEADER_BYTES, MAX_TRANSFER_BYTES, MIN_CHUNK
 from fl_protocol.messages import ChunkMsg, decode, encode
 from fl_protocol.signing import sign
 from tests.fl_protocol.examples import AGGREGATOR_KEY
+from tests.ids import short_id
 
 ID = bytes(range(16))
 
@@ -77,7 +78,7 @@ def test_the_same_chunk_with_other_data_is_refused_and_the_transfer_dropped() ->
     assert len(reassembler) == 0
 
 
-@pytest.mark.parametrize("changes", [{"digest": bytes(32)}, {"total_bytes": 1001, "data": bytes(256)}], ids=str)
+@pytest.mark.parametrize("changes", [{"digest": bytes(32)}, {"total_bytes": 1001, "data": bytes(256)}], ids=short_id)
 def test_a_chunk_of_another_whole_under_the_same_id_is_refused(changes: dict[str, Any]) -> None:
     whole = some_bytes(1000)
     reassembler = Reassembler()

@@ -54,6 +54,7 @@ from tests.fl_protocol.examples import (
     secure_manifest,
     secure_terms,
 )
+from tests.ids import short_id
 
 KINDS = sorted({type(message) for message in EXAMPLES}, key=lambda kind: kind.__name__)
 any_example = pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
@@ -249,7 +250,7 @@ def test_a_plan_says_its_kind_first_and_has_no_other_plans_fields(plan: Msg) -> 
         (DELTA, {"total_bytes": 0}),
         (DELTA, {"total_bytes": 16 * 1024 * 1024 + 1}),
     ],
-    ids=str,
+    ids=short_id,
 )
 def test_what_is_asked_out_of_range_is_refused(plan: Msg, changes: dict[str, object]) -> None:
     fields = {**as_map(plan), **changes}
@@ -317,7 +318,7 @@ def test_a_control_digest_stands_exactly_where_control_variates_are_used(changes
         {"plan": SCAFFOLD_PLAN, "control_digest": CONTROL_DIGEST},
         {"minimum_cohort": 21, "goal": 21},
     ],
-    ids=str,
+    ids=short_id,
 )
 def test_terms_belong_to_open_secure_rounds_and_go_with_nothing_that_needs_single_updates(changes: Any) -> None:
     fields = as_map(secure_manifest())
@@ -348,7 +349,7 @@ def test_terms_belong_to_open_secure_rounds_and_go_with_nothing_that_needs_singl
         ("helpers", [b"key"] * 9),
         ("helpers", [bytes(4097)]),
     ],
-    ids=str,
+    ids=short_id,
 )
 def test_secure_terms_out_of_range_are_refused(name: str, value: object) -> None:
     refused(packed({**as_map(secure_terms()), name: value}), SecureTermsMsg)
@@ -423,7 +424,7 @@ def test_a_manifest_out_of_range_is_refused(name: str, value: object) -> None:
         {"count": 3, "index": 2},  # 256 bytes in two chunks: 128 each is needlessly small
         {"data": bytes(300)},  # nothing left for the first
     ],
-    ids=str,
+    ids=short_id,
 )
 def test_a_chunk_that_no_cut_gives_is_refused(changes: dict[str, Any]) -> None:
     refused(packed({**as_map(CHUNK), **changes}), ChunkMsg)

@@ -261,8 +261,9 @@ def test_int8_pads_nothing() -> None:
         assert blocks <= 2
 
 
-@pytest.mark.parametrize(("name", "raw"), [("top_k", bytes(5)), ("top_k", bytes(16 << 20)), ("int8", bytes(9))])
-def test_a_message_allocates_the_vector_and_its_own_size_at_most(name: EncodingName, raw: bytes) -> None:
+@pytest.mark.parametrize(("name", "num_bytes"), [("top_k", 5), ("top_k", 16 << 20), ("int8", 9)])
+def test_a_message_allocates_the_vector_and_its_own_size_at_most(name: EncodingName, num_bytes: int) -> None:
+    raw = bytes(num_bytes)
     tracemalloc.start()
     try:
         tracemalloc.reset_peak()

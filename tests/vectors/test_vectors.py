@@ -27,6 +27,7 @@ from fl_protocol.messages import ChunkMsg, PresenceMsg, SignedMsg, UpdateEnvelop
 from fl_protocol.model_delta import apply_delta
 from fl_protocol.sealing import RoundKey, open_update, seal_info
 from fl_protocol.update_encoding import decode_values, rotation_seed
+from tests.ids import short_id
 from tests.vectors.generate import DETERMINISTIC, FOLDER, RANDOMISED, text_of
 from tests.vectors.update_vectors import plain
 
@@ -178,7 +179,7 @@ def test_topics_have_these_names() -> None:
     assert {device: topics.shard_of(device) for device in vectors["shards"]} == vectors["shards"]
 
 
-@pytest.mark.parametrize("topic", FILES["topics"]["must_fail"], ids=repr)
+@pytest.mark.parametrize("topic", FILES["topics"]["must_fail"], ids=short_id)
 def test_a_bad_upload_topic_is_refused(topic: str) -> None:
     with pytest.raises(ProtocolError):
         topics.parse_upload_topic(topic)

@@ -32,6 +32,7 @@ from tests.fl_protocol.examples import (
     secure_manifest,
     secure_terms,
 )
+from tests.ids import short_id
 
 PINNED = {
     name: HelperIdentity(name, f"operator-{name[-1]}", identity.public_key()) for name, identity in HELPERS.items()
@@ -122,7 +123,7 @@ def test_an_open_rounds_manifest_has_no_helpers() -> None:
         {"secure": secure_terms(helpers=(GOOD_B, GOOD_A))},
         {"required_tags": ("imu",)},
     ],
-    ids=str,
+    ids=short_id,
 )
 def test_manifests_that_differ_in_anything_but_the_times_are_different_rounds(changes: dict[str, Any]) -> None:
     assert manifest_digest(secure_manifest(**changes)) != manifest_digest(secure_manifest())
