@@ -76,6 +76,11 @@ class FeatureHead:
     batch_size: int
     dropout: tuple[DropoutMask, ...] = ()
 
+    @property
+    def train_sizes(self) -> tuple[int, ...]:
+        """How many rows `train` is given at a time."""
+        return (self.batch_size,)
+
     def train(
         self, params: Float32, x: Float32, y: Labels, mask: Float32, *, clip: float, dropout: Float32 | None = None
     ) -> Float32:
