@@ -416,7 +416,7 @@ def test_a_worker_that_counts_what_is_sent_again_is_noticed(
         if fresh:
             honest(self, connection, fresh)
 
-    monkeypatch.setattr(committer, "accepted_updates", lambda connection, ids: {})
+    monkeypatch.setattr(committer, "accepted_updates", lambda connection, ids, *, tasks: {})
     monkeypatch.setattr(committer, "devices_that_sent", lambda connection, pairs: set())
     monkeypatch.setattr(committer, "devices_that_counted", lambda connection, pairs: set())
     monkeypatch.setattr(Updates, "add", broken)
