@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 
 LEAST_BYTES = 16 * 1024
 """Smaller arrays are sent as they are."""
+MOST_AT_ONCE = 2**30
+"""Linux writes and reads no more than 2 GiB less a page at a time, and says of the rest nothing (write(2), Notes)."""
 SEGMENT_BYTES = 64 * 1024 * 1024
 """So much is mapped at a time; larger arrays are sent as they are."""
 
@@ -83,7 +85,7 @@ def ask(line: Connection, file: SharedFile, question: object) -> None:
     """
     data = pickle.dumps(question, protocol=5)
     if len(data) >= LEAST_BYTES:
-        os.pwrite(file.descriptor, data, 0)
+        _write(file.descriptor, data)
         line.send(len(data))
     else:
         line.send(data)
@@ -92,7 +94,20 @@ def ask(line: Connection, file: SharedFile, question: object) -> None:
 def asked(line: Connection, file: SharedFile) -> Any:
     """The next question of this program's own; it is a pickle. Raises EOFError: there is none any more; OSError."""
     data = line.recv()
-    return pickle.loads(os.pread(file.descriptor, data, 0) if isinstance(data, int) else data)  # noqa: S301 - see above
+    return pickle.loads(_read(file.descriptor, data) if isinstance(data, int) else data)  # noqa: S301 - see above
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """All of it, from the beginning of a file. Raises OSError."""
+    view = memoryview(data)
+    for start in range(0, len(view), MOST_AT_ONCE):
+        os.pwrite(descriptor, view[start : start + MOST_AT_ONCE], start)
+
+
+def _read(descriptor: int, length: int) -> bytes:
+    """So many bytes from the beginning of a file. Raises OSError."""
+    starts = range(0, length, MOST_AT_ONCE)
+    return b"".join(os.pread(descriptor, min(MOST_AT_ONCE, length - start), start) for start in starts)
 
 
 class AnswerWriter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 from types import ModuleType
 
 import numpy as np
@@ -47,6 +48,29 @@ def test_questions_come_in_order_and_whole_whether_large_or_small() -> None:
     mine.close()
     with pytest.raises(EOFError):
         shared_memory.asked(theirs, file)
+
+
+def check_a_question_longer_than_one_write_comes_whole(module: ModuleType) -> None:
+    (mine, theirs), file = multiprocessing.Pipe(), module.SharedFile()
+    question = np.random.default_rng(2).bytes(5 * LARGE + 7)
+    module.ask(mine, file, question)
+    assert module.asked(theirs, file) == question
+
+
+@pytest.mark.parametrize("most", [LARGE, 5 * LARGE, 2**30])
+def test_a_question_longer_than_one_write_comes_whole(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "MOST_AT_ONCE", most)
+    check_a_question_longer_than_one_write_comes_whole(shared_memory)
+
+
+def test_writing_the_beginning_alone_is_caught() -> None:
+    broken = broken_copy(
+        "firmware_sim.fleet.shared_memory",
+        ("MOST_AT_ONCE = 2**30", f"MOST_AT_ONCE = {LARGE}"),
+        ("for start in range(0, len(view), MOST_AT_ONCE):", "for start in (0,):"),
+    )
+    with pytest.raises(pickle.UnpicklingError):
+        check_a_question_longer_than_one_write_comes_whole(broken)
 
 
 def test_a_file_is_let_go_of_once() -> None:
