@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from aggregator import committer
 from firmware_sim.fleet.simulation import begin_run, simulate
 from firmware_sim.fleet_metrics import FleetMetrics
 from firmware_sim.scenario.loading import load_scenario
 from fl_protocol.errors import ConfigError
+from tests.enrolments import broken_copy
 
 BASE = """
 name = "attacked"
@@ -98,14 +100,31 @@ def test_a_fifth_of_sign_flippers_ruins_the_mean_and_costs_the_median_of_neighbo
     assert found["attacked median"] > 0.9 * found["honest median"]
 
 
-def test_every_replayed_update_is_refused_and_counted(tmp_path: Path) -> None:
+def check_replays_are_refused(folder: Path) -> None:
     replay = '\n[[attacker]]\nkind = "replay"\ndevices = ["device-0000001", "device-0000003"]\nafter_s = 1.0\n'
-    metrics = run_of(tmp_path, replay, devices=6, goal=7, real=False)  # the round stays open while they come
+    metrics = run_of(folder, replay, devices=6, goal=7, real=False)  # the round stays open while they come
     assert metrics.attack["replay"] == 2.0
     assert metrics.attack["replays_sent"] == 2 * 2 * 2  # devices, own and neighbour's, rounds
     assert metrics.attack["replays_refused"] == metrics.attack["replays_sent"] == sum(metrics.refused.values())
     assert [one.arrived for one in metrics.rounds] == [6, 6]
     assert metrics.deliveries == {"delivered": 12}
+
+
+def test_every_replayed_update_is_refused_and_counted(tmp_path: Path) -> None:
+    check_replays_are_refused(tmp_path)
+
+
+ANOTHER_ID = ("if header.update_id != update_id:", "if False:")
+UNSIGNED = ("if header.device != device or not opener.is_signed(", "if False and opener.is_signed(")
+
+
+@pytest.mark.parametrize("changes", [[ANOTHER_ID], [ANOTHER_ID, UNSIGNED]], ids=["ones own", "a neighbours too"])
+def test_an_aggregator_that_takes_replays_is_caught(
+    changes: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(committer, "verify_header", broken_copy("aggregator.ingest", *changes).verify_header)
+    with pytest.raises(AssertionError):
+        check_replays_are_refused(tmp_path)
 
 
 def test_a_sybil_counts_as_often_as_it_is_enrolled(tmp_path: Path) -> None:
