@@ -151,6 +151,37 @@ def test_a_killed_process_is_resumed_from_its_checkpoint(long_one: Outcome, tmp_
     assert resumed(folder) == long_one
 
 
+def test_a_killed_process_of_two_shards_without_a_wire_is_resumed_too(handed: Outcome, tmp_path: Path) -> None:
+    scenario, folder = tmp_path / "handed.toml", tmp_path / "run"
+    scenario.write_text(HANDED)
+    process = started(folder, scenario, shards=2)
+    wait_for(folder / "checkpoint" / "state.pickle", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "fleet.json").exists()
+    assert simulated(folder, Processes(folder / SCENARIO, 2)) == handed
+
+
+def test_a_replay_that_is_interrupted_ends_without_a_traceback(tmp_path: Path) -> None:
+    scenario = tmp_path / "long.toml"
+    scenario.write_text(LONG)
+    process = subprocess.Popen(
+        command("replay", 3, "device-0000001", "--scenario", scenario),
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, first + rest
+    assert "Traceback" not in rest
+
+
 def test_ctrl_c_in_a_terminal_stops_a_run_of_several_processes_which_can_be_resumed(
     long_one: Outcome, tmp_path: Path
 ) -> None:
