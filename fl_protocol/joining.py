@@ -21,19 +21,19 @@ from msgspec import Meta
 from fl_protocol.enrolment import MAX_FILE_BYTES, HexKey, Pem
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.helper_config import HelperPin
+from fl_protocol.limits import MAX_PACKET_BYTES
 from fl_protocol.message_base import Digest, KemName, Msg, Name, RecipientKeyMsg, Seconds
 from fl_protocol.messages import SignedMsg, decode, encode
 from fl_protocol.sealing import RoundKey, open_sealed, seal_to
 
 SECRET_BYTES = 16
+MAX_NAMES_BYTES = MAX_PACKET_BYTES - 8192
+"""Longest row of names, or of certificates: each travels in one MQTT message, and 64 names take 60 kB of it."""
 _FINGERPRINT_BYTES = 16
 _PREFIX = "covey1-"
 _TEXT_LENGTH = 52
 _REQUEST, _ANSWER = b"covey v1 enrolment request\0", b"covey v1 enrolment answer\0"
 _CLAIM, _TOKEN = b"covey v1 claim\0", b"covey v1 enrolment token\0"
-MAX_REQUEST_BYTES = MAX_FILE_BYTES + 8192
-"""Longest sealed request or answer that is read."""
-
 Host = Annotated[str, Meta(min_length=1, max_length=253)]
 Port = Annotated[int, Meta(ge=1, le=65_535)]
 Outcome = Literal[
@@ -140,7 +140,7 @@ class EnrolmentRequestMsg(Msg, frozen=True):
     enrolment: Name | None
     renewal_key: Digest
     answer_to: RecipientKeyMsg
-    names: Annotated[bytes, Meta(min_length=1, max_length=MAX_FILE_BYTES)]
+    names: Annotated[bytes, Meta(min_length=1, max_length=MAX_NAMES_BYTES)]
 
     def __post_init__(self) -> None:
         if (self.token is None) == (self.enrolment is None):
@@ -165,7 +165,7 @@ class EnrolmentAnswerMsg(Msg, frozen=True):
     detail: Annotated[str, Meta(max_length=600)] = ""
     retry_after_s: Seconds = 0.0
     enrolment: Annotated[str, Meta(max_length=64)] = ""
-    names: Annotated[bytes, Meta(max_length=MAX_FILE_BYTES)] = b""
+    names: Annotated[bytes, Meta(max_length=MAX_NAMES_BYTES)] = b""
     pins: StudyPins | None = None
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ _HELPER = re.compile(
 )
 
 _ENROL = re.compile(
-    r"fl/v1/(?P<tenant>[a-z0-9][a-z0-9_-]{0,63})/enrol/(?P<client>[a-z0-9][a-z0-9_-]{0,63})/request/(?:0|[1-9][0-9]{0,4})",
+    r"fl/v1/(?P<tenant>[a-z0-9][a-z0-9_-]{0,63})/enrol/(?P<client>[a-z0-9][a-z0-9_-]{0,63})/request",
     re.ASCII,
 )
 
@@ -167,19 +167,14 @@ def state_topic(tenant: str, device: str) -> str:
     return f"{_ROOT}/{checked_name(tenant, 'tenant')}/state/{checked_name(device, 'device')}"
 
 
-def enrolment_topic(tenant: str, client: str, kind: Literal["request", "answer"], index: int) -> str:
-    """Chunk `index` of a client's request to belong to a study, or of the answer to it."""
-    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/enrol/{checked_name(client, 'client')}/{kind}/{index}"
+def enrolment_topic(tenant: str, client: str, kind: Literal["request", "answer"]) -> str:
+    """A client's request to belong to a study, or the answer to it; each is one message."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/enrol/{checked_name(client, 'client')}/{kind}"
 
 
 def enrolment_request_filter(tenant: str) -> str:
     """Subscription to all requests (the enrolment desk's)."""
-    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/enrol/+/request/+"
-
-
-def enrolment_answer_filter(tenant: str, client: str) -> str:
-    """Subscription to the answers to one client."""
-    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/enrol/{checked_name(client, 'client')}/answer/+"
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/enrol/+/request"
 
 
 def parse_enrolment_topic(topic: str, tenant: str) -> str:
