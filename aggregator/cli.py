@@ -18,6 +18,7 @@ from aggregator.broker_config import mosquitto_acl, mosquitto_config
 from aggregator.cli_backup import register as register_backup
 from aggregator.cli_ca import ca_app
 from aggregator.cli_devices import device_app
+from aggregator.cli_enrolment import enrolment_app, token_app
 from aggregator.cli_models import model_app
 from aggregator.cli_options import AsJson, Config, Out, opened, write_files
 from aggregator.cli_privacy import privacy_app
@@ -66,6 +67,8 @@ for _name, _group in (
     ("privacy", privacy_app),
     ("device", device_app),
     ("ca", ca_app),
+    ("enrolment", enrolment_app),
+    ("enroll-token", token_app),
 ):
     app.add_typer(_group, name=_name)
 register_backup(app)

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.helper_config import HelperPin, pinned
+from fl_protocol.joining import Address
 from fl_protocol.messages import Name
 
 
@@ -64,17 +65,43 @@ class HelperSection(HelperPin, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError(f"helper {self.name}: url, ca, certificate and certificate_key go together")
 
 
+class EnrolmentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where devices join by themselves (``covey-aggregator enrolment``).
+
+    Args:
+        ca: folder of the CA.
+        key: file with the desk's HPKE key, which requests are sealed to; readable by its owner only.
+        broker: the claim broker, with the desk's certificate.
+        client_id: of the desk at both brokers, also its certificate's common name.
+        public: where devices find the study's broker; default: as the section ``broker`` has it.
+        public_claims: where they find the claim broker; default: as `broker` has it.
+        period_days: how long each pseudonym is used, 2 to 366.
+        requests_a_minute: taken at most; further ones are told when to come again.
+    """
+
+    ca: str
+    key: str
+    broker: BrokerConfig
+    client_id: Name = "enrolment"
+    public: Address | None = None
+    public_claims: Address | None = None
+    period_days: Annotated[int, Meta(ge=2, le=366)] = 30
+    requests_a_minute: Annotated[int, Meta(ge=1, le=1_000_000)] = 3000
+
+
 class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A whole ``aggregator.toml``.
 
     Args:
         helpers: of secure rounds (``helpers = [{ name = ..., operator = ..., key = ... }]``); tasks use all of them, or
             those that they name.
+        enrolment: how devices join by themselves; by default they do not.
     """
 
     aggregator: AggregatorSection
     broker: BrokerConfig
     helpers: tuple[HelperSection, ...] = ()
+    enrolment: EnrolmentSection | None = None
 
     def __post_init__(self) -> None:
         pinned(self.helpers)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Connection, Select, func, insert, select, update
+from sqlalchemy import Connection, Select, case, func, insert, select, update
 
 from aggregator.errors import AggregatorError
 from aggregator.store import schema
@@ -73,6 +73,33 @@ def withdraw_tokens(connection: Connection, *, owner: str, now_s: float) -> int:
     """Make all unused tokens of an owner worthless; how many there were."""
     unused = (_TOKENS.c.owner == owner) & _TOKENS.c.used_s.is_(None) & _TOKENS.c.withdrawn_s.is_(None)
     return connection.execute(update(_TOKENS).where(unused).values(withdrawn_s=now_s)).rowcount
+
+
+class TokenCounts(NamedTuple):
+    """An owner's tokens for a study: how many are open, used, expired unused, and withdrawn."""
+
+    owner: str
+    task: str
+    open: int
+    used: int
+    expired: int
+    withdrawn: int
+
+
+def token_counts(connection: Connection, *, now_s: float) -> list[TokenCounts]:
+    """Of every owner and study."""
+    columns = _TOKENS.c
+    is_used, is_withdrawn = columns.used_s.is_not(None), columns.withdrawn_s.is_not(None)
+    is_unused, is_over = ~is_used & ~is_withdrawn, columns.expires_s <= now_s
+    counted = [
+        func.sum(case((condition, 1), else_=0))
+        for condition in (is_unused & ~is_over, is_used, is_unused & is_over, is_withdrawn)
+    ]
+    query = select(columns.owner, columns.task, *counted).group_by(columns.owner, columns.task)
+    return [
+        TokenCounts(owner, task, *map(int, counts))
+        for owner, task, *counts in connection.execute(query.order_by(columns.owner, columns.task))
+    ]
 
 
 def find_token(connection: Connection, digest: bytes, *, lock: bool) -> TokenRecord | None:
