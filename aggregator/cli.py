@@ -14,13 +14,13 @@ import typer
 
 from aggregator.adapters.prometheus import CountingJournal, serve_metrics
 from aggregator.assembly import AggregatorFiles, assemble
-from aggregator.broker_config import mosquitto_acl, mosquitto_config
 from aggregator.cli_backup import register as register_backup
+from aggregator.cli_broker import broker_app
 from aggregator.cli_ca import ca_app
 from aggregator.cli_devices import device_app
 from aggregator.cli_enrolment import enrolment_app, token_app
 from aggregator.cli_models import model_app
-from aggregator.cli_options import AsJson, Config, Out, opened, write_files
+from aggregator.cli_options import AsJson, Config, opened
 from aggregator.cli_privacy import privacy_app
 from aggregator.cli_tasks import task_app
 from aggregator.command_line import examples, make_app, moment, run_app, say_json, say_table, span
@@ -67,6 +67,7 @@ for _name, _group in (
     ("privacy", privacy_app),
     ("device", device_app),
     ("ca", ca_app),
+    ("broker", broker_app),
     ("enrolment", enrolment_app),
     ("enroll-token", token_app),
 ):
@@ -119,31 +120,6 @@ def worker(
         AggregatorFiles.load(config), name=name, certificate=certificate, key=key, metrics_port=metrics_port
     )
     _serve(files, worker=name)
-
-
-@app.command(
-    epilog=examples(
-        "ca server --ca ca --host broker.example --out broker",
-        "broker --config aggregator.toml --worker worker-1 --worker worker-2 --out broker",
-    )
-)
-def broker(
-    config: Config,
-    out: Out,
-    name: Annotated[list[str], typer.Option("--worker", help="Name of an ingest worker; repeatable.")] = [],  # noqa: B006
-    listen: Annotated[str, typer.Option(help="Address that mosquitto listens on.")] = "0.0.0.0",  # noqa: S104
-    user: Annotated[str, typer.Option(help="Account that mosquitto runs under.")] = "mosquitto",
-) -> None:
-    """Write mosquitto.conf and its ACL beside the broker's certificate; written anew when a worker is added."""
-    section = AggregatorFiles.load(config).config
-    folder, tenant, client = str(out.absolute()), section.aggregator.tenant, section.aggregator.client_id
-    written = {
-        "mosquitto.conf": mosquitto_config(host=listen, port=section.broker.port, folder=folder, user=user),
-        "acl": mosquitto_acl(tenant=tenant, aggregator=client, workers=tuple(name)),
-    }
-    write_files(out, {file: text.encode() for file, text in written.items()})
-    for file in written:
-        typer.echo(str(out / file))
 
 
 @app.command(epilog=examples("status --config aggregator.toml", "status --config aggregator.toml --json"))

@@ -77,6 +77,9 @@ class EnrolmentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         public_claims: where they find the claim broker; default: as `broker` has it.
         period_days: how long each pseudonym is used, 2 to 366.
         requests_a_minute: taken at most; further ones are told when to come again.
+        crl: the list of revoked certificates that the broker looks at; default: none, and nobody can be revoked at the
+            broker (their updates are refused all the same).
+        reload: command that has the broker read it again, such as ``["systemctl", "reload", "mosquitto"]``.
     """
 
     ca: str
@@ -87,6 +90,8 @@ class EnrolmentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     public_claims: Address | None = None
     period_days: Annotated[int, Meta(ge=2, le=366)] = 30
     requests_a_minute: Annotated[int, Meta(ge=1, le=1_000_000)] = 3000
+    crl: str | None = None
+    reload: tuple[str, ...] = ()
 
 
 class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

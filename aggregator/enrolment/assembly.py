@@ -11,12 +11,14 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from aggregator.adapters.broker_control import BrokerControl
 from aggregator.admission import Admitter
 from aggregator.assembly import AggregatorFiles
 from aggregator.ca_folder import load_ca
-from aggregator.certificates import issue
+from aggregator.certificates import KeyPair, issue
 from aggregator.config import EnrolmentSection
 from aggregator.enrolment.desk import Desk
+from aggregator.enrolment.enforcement import Enforcement
 from aggregator.enrolment.service import DeskKeys, DeskService, Pacing
 from aggregator.in_force import config_of
 from aggregator.store.aggregator_store import AggregatorStore
@@ -136,10 +138,11 @@ def assemble_desk(files: DeskFiles, store: AggregatorStore, *, journal: Journal)
         make_transport(broker, config=aggregator.path, client_id=section.client_id, wake=bell.set)
         for broker in (section.broker, desk_at_the_studys_broker(files))
     ]
+    ca = load_ca(files.ca_folder)
     admitter = Admitter(
         store=store,
         tenant=aggregator.config.aggregator.tenant,
-        ca=load_ca(files.ca_folder),
+        ca=ca,
         signing_key=aggregator.signing_key(),
         period_days=section.period_days,
     )
@@ -152,6 +155,7 @@ def assemble_desk(files: DeskFiles, store: AggregatorStore, *, journal: Journal)
         now_s=time.time,
         pacing=Pacing(section.requests_a_minute),
         wait=wait,
+        enforcement=_enforcement(files, store, ca, journal),
     )
 
 
@@ -159,3 +163,26 @@ def desk_at_the_studys_broker(files: DeskFiles) -> BrokerConfig:
     """Where renewals come, with the desk's own certificate in place of the aggregator's."""
     own, study = files.section.broker, files.files.config.broker
     return replace(study, ca=own.ca, certificate=own.certificate, key=own.key)
+
+
+def _enforcement(files: DeskFiles, store: AggregatorStore, ca: KeyPair, journal: Journal) -> Enforcement | None:
+    """What tells the broker of revocations; None where it has no list. Raises ConfigError."""
+    section, study = files.section, desk_at_the_studys_broker(files)
+    if section.crl is None:
+        return None
+    if study.ca is None:
+        raise ConfigError(
+            "enrolment.crl: expected a broker with ca, certificate and key; without TLS nobody is revoked"
+        )
+    path = files.files.path
+    control = BrokerControl(
+        host=study.host, port=study.port, ca=relative_to_config(path, study.ca), reload=section.reload
+    )
+    return Enforcement(
+        store.database,
+        ca=ca,
+        crl=relative_to_config(path, section.crl),
+        broker=control,
+        journal=journal,
+        now_s=time.time,
+    )

@@ -190,7 +190,7 @@ def _check_quota(connection: Connection, owner: str, *, now_s: float, lock: bool
 def _names(certified: Certified) -> list[CertifiedName]:
     """Certified names as they are kept."""
     return [
-        CertifiedName(one.id, serial_of(certificate), period.not_after_s)
+        CertifiedName(one.id, serial_of(certificate), period.not_before_s, period.not_after_s)
         for one, certificate, period in zip(
             certified.candidates, certified.certificates, certified.periods, strict=True
         )

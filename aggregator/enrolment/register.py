@@ -147,10 +147,11 @@ def renew_enrolment(connection: Connection, record: EnrolmentRecord) -> None:
 
 
 class CertifiedName(NamedTuple):
-    """A pseudonym, the serial number of its certificate in hexadecimal, and when that ends (Unix seconds)."""
+    """A pseudonym, the serial number of its certificate in hexadecimal, and when that is valid (Unix seconds)."""
 
     device: str
     serial: str
+    not_before_s: float
     not_after_s: float
 
 
@@ -163,8 +164,9 @@ def add_names(connection: Connection, enrolment: str, names: Sequence[CertifiedN
 def names_of(connection: Connection, enrolment: str) -> list[CertifiedName]:
     """An enrolment's pseudonyms, the first to end first."""
     names = schema.enrolment_names.c
-    found = select(names.device, names.serial, names.not_after_s).where(names.enrolment == enrolment)
-    return [CertifiedName(*row) for row in connection.execute(found.order_by(names.not_after_s, names.device))]
+    columns = [names[name] for name in CertifiedName._fields]
+    found = select(*columns).where(names.enrolment == enrolment).order_by(names.not_after_s, names.device)
+    return [CertifiedName(*row) for row in connection.execute(found)]
 
 
 def _locked(query: Select[Any], lock: bool) -> Select[Any]:

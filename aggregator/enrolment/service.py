@@ -13,11 +13,13 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator.enrolment.desk import Desk
+from aggregator.enrolment.enforcement import LOOK_EVERY_S, Enforcement
 from aggregator.errors import DatabaseError
 from aggregator.outage import Outage
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import ProtocolError
 from fl_protocol.joining import EnrolmentAnswerMsg, EnrolmentRequestMsg, opened_request, sealed_answer
+from fl_protocol.recency import happened_within
 from fl_protocol.sealing import RoundKey
 from fl_protocol.topics import enrolment_request_filter, enrolment_topic, parse_enrolment_topic
 from fl_protocol.transport import Connected, Disconnected, Received, Transport
@@ -71,6 +73,7 @@ class DeskService:
         now_s: Unix seconds.
         pacing: of requests.
         wait: waits so many seconds at most for events of any transport; in virtual time it does nothing.
+        enforcement: tells the broker who was revoked; None where nobody does.
     """
 
     def __init__(
@@ -84,7 +87,9 @@ class DeskService:
         now_s: Callable[[], float],
         pacing: Pacing,
         wait: Callable[[float], None],
+        enforcement: Enforcement | None = None,
     ) -> None:
+        self._enforcement, self._looked_s = enforcement, float("-inf")
         self._desk, self._tenant, self._keys, self._transports = desk, tenant, keys, transports
         self._journal, self._now_s, self._pacing, self._wait = journal, now_s, pacing, wait
         self._outage = Outage("desk", note=self._note, now_s=now_s)
@@ -104,7 +109,8 @@ class DeskService:
             transport.open()
 
     def step(self) -> int:
-        """Act on what has come; how many events that were."""
+        """Act on what has come, and on who was revoked; how many events that were."""
+        self._enforce()
         return sum(self._take(transport) for transport in self._transports)
 
     def stop(self) -> None:
@@ -112,6 +118,17 @@ class DeskService:
         for transport in self._transports:
             transport.close()
         self._note("stopped")
+
+    def _enforce(self) -> None:
+        """Have the broker know who was revoked, now and then."""
+        if self._enforcement is None or happened_within(LOOK_EVERY_S, self._looked_s, self._now_s()):
+            return
+        self._looked_s = self._now_s()
+        try:
+            self._enforcement.look()
+            self._outage.over()
+        except DatabaseError as error:
+            self._outage.failed(str(error))
 
     def _take(self, transport: Transport) -> int:
         """What one transport has."""

@@ -13,23 +13,37 @@ from aggregator.store.database import Database
 
 
 class RegisteredKey(NamedTuple):
-    """A device's Ed25519 public key, and when its name may be used (Unix seconds)."""
+    """A device's Ed25519 public key, when its name may be used (Unix seconds), and the state of its enrolment."""
 
     public_key: bytes
     not_before_s: float = -math.inf
     not_after_s: float = math.inf
+    state: str = "active"
 
     def holds_at(self, now_s: float) -> bool:
-        """Whether it is this name's time; otherwise a device could use its whole row of pseudonyms in one round."""
-        return self.not_before_s <= now_s <= self.not_after_s
+        """Whether it is this name's time; otherwise a device could use its whole row of pseudonyms in one round.
+
+        It is no time of a device's that was revoked.
+        """
+        return self.state != "revoked" and self.not_before_s <= now_s <= self.not_after_s
+
+    @property
+    def is_quarantined(self) -> bool:
+        """Whether an operator has put the device aside."""
+        return self.state == "quarantined"
 
 
 _ADD = insert(schema.devices)
 _FORGET = delete(schema.devices).where(schema.devices.c.device == bindparam("its_device"))
 _DEVICES, _PERIODS = schema.devices.c, schema.device_periods.c
+_NAMES, _ENROLMENTS = schema.enrolment_names.c, schema.enrolments.c
 _FIND = (  # built once, for every commit asks it
-    select(_DEVICES.device, _DEVICES.public_key, _PERIODS.not_before_s, _PERIODS.not_after_s)
-    .select_from(schema.devices.outerjoin(schema.device_periods, _DEVICES.device == _PERIODS.device))
+    select(_DEVICES.device, _DEVICES.public_key, _PERIODS.not_before_s, _PERIODS.not_after_s, _ENROLMENTS.state)
+    .select_from(
+        schema.devices.outerjoin(schema.device_periods, _DEVICES.device == _PERIODS.device)
+        .outerjoin(schema.enrolment_names, _DEVICES.device == _NAMES.device)
+        .outerjoin(schema.enrolments, _NAMES.enrolment == _ENROLMENTS.enrolment)
+    )
     .where(_DEVICES.device.in_(bindparam("names", expanding=True)))
 )
 
@@ -73,7 +87,7 @@ class Devices:
 def find_devices(connection: Connection, names: Iterable[str]) -> dict[str, RegisteredKey]:
     """Those of these devices that are registered; part of a transaction."""
     found = {}
-    for device, key, not_before_s, not_after_s in connection.execute(_FIND, {"names": list(names)}):
-        limits = () if not_before_s is None else (not_before_s, not_after_s)
-        found[device] = RegisteredKey(key, *limits)
+    for device, key, not_before_s, not_after_s, state in connection.execute(_FIND, {"names": list(names)}):
+        begins_s, ends_s = (-math.inf, math.inf) if not_before_s is None else (not_before_s, not_after_s)
+        found[device] = RegisteredKey(key, begins_s, ends_s, state or "active")
     return found

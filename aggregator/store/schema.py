@@ -211,6 +211,7 @@ enrolment_names = Table(
     Column("device", String(64), primary_key=True),
     Column("enrolment", String(64), nullable=False),
     Column("serial", String(40), nullable=False),  # of its certificate, hexadecimal
+    Column("not_before_s", Float, nullable=False),
     Column("not_after_s", Float, nullable=False),
     Index("ix_enrolment_names_enrolment", "enrolment"),
 )
@@ -221,7 +222,9 @@ revoked_certificates = Table(
     Column("serial", String(40), primary_key=True),
     Column("device", String(64), nullable=False),
     Column("revoked_s", Float, nullable=False),
+    Column("not_before_s", Float, nullable=False),
     Column("not_after_s", Float, nullable=False),
+    Column("enforced_s", Float),  # since when the broker lets it in no more
 )
 accounts = Table(
     "accounts",

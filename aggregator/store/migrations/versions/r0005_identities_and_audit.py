@@ -50,6 +50,7 @@ Table(
     Column("device", String(64), primary_key=True),
     Column("enrolment", String(64), nullable=False),
     Column("serial", String(40), nullable=False),
+    Column("not_before_s", Float, nullable=False),
     Column("not_after_s", Float, nullable=False),
     Index("ix_enrolment_names_enrolment", "enrolment"),
 )
@@ -59,7 +60,9 @@ Table(
     Column("serial", String(40), primary_key=True),
     Column("device", String(64), nullable=False),
     Column("revoked_s", Float, nullable=False),
+    Column("not_before_s", Float, nullable=False),
     Column("not_after_s", Float, nullable=False),
+    Column("enforced_s", Float),
 )
 Table(
     "accounts",
