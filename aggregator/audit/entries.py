@@ -80,8 +80,8 @@ def entry_of(event: AuditEvent, *, number: int, previous: bytes) -> AuditEntry:
         AuditError: a number in it is no number that JSON has.
     """
     detail = {_printable(name): _value(name, value) for name, value in event.detail.items()}
-    texts = [_printable(text, LONGEST_NAME) for text in (event.actor, event.action, event.subject)]
-    return AuditEntry(number, previous.hex(), float(_value("at_s", event.at_s)), *texts, detail)
+    actor, action, subject = (_printable(text, LONGEST_NAME) for text in (event.actor, event.action, event.subject))
+    return AuditEntry(number, previous.hex(), float(_value("at_s", event.at_s)), actor, action, subject, detail)
 
 
 def encode_entry(entry: AuditEntry) -> bytes:
