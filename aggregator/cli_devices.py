@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from aggregator.admission import Admitter
+from aggregator.audit.log import local_actor
 from aggregator.ca_folder import load_ca, write_new
-from aggregator.cli_options import AsJson, Ca, Config, local_actor, opened
+from aggregator.cli_options import AsJson, Ca, Config, opened
 from aggregator.command_line import examples, make_group, moment, say_json, say_table
 from aggregator.device_list import read_devices
 from aggregator.enrolment.register import State, names_of

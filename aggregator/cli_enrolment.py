@@ -12,9 +12,9 @@ from typing import Annotated
 import msgspec
 import typer
 
-from aggregator.audit.log import AuditEvent, append
+from aggregator.audit.log import AuditEvent, append, local_actor
 from aggregator.ca_folder import write_new
-from aggregator.cli_options import AsJson, Config, Task, local_actor, opened
+from aggregator.cli_options import AsJson, Config, Task, opened
 from aggregator.command_line import examples, make_group, moment, say_json, say_table
 from aggregator.enrolment.assembly import DeskFiles, assemble_desk
 from aggregator.enrolment.register import TokenCounts, add_tokens, set_quota, token_counts, withdraw_tokens

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,14 +37,6 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
             write_atomic(folder / name, data, mode=0o644)
     except OSError as error:
         raise ConfigError(f"--out {folder}: the files cannot be written ({error.strerror})") from error
-
-
-def local_actor() -> str:
-    """Whoever gives a command on this machine, as the audit log names them."""
-    try:
-        return f"local:{getpass.getuser()}"
-    except (KeyError, OSError):  # an account without a name, as in a container
-        return f"local:{os.geteuid()}"
 
 
 @contextmanager
