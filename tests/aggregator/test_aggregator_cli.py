@@ -25,7 +25,9 @@ from tests.enrolments import broken_copy
 __all__ = ["operator"]
 KEY = "ab" * 31 + "aa"
 COMMANDS = (
-    "init", "run", "worker", "status", "backup", "restore", "broker", "enrolment", "enroll-token",
+    "init", "run", "worker", "status", "backup", "restore", "broker", "broker config", "broker check", "enrolment",
+    "enrolment init", "enrolment claim", "enrolment run", "enroll-token", "enroll-token create", "enroll-token list",
+    "enroll-token withdraw", "device show", "device revoke", "device quarantine", "device restore",
     "task", "task create", "task list", "task show", "task pause", "task resume", "task abort",
     "model", "model list", "model show", "model tag", "model rollback", "model export",
     "device", "device add", "device import", "device remove", "device list", "device admit",

@@ -341,3 +341,8 @@ def test_the_list_alone_keeps_a_device_from_coming_back_and_leaves_its_connectio
     finally:
         path.write_bytes(kept)
         subprocess.run(reload, check=True)
+
+
+def test_the_running_broker_forbids_what_it_should(clinic: Clinic) -> None:
+    said = clinic.command("broker", "check", "--config", "aggregator.toml", "--ca", "ca", "--broker", "broker")
+    assert said.count("holds") == 11
