@@ -16,7 +16,9 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from aggregator.assembly import AggregatorFiles
 from aggregator.certificates import certify, make_ca
+from aggregator.enrolment.revocation import change_state
 from fl_protocol.transport import Disconnected
 from tests.contracts.brokers import await_event
 from tests.system.clinic import Clinic, Watch, running_clinic
@@ -96,8 +98,14 @@ def _revocation(clinic: Clinic, count: int, told: Told) -> dict[str, Any]:
             line = clinic.device(watch.join())
             begun_s = time.perf_counter()
             with store.database.transaction() as connection:
-                about = {"reason": "benchmark", "actor": "local:benchmark", "now_s": time.time()}
-                change_state(connection, watch.enrolment, "revoked", **about)
+                change_state(
+                    connection,
+                    watch.enrolment,
+                    "revoked",
+                    reason="benchmark",
+                    actor="local:benchmark",
+                    now_s=time.time(),
+                )
             await_event(line, Disconnected)
             took_s.append(time.perf_counter() - begun_s)
             told("revoked", number + 1, count)
