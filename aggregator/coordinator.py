@@ -231,9 +231,8 @@ class Coordinator:
         except DatabaseError:
             self._unerased = True  # it may have become durable
             raise
-        moved = before != _what_keys_depend_on(runner)
-        self._unerased |= moved
-        self._moved |= moved
+        self._unerased |= before != _what_keys_depend_on(runner)
+        self._moved |= before != _what_keys_depend_on(runner)
 
     def _carry_out_orders(self) -> None:
         """Do what operators asked for, or say why not."""
