@@ -8,6 +8,7 @@ refused, not ignored, so that no device can believe that it was granted and noth
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy import Connection, insert, or_, select
 
+from aggregator.audit.entries import Detail
+from aggregator.audit.log import AuditEvent, append
 from aggregator.certificates import KeyPair, certify
 from aggregator.errors import AggregatorError
 from aggregator.store import schema
@@ -60,12 +63,14 @@ class Certified:
     """Pseudonyms with their certificates, before they are registered.
 
     Args:
+        task: of the study.
         candidates: whose keys were shown to be held.
         periods: of each.
         certificates: of each, PEM.
         answer: the answer file.
     """
 
+    task: str
     candidates: tuple[Candidate, ...]
     periods: tuple[Period, ...]
     certificates: tuple[bytes, ...]
@@ -88,6 +93,7 @@ class Admitter:
         ca: issues the certificates.
         signing_key: the aggregator's, which devices pin.
         period_days: how long each pseudonym is used, 2 to 366.
+        actor: who admits, as the audit log names them.
     """
 
     store: AggregatorStore
@@ -95,14 +101,18 @@ class Admitter:
     ca: KeyPair
     signing_key: Ed25519PrivateKey
     period_days: int = 30
+    actor: str = "desk"
 
-    def admit(self, request: bytes, *, now_s: float, deliver: Callable[[bytes], None]) -> Admission:
+    def admit(
+        self, request: bytes, *, now_s: float, deliver: Callable[[bytes], None], told_s: float | None = None
+    ) -> Admission:
         """Check a request, register and certify all its pseudonyms, and deliver the answer.
 
         Args:
             request: the request file.
             now_s: Unix seconds; the first pseudonym is for the period that holds it.
             deliver: takes the answer file and keeps it; if it raises, nothing was registered.
+            told_s: what the audit log says when it was; None for `now_s`.
 
         Raises:
             ProtocolError: the request is malformed or claims something that is not so.
@@ -112,6 +122,11 @@ class Admitter:
         certified = self.certify(request, first_s=now_s)
         with self.store.database.transaction() as connection:
             register(connection, certified, now_s=now_s)
+            # Security: the names of one device do not stand together in the log.
+            digest = hashlib.sha256(request).hexdigest()
+            detail: dict[str, Detail] = {"count": len(certified.candidates), "request_sha256": digest}
+            at_s = now_s if told_s is None else told_s
+            append(connection, AuditEvent(at_s, self.actor, "device.admitted", certified.task, detail))
             # Before the commit: a registered pseudonym whose certificate was lost could never be used.
             deliver(certified.answer)
         return certified.admission
@@ -129,7 +144,7 @@ class Admitter:
             certify(self.ca, one.id, one.tls_key, not_before_s=period.not_before_s, not_after_s=period.not_after_s)
             for one, period in zip(candidates, periods, strict=True)
         ]
-        return Certified(candidates, tuple(periods), tuple(issued), self._answer(task, candidates, issued))
+        return Certified(task, candidates, tuple(periods), tuple(issued), self._answer(task, candidates, issued))
 
     def examine(self, request: bytes) -> tuple[str, tuple[Candidate, ...]]:
         """The task and the pseudonyms of a request, every proof checked. Raises ProtocolError or DatabaseError."""

@@ -33,7 +33,7 @@ def device_add(config: Config, device: str, public_key: str) -> None:
     checked_name(device, "device")
     key = public_key_from_hex(public_key)
     with opened(config) as (_, store):
-        store.devices.add(device, key.public_bytes_raw(), time.time())
+        store.devices.add(device, key.public_bytes_raw(), time.time(), actor=local_actor())
     typer.echo(f"{device} may send updates")
 
 
@@ -45,7 +45,7 @@ def device_import(
     """Register all devices of a file, or none; a key that a device has already is replaced."""
     listed = read_devices(read_file(devices, "DEVICES"), str(devices))
     with opened(config) as (_, store):
-        store.devices.add_all(listed, time.time())
+        store.devices.add_all(listed, time.time(), actor=local_actor())
     typer.echo(f"{len(listed)} devices may send updates")
 
 
@@ -53,7 +53,7 @@ def device_import(
 def device_remove(config: Config, device: str) -> None:
     """Take no more updates under an id; what was accepted stays. A device with pseudonyms has several ids."""
     with opened(config) as (_, store):
-        if not store.devices.remove(checked_name(device, "device")):
+        if not store.devices.remove(checked_name(device, "device"), time.time(), actor=local_actor()):
             raise AggregatorError(f"{device} is not registered; see covey-aggregator device list")
     typer.echo(f"{device} may send no more updates")
 
@@ -106,10 +106,11 @@ def device_admit(
             ca=load_ca(ca),
             signing_key=files.signing_key(),
             period_days=period_days,
+            actor=local_actor(),
         )
         try:
             begins_s = time.time() + (period_days * DAY_S if next_period else 0)
-            done = admitter.admit(data, now_s=begins_s, deliver=deliver)
+            done = admitter.admit(data, now_s=begins_s, deliver=deliver, told_s=time.time())
         except CoveyError:
             for path in written:  # and then the database did not take it
                 path.unlink(missing_ok=True)

@@ -36,6 +36,7 @@ def give_order(
     name: OrderName,
     *,
     argument: str = "",
+    actor: str,
     now_s: Callable[[], float],
     monotonic_s: Callable[[], float],
     sleep: Callable[[float], None],
@@ -47,6 +48,7 @@ def give_order(
         task: that it is for; it must exist.
         name: of the order.
         argument: why a task is aborted, or the version to go back to.
+        actor: who gives it, as the audit log names them.
         now_s: Unix seconds.
         monotonic_s: seconds that no clock setting moves.
         sleep: waits for so many seconds.
@@ -55,7 +57,7 @@ def give_order(
         DatabaseError: there is no such task, or the database fails.
     """
     store.tasks.get(task)
-    order = store.tasks.ask(task, name, argument=argument, now_s=now_s())
+    order = store.tasks.ask(task, name, argument=argument, now_s=now_s(), actor=actor)
     coordinator = coordinator_of(store.leases.all(), now_s=now_s())
     if coordinator is None:
         why = "left for the coordinator, which is not running: it is carried out once covey-aggregator run is started"

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from aggregator.announcer import Announcer
+from aggregator.audit import task_entries
 from aggregator.device_budget import TaskBudget
 from aggregator.errors import BlobError, CombineError, ConflictError, LostModelError, RejectedModelError
 from aggregator.helper_calls import HelperCalls
@@ -132,6 +133,7 @@ class TaskRunner:
             update_length=self._update_length,
             calls=ports.calls,
         )
+        self._halted = ""  # why the budget has no room for another round
         self._waits_for = ""  # helpers, without which the open round cannot be published
         self._state, self._probability = stored.state, stored.probability
         self._stale = True  # what the database says may be something else
@@ -232,6 +234,7 @@ class TaskRunner:
                     event = CombineFailed(why) if why else event
                 case _:
                     why = ""
+            self._halted = why or self._halted
             if why:
                 return transition(self._state, event, now_s, policy=replace(self._policy, halted=why))
         return state, actions
@@ -312,6 +315,11 @@ class TaskRunner:
             store.tasks.save(connection, self.name, state, before=self._state, probability=self._probability)
             if order is not None:
                 store.tasks.order_done(connection, order[0], outcome=order[1], now_s=now_s)
+            order_id = order[0] if order is not None else None
+            what = task_entries.Transition(
+                self._state, state, change.event, list(actions), change.prepared, order_id, self._halted
+            )
+            task_entries.record(connection, store, self.name, what, now_s=now_s)
         self._state = state
         store.discard(unwanted)
 

@@ -121,7 +121,12 @@ def cosign(checkpoint: Checkpoint, name: str, key: Ed25519PrivateKey, *, at_s: f
     """
     stamp = int(at_s)
     signature = stamp.to_bytes(8, "big") + key.sign(_stamped(checkpoint, stamp))
-    return NoteSignature(name, _key_id(name, _COSIGNATURE, key.public_key()), signature)
+    return NoteSignature(name, cosigner_key_id(name, key.public_key()), signature)
+
+
+def cosigner_key_id(name: str, key: Ed25519PublicKey) -> bytes:
+    """By which a note tells a helper's co-signatures, 4 bytes."""
+    return _key_id(name, _COSIGNATURE, key)
 
 
 def with_cosignatures(note: Note, cosignatures: Iterable[NoteSignature]) -> Note:
@@ -193,7 +198,7 @@ def cosigned_s(note: Note, key: Ed25519PublicKey, *, name: str | None = None) ->
     for one in note.signatures:
         if name is not None and one.name != name:
             continue
-        if one.key_id == _key_id(one.name, _COSIGNATURE, key):
+        if one.key_id == cosigner_key_id(one.name, key):
             when = verify_cosignature(note.checkpoint, one, key)
     return when
 
@@ -210,7 +215,7 @@ def verify_cosignature(checkpoint: Checkpoint, one: NoteSignature, key: Ed25519P
         CheckpointError: this key has not co-signed it.
     """
     stamp = int.from_bytes(one.signature[:8], "big")
-    if one.key_id != _key_id(one.name, _COSIGNATURE, key) or stamp > _LARGEST_TIME:
+    if one.key_id != cosigner_key_id(one.name, key) or stamp > _LARGEST_TIME:
         raise CheckpointError(f"the signature under the name {one.name} is not of this helper's key")
     _verify(key, one.signature[8:], _stamped(checkpoint, stamp), one.name, checkpoint.size)
     return stamp

@@ -72,6 +72,12 @@ def append(connection: Connection, entry: AuditEvent) -> int:
     return number
 
 
+def has_entry(connection: Connection, action: str, subject: str) -> bool:
+    """Whether something was told before; part of a transaction."""
+    query = select(_TABLE.c.number).where(_TABLE.c.subject == subject, _TABLE.c.action == action).limit(1)
+    return connection.execute(query).first() is not None
+
+
 def local_actor() -> str:
     """Who runs this command on this machine, as entries name them."""
     try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, delete, insert, select
 
+from aggregator.audit.entries import Detail
+from aggregator.audit.log import AuditEvent, append
 from aggregator.store import schema
 from aggregator.store.database import Database
 
@@ -54,23 +57,27 @@ class Devices:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, device: str, public_key: bytes, now_s: float) -> None:
-        """Register a device's key, or replace it."""
-        self.add_all([(device, public_key)], now_s)
+    def add(self, device: str, public_key: bytes, now_s: float, *, actor: str = "aggregator") -> None:
+        """Register a device's key, or replace it; `actor` as the audit log names them."""
+        self.add_all([(device, public_key)], now_s, actor=actor)
 
-    def add_all(self, devices: Iterable[tuple[str, bytes]], now_s: float) -> None:
-        """Register several devices' keys, or replace them."""
+    def add_all(self, devices: Iterable[tuple[str, bytes]], now_s: float, *, actor: str = "aggregator") -> None:
+        """Register several devices' keys, or replace them; `actor` as the audit log names them."""
         rows = [{"device": device, "public_key": key, "added_s": now_s} for device, key in devices]
         with self._database.transaction() as connection:
             if rows:
                 connection.execute(_FORGET, [{"its_device": row["device"]} for row in rows])
                 connection.execute(_ADD, rows)
+                append(connection, AuditEvent(now_s, actor, *_added(rows)))
 
-    def remove(self, device: str) -> bool:
+    def remove(self, device: str, now_s: float, *, actor: str = "aggregator") -> bool:
         """Forget a device; whether it was registered. What it has sent and was accepted stays counted."""
         with self._database.transaction() as connection:
             connection.execute(delete(schema.device_periods).where(schema.device_periods.c.device == device))
-            return connection.execute(delete(schema.devices).where(schema.devices.c.device == device)).rowcount > 0
+            known = connection.execute(delete(schema.devices).where(schema.devices.c.device == device)).rowcount > 0
+            if known:
+                append(connection, AuditEvent(now_s, actor, "device.removed", device, {}))
+            return known
 
     def find(self, names: Iterable[str]) -> dict[str, RegisteredKey]:
         """Those of these devices that are registered."""
@@ -82,6 +89,19 @@ class Devices:
         with self._database.reading() as connection:
             query = select(schema.devices.c.device, schema.devices.c.public_key).order_by(schema.devices.c.device)
             return [(row.device, row.public_key) for row in connection.execute(query)]
+
+
+def _added(rows: list[dict[str, Any]]) -> tuple[str, str, dict[str, Detail]]:
+    """What the audit log holds of it: one device, or how many and a digest of the list, never all names."""
+    if len(rows) == 1:
+        key = hashlib.sha256(rows[0]["public_key"]).hexdigest()
+        return "device.added", rows[0]["device"], {"key_sha256": key}
+    lines = sorted(f"{row['device']},{row['public_key'].hex()}\n" for row in rows)
+    return (
+        "device.imported",
+        "",
+        {"count": len(rows), "list_sha256": hashlib.sha256("".join(lines).encode()).hexdigest()},
+    )
 
 
 def find_devices(connection: Connection, names: Iterable[str]) -> dict[str, RegisteredKey]:

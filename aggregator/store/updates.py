@@ -167,6 +167,12 @@ class Updates:
         """As `arrived`; part of a transaction."""
         return int(connection.execute(_COUNTED, {"task": task, "counted_in": counted_in}).scalar_one())
 
+    def counted_ids(self, connection: Connection, task: str, counted_in: int) -> list[bytes]:
+        """Ids of the updates that count in a round; part of a transaction."""
+        table = schema.updates.c
+        query = select(table.update_id).where(table.task == task, table.counted_in == counted_in)
+        return [bytes(one) for one in connection.execute(query).scalars()]
+
     def kept(self, task: str, counted_in: int) -> list[KeptUpdate]:
         """Where the single updates of a round are, in the order of their ids."""
         table = schema.updates.c
