@@ -68,7 +68,7 @@ def test_the_same_request_again_gets_the_same_answer_even_after_its_token_has_ex
 
 
 def check_the_same_names_again_cost_nothing(module: ModuleType) -> None:
-    """A device whose answer was lost, and whose name on the wire has changed meanwhile, has to sign its request anew."""
+    """A device whose answer was lost, and whose name on the wire has changed since, has to sign its request anew."""
     office, device = DeskOffice(module), Asking("a")
     office.quota("ward-3", 1)
     claim = device.request(office.token(days=1))
