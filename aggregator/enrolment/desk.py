@@ -1,8 +1,9 @@
 """The desk: from a request to its answer, and what the database has of it, in one transaction.
 
 A request with a token makes an enrolment; one that is signed by an enrolment's renewal key gives it further names. The
-same request again gets the same answer, so an answer that was lost on the way costs nothing. A request that is refused
-uses no token up.
+same request again gets the same answer, so an answer that was lost on the way costs nothing; so does a request for the
+same names that was sent again under another client id, since a device whose name on the wire has changed meanwhile
+cannot send the old one. A request that is refused uses no token up.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cryptography import x509
+from msgspec.structs import replace
 from sqlalchemy import Connection
 
 from aggregator.admission import Admitter, Certified, register
@@ -30,7 +32,7 @@ from aggregator.enrolment.register import (
     use_token,
 )
 from aggregator.errors import AggregatorError, DatabaseError
-from fl_protocol.enrolment import DAY_S
+from fl_protocol.enrolment import DAY_S, PseudonymAnswer, PseudonymRequest, decode_file
 from fl_protocol.errors import ProtocolError
 from fl_protocol.joining import EnrolmentAnswerMsg, EnrolmentRequestMsg, Outcome, StudyPins, token_digest
 from fl_protocol.messages import decode, encode
@@ -129,8 +131,10 @@ class Desk:
         known = find_enrolment(connection, enrolment_id(request.renewal_key), lock=lock)
         if known is not None and known.state != "active":
             raise _NotGrantedError("revoked", f"this device is {known.state}: {known.reason or 'no reason was given'}")
-        if known is not None and known.request_digest == digest:
-            return decode(known.answer, EnrolmentAnswerMsg)
+        if known is not None:
+            given = decode(known.answer, EnrolmentAnswerMsg)
+            if known.request_digest == digest or (known.task == request.task and _is_for(given, request)):
+                return replace(given, request_digest=digest)
         if request.token is not None:
             owner = _checked_token(token, request.task, now_s).owner
             _check_quota(connection, owner, now_s=now_s, lock=lock)
@@ -185,6 +189,12 @@ def _check_quota(connection: Connection, owner: str, *, now_s: float, lock: bool
         raise _NotGrantedError(
             "quota_exhausted", f"{owner} has its {quota} device(s) already; the operator can raise the quota"
         )
+
+
+def _is_for(answer: EnrolmentAnswerMsg, request: EnrolmentRequestMsg) -> bool:
+    """Whether an answer has certificates for exactly the names of a request. Raises ProtocolError: not a request."""
+    asked = {one.id for one in decode_file(request.names, PseudonymRequest).pseudonyms}
+    return asked == {one.id for one in decode_file(answer.names, PseudonymAnswer).certificates}
 
 
 def _names(certified: Certified) -> list[CertifiedName]:

@@ -67,6 +67,25 @@ def test_the_same_request_again_gets_the_same_answer_even_after_its_token_has_ex
     assert len(audited(office)) == 1
 
 
+def check_the_same_names_again_cost_nothing(module: ModuleType) -> None:
+    """A device whose answer was lost, and whose name on the wire has changed since, has to sign its request anew."""
+    office, device = DeskOffice(module), Asking("a")
+    office.quota("ward-3", 1)
+    claim = device.request(office.token(days=1))
+    first = office.ask(device, claim)
+    again = office.ask(device, replace(claim, client="c" + "0" * 32), now_s=NOW_S + 2 * DAY_S)
+    assert again == replace(first, request_digest=again.request_digest)
+    assert again.request_digest != first.request_digest
+    device.install(again)
+    renewal = device.request(None)
+    late_s = BEGINS_S + 2 * PERIOD_S
+    assert office.ask(device, renewal, now_s=late_s).outcome == "renewed"
+    resent = office.ask(device, replace(renewal, client="c" + "1" * 32), now_s=late_s + 7 * DAY_S)
+    assert resent.outcome == "renewed"
+    device.install(resent)
+    assert [entry["action"] for entry in audited(office)] == ["device.enrolled", "device.renewed"]
+
+
 def check_a_token_is_good_once(module: ModuleType) -> None:
     office, thief = DeskOffice(module), Asking("thief")
     token, device = office.token(), Asking("a")
@@ -144,6 +163,7 @@ def check_a_renewal_is_not_for_hoarding(module: ModuleType) -> None:
 
 
 CHECKS: list[tuple[Callable[[ModuleType], None], tuple[str, str]]] = [
+    (check_the_same_names_again_cost_nothing, ("and _is_for(given, request)", "and False")),
     (check_a_token_is_good_once, ("if token.used_s is not None:", "if False:")),
     (check_a_token_expires, ("if now_s >= token.expires_s:", "if False:")),
     (check_a_token_can_be_withdrawn, ("if token.withdrawn_s is not None:", "if False:")),
