@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 
 from aggregator.announcer import Announcer
 from aggregator.audit import task_entries
+from aggregator.combination import adds_up, why_not_without
 from aggregator.device_budget import TaskBudget
 from aggregator.errors import BlobError, CombineError, ConflictError, LostModelError, RejectedModelError
 from aggregator.helper_calls import HelperCalls
@@ -166,7 +167,12 @@ class TaskRunner:
     def count_arrivals(self) -> None:
         """Look how many updates the open round has. Raises DatabaseError."""
         if self._state.phase is Phase.OPEN:
-            self.advance(Arrived(self._ports.store.updates.arrived(self.name, self._state.number)))
+            updates, number = self._ports.store.updates, self._state.number
+            if adds_up(self.config) and (revoked := updates.revoked(self.name, number)):
+                # At once: whoever else sends an update for it would do so for nothing.
+                self.advance(CombineFailed(why_not_without(revoked)))
+                return
+            self.advance(Arrived(updates.arrived(self.name, number)))
 
     def due(self) -> RoundEvent:
         """What time brings: whether a closed round's helpers have answered, or only that it has passed."""
@@ -381,7 +387,8 @@ class TaskRunner:
         outcome = self._ports.store.rounds.outcome(connection, self.name, number)
         counted = self._ports.store.updates.counted(connection, self.name, number)
         combined = change.outcome.count if change.outcome is not None else 0
-        if outcome != "closing" or counted != combined:
+        left_out = change.outcome.left_out if change.outcome is not None else 0
+        if outcome != "closing" or counted != combined + left_out:
             raise ConflictError(
                 f"round {number} of task {self.name} was changed while it was combined ({combined} updates combined, "
                 f"{counted} counted, {outcome}): another coordinator runs under the name {self._ports.worker}; stop one"
