@@ -98,6 +98,15 @@ class Joiner:
         """Whether a request is open that was not refused."""
         return self.session is not None and self.session.is_asking
 
+    @property
+    def client(self) -> str:
+        """The client id that the desk is asked under; empty while there is no connection."""
+        return "" if self.session is None else self.session.client
+
+    def takes(self, topic: str) -> bool:
+        """Whether a message of this topic is the desk's answer."""
+        return self.session is not None and self.session.takes(topic)
+
     def open_claim(self, claim: Claim, token: Token, *, anew: bool = False) -> None:
         """Ask to join, or go on asking.
 

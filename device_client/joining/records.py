@@ -147,12 +147,17 @@ def with_claim(
 
 
 def with_renewal(state: JoiningState, *, entropy: Entropy) -> JoiningState:
-    """A renewal is opened. Raises LocalMisuseError: the device is not enrolled, or a request is open."""
-    member = state.membership
-    if member is None or state.request is not None:
+    """A renewal is opened, in place of a token that was refused.
+
+    Raises:
+        LocalMisuseError: the device is not enrolled, or another request is open.
+    """
+    member, before = state.membership, state.request
+    is_free = before is None or (before.token is not None and state.refusal is not None)
+    if member is None or not is_free:
         raise LocalMisuseError(f"{state.study}: expected an enrolment without an open request")
     request = _new_request(state.claim, member.renewal_key, token=None, enrolment=member.enrolment, entropy=entropy)
-    return replace(state, request=request)
+    return JoiningState(claim=state.claim, membership=member, request=request)
 
 
 def addressed(state: JoiningState, client: str) -> JoiningState:

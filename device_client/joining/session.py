@@ -157,6 +157,10 @@ class JoiningSession:
         told = _left(self.state.wait_s, self.state.told_s, now_s)
         return max(told, _left(self._pause_s, self._sent_s, now_s))
 
+    def is_told_to_wait(self, now_s: float) -> bool:
+        """Whether the desk has said to come again later than now."""
+        return _left(self.state.wait_s, self.state.told_s, now_s) > 0
+
     def takes(self, topic: str) -> bool:
         """Whether a message of this topic is for this session."""
         return bool(self._client) and topic == self._topic("answer")

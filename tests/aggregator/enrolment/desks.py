@@ -83,14 +83,21 @@ class DeskOffice:
     Args:
         module: with its code.
         store: the database; one in memory by default.
+        key: the aggregator's.
+        period_days: how long each name is for.
     """
 
-    def __init__(self, module: ModuleType = desk_module, store: AggregatorStore | None = None) -> None:
+    def __init__(
+        self,
+        module: ModuleType = desk_module,
+        store: AggregatorStore | None = None,
+        *,
+        key: Ed25519PrivateKey = AGGREGATOR,
+        period_days: int = 30,
+    ) -> None:
         if store is None:
-            office = Office()
-            store, self.admitter = office.store, office.admitter
-        else:
-            self.admitter = Admitter(store, TENANT, CA, AGGREGATOR)
+            store = Office().store
+        self.admitter = Admitter(store, TENANT, CA, key, period_days)
         self.store, self.desk = store, module.Desk(self.admitter, {TASK: PINS})
         self._entropy = SeededEntropy("tokens")
         self.quota("ward-3", 100)

@@ -59,6 +59,10 @@ class DeskRig:
         office: decides.
         a_minute: how many requests are taken.
         faults: of every device's connection.
+        clock: of the desk.
+        broker: where devices join.
+        others: brokers of the study itself.
+        signs: the aggregator's key.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class DeskRig:
         faults: PacketRates | None = None,
         clock: VirtualClock | None = None,
         broker: VirtualBroker | None = None,
+        others: tuple[VirtualBroker, ...] = (),
         signs: Ed25519PrivateKey = AGGREGATOR,
     ) -> None:
         self.office = office if office is not None else DeskOffice()
@@ -80,7 +85,7 @@ class DeskRig:
             self.office.desk,
             tenant=TENANT,
             keys=DeskKeys(DESK_KEY, signs),
-            transports=[VirtualTransport(self.broker)],
+            transports=[VirtualTransport(one) for one in (self.broker, *others)],
             journal=self.journal,
             now_s=self.clock.now_s,
             pacing=Pacing(a_minute),
