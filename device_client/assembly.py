@@ -167,6 +167,8 @@ class RealDevice(Device):
     def open(cls, path: Path | str, *, journal: Journal | None = None) -> RealDevice:
         """See `Device.open`."""
         files = DeviceFiles.load(Path(path))
+        if not files.config.studies:
+            raise ConfigError(f"configuration {path}: no [[study]] yet; join one with covey-device enroll")
         key = files.store_key()
         store = EncryptedFiles.in_folder(files.store_folder, key)
         bell, watchdog = SystemBell(), Systemd()

@@ -193,3 +193,9 @@ class Joiner:
     def _note(self, event: str, **fields: object) -> None:
         """Write to the journal."""
         self._journal.write(event, at_s=self._clock.now_s(), study=self.study, **fields)
+
+
+def kept_state(store: Store, study: str) -> JoiningState | None:
+    """What is kept of the enrolment in a study (``tenant/task``); None where there is nothing. Raises StoreError."""
+    raw = store.read(study_blob("enrolment", study))
+    return None if raw is None else decode_state(raw, study=study)

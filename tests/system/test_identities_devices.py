@@ -182,7 +182,7 @@ def live_a_year(study: Enrolled) -> tuple[list[int], int]:
         study.script.receipt_all()
         if day % 5 == 0:
             number += 1
-            study.script.open_round(number, lasts_s=1.5 * DAY_S)
+            study.script.open_round(number, lasts_s=4.5 * DAY_S)
         study.turns(150)
         nameless += not isinstance(study.device.pseudonyms[STUDY].current(study.one.clock.time_s), Pseudonym)
         day += 1
