@@ -14,6 +14,7 @@ import typer
 
 from aggregator.adapters.prometheus import CountingJournal, serve_metrics
 from aggregator.assembly import AggregatorFiles, assemble
+from aggregator.cli_audit import audit_app
 from aggregator.cli_backup import register as register_backup
 from aggregator.cli_broker import broker_app
 from aggregator.cli_ca import ca_app
@@ -55,6 +56,8 @@ Examples:
 
   covey-aggregator model export exercises --config aggregator.toml --out model
 
+  covey-aggregator audit verify --config aggregator.toml
+
   covey-aggregator privacy plan --epsilon 2 --delta 1e-6 --devices 5000 --rounds 200
 
 Exit codes: 0 done, 1 other error, 2 usage or configuration, 3 database, 4 model bundle.
@@ -70,6 +73,7 @@ for _name, _group in (
     ("broker", broker_app),
     ("enrolment", enrolment_app),
     ("enroll-token", token_app),
+    ("audit", audit_app),
 ):
     app.add_typer(_group, name=_name)
 register_backup(app)
