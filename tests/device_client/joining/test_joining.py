@@ -18,7 +18,6 @@ from aggregator.store import schema
 from device_client.errors import DeviceError
 from device_client.joining import checks as checks_module
 from device_client.joining import joiner as joiner_module
-from device_client.joining import session as session_module
 from device_client.joining.checks import check_before_asking, clock_words
 from device_client.joining.words import refusal_words
 from device_client.pseudonyms import NoPseudonym, Pseudonym
@@ -29,7 +28,16 @@ from fl_protocol.errors import ConfigError, ProtocolError
 from fl_protocol.joining import opened_request, parse_token, token_text
 from fl_protocol.signing import public_key_hex
 from fl_protocol.topics import enrolment_topic
-from tests.device_client.joining.rig import DESK_KEY, STUDY, DeskRig, JoiningDevice, claim_of, join, run
+from tests.device_client.joining.rig import (
+    DESK_KEY,
+    STUDY,
+    DeskRig,
+    JoiningDevice,
+    broken_joiner,
+    claim_of,
+    join,
+    run,
+)
 from tests.device_client.ports import MemoryStore
 from tests.enrolments import AGGREGATOR, CA, NOW_S, PERIOD_S, TASK, TENANT, broken_copy
 
@@ -96,16 +104,6 @@ def check_the_same_bytes_are_sent_again(module: Any) -> None:
     assert rig.outcomes() == ["enrolled"] * 7
     with rig.office.store.database.reading() as connection:
         assert len(connection.execute(select(schema.enrolments.c.enrolment)).all()) == 1
-
-
-def broken_joiner(change: tuple[str, str]) -> ModuleType:
-    """The joiner over a session that was broken on purpose."""
-    session = broken_copy("device_client.joining.session", change)
-    for name in ("Install", "Installed", "Keep", "NotInstalled", "Offline", "Online", "Prepare", "Prepared"):
-        setattr(session, name, getattr(session_module, name))
-    joiner = broken_copy("device_client.joining.joiner")
-    joiner.JoiningSession = session.JoiningSession  # type: ignore[attr-defined]
-    return joiner
 
 
 def test_the_same_bytes_are_sent_again_until_an_answer_opens() -> None:
