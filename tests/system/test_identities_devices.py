@@ -87,7 +87,7 @@ class Enrolled:
         device.renewals[STUDY] = self._module.StudyRenewal(
             device.renewals[STUDY].joiner,
             connect=self.desk,
-            may_ask=lambda: not device.consent_problem(STUDY),
+            may_ask=lambda: device._has_consent(STUDY),
             changed=lambda: device._thrown_out_or_back(STUDY),
             clock=self.one.clock,
             jitter=SeededEntropy(f"renewals {self.one.lives}"),
@@ -368,6 +368,25 @@ def test_a_desk_that_takes_it_for_another_request_is_caught() -> None:
         check_a_lost_answer_is_asked_for_under_the_next_name(
             broken_copy("aggregator.enrolment.desk", ("and _is_for(given, request)", "and False"))
         )
+
+
+def test_a_daemon_that_is_killed_at_every_turn_is_renewed_once() -> None:
+    study = Enrolled()
+    study.join()
+    study.one.clock.time_s += 103 * DAY_S
+    kills = 0
+    while len(study.device.pseudonyms[STUDY].installed()) == NAMES:
+        assert kills < 100
+        study.turns(1 + kills % 3)
+        study.start()
+        kills += 1
+    assert kills >= 2
+    study.turns(20)
+    assert not study.renewal.joiner.is_asking
+    assert len(study.device.pseudonyms[STUDY].installed()) <= 2 * NAMES
+    assert set(study.rig.outcomes()) == {"enrolled", "renewed"}
+    with study.rig.office.store.database.reading() as connection:
+        assert len(connection.execute(select(schema.audit_entries.c.number)).all()) == 2
 
 
 def test_device_and_desk_go_by_the_same_number_of_periods() -> None:
