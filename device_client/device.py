@@ -28,8 +28,7 @@ from device_client.error_feedback import ErrorFeedback, released_in
 from device_client.errors import StoreError
 from device_client.events import PendingUpdate
 from device_client.floors import Floors
-from device_client.joining.joiner import Joiner
-from device_client.joining.renewal import StudyRenewal
+from device_client.joining.renewal import study_renewal
 from device_client.kept_vector import KeptVector
 from device_client.ledger import Budget, PrivacyLedger
 from device_client.new_records import NewRecords
@@ -87,7 +86,17 @@ class Device:
         self._aggregator_keys = {study.study: ports.aggregator_key(study) for study in config.studies}
         self.streams = self._open_streams()
         self._settle_outbox()
-        self.renewals = {study.study: self._renewal(study.study) for study in config.studies if study.id is None}
+        self.renewals = {
+            study.study: study_renewal(
+                ports,
+                self.pseudonyms[study.study],
+                study=study.study,
+                may_ask=partial(self._has_consent, study.study),
+                changed=partial(self._thrown_out_or_back, study.study),
+            )
+            for study in config.studies
+            if study.id is None
+        }
         self.readiness = Readiness(ports.board, ports.clock, config.eligibility)
         self.studies = Studies(
             config.studies,
@@ -300,26 +309,9 @@ class Device:
         with suppress(StoreError):  # it is out of use in any case, and the outbox tries again
             self.outbox.give_up(entry.update_id)
 
-    def _renewal(self, study: str) -> StudyRenewal:
-        """What keeps a study's row of names from ending."""
-        ports, names = self._ports, self.pseudonyms[study]
-        joiner = Joiner(
-            self.store,
-            names,
-            study=study,
-            entropy=ports.entropy,
-            jitter=ports.jitter,
-            clock=ports.clock,
-            journal=ports.journal,
-        )
-        return StudyRenewal(
-            joiner,
-            connect=ports.desk,
-            may_ask=lambda: not self.consent_problem(study),
-            changed=lambda: self._thrown_out_or_back(study),
-            clock=ports.clock,
-            jitter=ports.jitter,
-        )
+    def _has_consent(self, study: str) -> bool:
+        """Whether a study may run. Raises StoreError."""
+        return not self.consent_problem(study)
 
     def _thrown_out_or_back(self, study: str) -> None:
         """The study's operator has thrown this device out, or has taken it back; everything is kept."""

@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable
 
 from device_client.delivery import uniform
+from device_client.device_ports import DevicePorts
 from device_client.events import Tick
 from device_client.joining.joiner import Joiner
 from device_client.joining.records import RENEWED_PERIODS, JoiningState
 from device_client.joining.session import Offline, Online
 from device_client.joining.words import refusal_words
 from device_client.ports import Clock, Transport
-from device_client.pseudonyms import Pseudonym, date_text
+from device_client.pseudonyms import Pseudonym, Pseudonyms, date_text
 from device_client.study_runner import StudyRunner
 from fl_protocol.enrolment import DAY_S
 from fl_protocol.integer_noise import Entropy
@@ -239,6 +240,24 @@ class StudyRenewal:
             self._call.close()
             self._call = None
             self.joiner.tell(Offline(), None)
+
+
+def study_renewal(
+    ports: DevicePorts, names: Pseudonyms, *, study: str, may_ask: Callable[[], bool], changed: Callable[[], None]
+) -> StudyRenewal:
+    """What keeps the names of a study (``tenant/task``) from ending; arguments as `StudyRenewal`. Raises StoreError."""
+    joiner = Joiner(
+        ports.store,
+        names,
+        study=study,
+        entropy=ports.entropy,
+        jitter=ports.jitter,
+        clock=ports.clock,
+        journal=ports.journal,
+    )
+    return StudyRenewal(
+        joiner, connect=ports.desk, may_ask=may_ask, changed=changed, clock=ports.clock, jitter=ports.jitter
+    )
 
 
 def new_client(entropy: Entropy) -> str:

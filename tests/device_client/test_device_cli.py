@@ -388,7 +388,7 @@ def test_help_tells_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
     whole = capsys.readouterr().out
     assert "exit codes: 0 done, 1 other error, 2 usage or configuration, 3 store or ledger, 4 model bundle" in whole
     commands = re.findall(r"^    (\w+)", whole, re.M)
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

@@ -10,9 +10,11 @@ import pytest
 from sqlalchemy import select, update
 
 from aggregator.enrolment import desk as desk_module
+from aggregator.enrolment import service as service_module
 from aggregator.store import schema
 from device_client.deliveries_log import outcomes
 from device_client.device import Device
+from device_client.joining import joiner as joiner_module
 from device_client.joining import records as records_module
 from device_client.joining import renewal as renewal_module
 from device_client.joining.renewal import ASK_AGAIN_S, OUT_OF_REACH_S, StudyRenewal
@@ -28,9 +30,9 @@ from fl_protocol.errors import LocalMisuseError
 from fl_protocol.joining import Claim, parse_token, token_text
 from fl_protocol.transport import Connected, Received, Transport
 from tests.aggregator.enrolment.desks import DeskOffice
-from tests.device_client.joining.rig import STUDY, DeskRig, JoiningDevice, claim_of, run
+from tests.device_client.joining.rig import STUDY, DeskRig, JoiningDevice, broken_joiner, claim_of, run
 from tests.device_client.one_device import OneDevice
-from tests.enrolments import NOW_S, broken_copy
+from tests.enrolments import broken_copy
 from tests.virtual_fleet import AGGREGATOR_KEY
 
 NAMES = 12
@@ -85,7 +87,7 @@ class Enrolled:
         device.renewals[STUDY] = self._module.StudyRenewal(
             device.renewals[STUDY].joiner,
             connect=self.desk,
-            may_ask=lambda: not device.consent_problem(STUDY),
+            may_ask=lambda: device._has_consent(STUDY),
             changed=lambda: device._thrown_out_or_back(STUDY),
             clock=self.one.clock,
             jitter=SeededEntropy(f"renewals {self.one.lives}"),
@@ -368,30 +370,68 @@ def test_a_desk_that_takes_it_for_another_request_is_caught() -> None:
         )
 
 
+def test_a_daemon_that_is_killed_at_every_turn_is_renewed_once() -> None:
+    study = Enrolled()
+    study.join()
+    study.one.clock.time_s += 103 * DAY_S
+    kills = 0
+    while len(study.device.pseudonyms[STUDY].installed()) == NAMES:
+        assert kills < 100
+        study.turns(1 + kills % 3)
+        study.start()
+        kills += 1
+    assert kills >= 2
+    study.turns(20)
+    assert not study.renewal.joiner.is_asking
+    assert len(study.device.pseudonyms[STUDY].installed()) <= 2 * NAMES
+    assert set(study.rig.outcomes()) == {"enrolled", "renewed"}
+    with study.rig.office.store.database.reading() as connection:
+        assert len(connection.execute(select(schema.audit_entries.c.number)).all()) == 2
+
+
 def test_device_and_desk_go_by_the_same_number_of_periods() -> None:
     assert records_module.RENEWED_PERIODS == desk_module.RENEWED_PERIODS
 
 
-def switched_on_at_once(count: int, *, a_minute: int, faults: PacketRates) -> tuple[DeskRig, list[JoiningDevice]]:
-    """Devices that join at the same moment."""
-    rig = DeskRig(a_minute=a_minute, faults=faults)
+def switched_on_at_once(
+    count: int,
+    *,
+    a_minute: int,
+    faults: PacketRates,
+    joiner: ModuleType = joiner_module,
+    service: ModuleType = service_module,
+) -> None:
+    """Devices that join at the same moment are all enrolled, each once, within three times what the pacing takes."""
+    rig = DeskRig(a_minute=a_minute, faults=faults, pacing=service.Pacing)
     rig.office.quota("ward-3", count)
-    devices = [JoiningDevice(rig, f"device {number}") for number in range(count)]
+    devices = [JoiningDevice(rig, f"device {number}", module=joiner) for number in range(count)]
     for device in devices:
         device.joiner.open_claim(rig.claim, rig.token())
-    run(rig, *devices, until=lambda: not any(one.joiner.is_asking for one in devices), most_s=2 * 3600)
-    return rig, devices
+    run(rig, *devices, until=lambda: not any(one.joiner.is_asking for one in devices), most_s=3 * 60 * count / a_minute)
+    assert [one.outcome for one in devices] == [""] * count
+    assert all(len(one.names.installed()) == 3 for one in devices)
+    ids = [name.id for one in devices for name in one.names.installed()]
+    assert len(set(ids)) == 3 * count
+    with rig.office.store.database.reading() as connection:
+        assert len(connection.execute(select(schema.enrolments.c.enrolment)).all()) == count
 
 
 def test_two_hundred_devices_that_are_switched_on_at_once_are_all_enrolled() -> None:
-    rig, devices = switched_on_at_once(200, a_minute=20, faults=PacketRates(drop=0.1, repeat=0.1, reorder=0.1))
-    assert [one.outcome for one in devices] == [""] * 200
-    assert all(len(one.names.installed()) == 3 for one in devices)
-    with rig.office.store.database.reading() as connection:
-        assert len(connection.execute(select(schema.enrolments.c.enrolment)).all()) == 200
-    ids = [name.id for one in devices for name in one.names.installed()]
-    assert len(set(ids)) == 600
-    assert rig.clock.time_s - NOW_S < 3 * 200 / 20 * 60  # ten minutes at the least, by the pacing
+    switched_on_at_once(200, a_minute=20, faults=PacketRates(drop=0.1, repeat=0.1, reorder=0.1))
+
+
+def test_a_device_that_takes_busy_for_a_refusal_is_caught() -> None:
+    joiner = broken_joiner(('if answer.outcome in {"busy", "too_early"}:', "if False:"))
+    with pytest.raises(AssertionError):
+        switched_on_at_once(30, a_minute=6, faults=PacketRates(), joiner=joiner)
+
+
+def test_a_desk_that_sends_everybody_away_is_caught() -> None:
+    service = broken_copy(
+        "aggregator.enrolment.service", ("min(self._most, self._left + gained), now_s", "self._left, now_s")
+    )
+    with pytest.raises(AssertionError):
+        switched_on_at_once(30, a_minute=6, faults=PacketRates(), service=service)
 
 
 def test_a_renewal_needs_an_enrolment() -> None:

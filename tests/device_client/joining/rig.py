@@ -13,6 +13,7 @@ from aggregator.certificates import KeyPair, issue
 from aggregator.enrolment.service import DeskKeys, DeskService, Pacing
 from device_client.events import Tick
 from device_client.joining import joiner as joiner_module
+from device_client.joining import session as session_module
 from device_client.joining.joiner import Joiner
 from device_client.joining.session import Offline, Online
 from device_client.pseudonyms import Pseudonyms
@@ -27,7 +28,7 @@ from fl_protocol.sealing import RoundKey
 from fl_protocol.transport import Connected, Disconnected, Received, Transport
 from tests.aggregator.enrolment.desks import DeskOffice
 from tests.device_client.ports import MemoryStore
-from tests.enrolments import AGGREGATOR, CA, NOW_S, TASK, TENANT
+from tests.enrolments import AGGREGATOR, CA, NOW_S, TASK, TENANT, broken_copy
 from tests.virtual_fleet import MemoryJournal
 
 STUDY = f"{TENANT}/{TASK}"
@@ -52,6 +53,16 @@ def claim_of(*, ca: KeyPair = CA, key: Ed25519PrivateKey = AGGREGATOR, **changes
     return Claim(**(content | changes))
 
 
+def broken_joiner(change: tuple[str, str]) -> ModuleType:
+    """The joiner over a session that was broken on purpose."""
+    session = broken_copy("device_client.joining.session", change)
+    for name in ("Install", "Installed", "Keep", "NotInstalled", "Offline", "Online", "Prepare", "Prepared"):
+        setattr(session, name, getattr(session_module, name))
+    joiner = broken_copy("device_client.joining.joiner")
+    joiner.JoiningSession = session.JoiningSession  # type: ignore[attr-defined]
+    return joiner
+
+
 class DeskRig:
     """The desk's office and its process, on a virtual broker for claims and renewals alike.
 
@@ -63,6 +74,7 @@ class DeskRig:
         broker: where devices join.
         others: brokers of the study itself.
         signs: the aggregator's key.
+        pacing: of the desk, made for so many requests a minute.
     """
 
     def __init__(
@@ -75,6 +87,7 @@ class DeskRig:
         broker: VirtualBroker | None = None,
         others: tuple[VirtualBroker, ...] = (),
         signs: Ed25519PrivateKey = AGGREGATOR,
+        pacing: Callable[[int], Pacing] = Pacing,
     ) -> None:
         self.office = office if office is not None else DeskOffice()
         self.clock = clock if clock is not None else VirtualClock(NOW_S)
@@ -88,7 +101,7 @@ class DeskRig:
             transports=[VirtualTransport(one) for one in (self.broker, *others)],
             journal=self.journal,
             now_s=self.clock.now_s,
-            pacing=Pacing(a_minute),
+            pacing=pacing(a_minute),
             wait=lambda _s: None,
         )
         self.service.start()

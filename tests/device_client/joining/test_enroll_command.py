@@ -153,7 +153,8 @@ def desk(tmp_path: Path) -> Iterator[RealDesk]:
     certificate = next(name for name in sorted(found) if name.endswith(".pem") and name != "ca.pem")
     key = next(name for name in sorted(found) if name.endswith(".key"))
     (folder / "mosquitto.conf").write_text(
-        f"user {getpass.getuser()}\nlistener {port} {HOST}\nallow_anonymous false\nrequire_certificate true\nuse_identity_as_username true\n"
+        f"user {getpass.getuser()}\nlistener {port} {HOST}\nallow_anonymous false\nrequire_certificate true\n"
+        "use_identity_as_username true\n"
         f"tls_version tlsv1.3\ncafile {folder}/broker/ca.pem\ncertfile {folder}/broker/{certificate}\n"
         f"keyfile {folder}/broker/{key}\nacl_file {folder}/acl\n"
     )
