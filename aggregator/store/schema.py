@@ -251,8 +251,24 @@ audit_entries = Table(
     "audit_entries",
     metadata,
     Column("number", Integer, primary_key=True, autoincrement=False),  # from 0, without a gap
+    # Copies of what the entry says, to find it by; `audit verify` compares them.
+    Column("at_s", Float, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("subject", Text, nullable=False),
     Column("entry", LargeBinary, nullable=False),  # canonical JSON
     Column("leaf", LargeBinary(32), nullable=False),
+    Index("ix_audit_entries_actor", "actor", "number"),
+    Index("ix_audit_entries_action", "action", "number"),
+    Index("ix_audit_entries_subject", "subject", "number"),
+)
+# Hashes of perfect subtrees of the log, so that no proof reads more than a few hundred rows.
+audit_nodes = Table(
+    "audit_nodes",
+    metadata,
+    Column("level", Integer, primary_key=True, autoincrement=False),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("hash", LargeBinary(32), nullable=False),
 )
 audit_checkpoints = Table(
     "audit_checkpoints",

@@ -87,8 +87,22 @@ Table(
     "audit_entries",
     metadata,
     Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("at_s", Float, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("subject", Text, nullable=False),
     Column("entry", LargeBinary, nullable=False),
     Column("leaf", LargeBinary(32), nullable=False),
+    Index("ix_audit_entries_actor", "actor", "number"),
+    Index("ix_audit_entries_action", "action", "number"),
+    Index("ix_audit_entries_subject", "subject", "number"),
+)
+Table(
+    "audit_nodes",
+    metadata,
+    Column("level", Integer, primary_key=True, autoincrement=False),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("hash", LargeBinary(32), nullable=False),
 )
 Table(
     "audit_checkpoints",
