@@ -15,6 +15,7 @@ import typer
 from aggregator.adapters.prometheus import CountingJournal, serve_metrics
 from aggregator.assembly import AggregatorFiles, assemble
 from aggregator.broker_config import mosquitto_acl, mosquitto_config
+from aggregator.cli_accounts import account_app, token_app
 from aggregator.cli_backup import register as register_backup
 from aggregator.cli_ca import ca_app
 from aggregator.cli_devices import device_app
@@ -66,6 +67,8 @@ for _name, _group in (
     ("privacy", privacy_app),
     ("device", device_app),
     ("ca", ca_app),
+    ("account", account_app),
+    ("token", token_app),
 ):
     app.add_typer(_group, name=_name)
 register_backup(app)
