@@ -16,6 +16,7 @@ from aggregator.adapters.prometheus import CountingJournal, serve_metrics
 from aggregator.assembly import AggregatorFiles, assemble
 from aggregator.broker_config import mosquitto_acl, mosquitto_config
 from aggregator.cli_accounts import account_app, token_app
+from aggregator.cli_api import register as register_api
 from aggregator.cli_backup import register as register_backup
 from aggregator.cli_ca import ca_app
 from aggregator.cli_devices import device_app
@@ -72,6 +73,7 @@ for _name, _group in (
 ):
     app.add_typer(_group, name=_name)
 register_backup(app)
+register_api(app)
 
 
 def main() -> None:
