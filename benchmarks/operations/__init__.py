@@ -1,0 +1,1 @@
+"""What running a study costs: the HTTP API, the dashboard, enrolment, revocation, the audit log."""
