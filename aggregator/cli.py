@@ -14,12 +14,15 @@ import typer
 
 from aggregator.adapters.prometheus import CountingJournal, serve_metrics
 from aggregator.assembly import AggregatorFiles, assemble
+from aggregator.cli_accounts import account_app, token_app
+from aggregator.cli_api import register as register_api
 from aggregator.cli_audit import audit_app
 from aggregator.cli_backup import register as register_backup
 from aggregator.cli_broker import broker_app
 from aggregator.cli_ca import ca_app
 from aggregator.cli_devices import device_app
-from aggregator.cli_enrolment import enrolment_app, token_app
+from aggregator.cli_enrolment import enrolment_app
+from aggregator.cli_enrolment import token_app as enroll_token_app
 from aggregator.cli_models import model_app
 from aggregator.cli_options import AsJson, Config, opened
 from aggregator.cli_privacy import privacy_app
@@ -72,11 +75,14 @@ for _name, _group in (
     ("ca", ca_app),
     ("broker", broker_app),
     ("enrolment", enrolment_app),
-    ("enroll-token", token_app),
+    ("enroll-token", enroll_token_app),
     ("audit", audit_app),
+    ("account", account_app),
+    ("token", token_app),
 ):
     app.add_typer(_group, name=_name)
 register_backup(app)
+register_api(app)
 
 
 def main() -> None:

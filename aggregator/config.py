@@ -94,6 +94,38 @@ class EnrolmentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     reload: tuple[str, ...] = ()
 
 
+class ApiSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The HTTP API (`covey-aggregator api`).
+
+    Args:
+        host: address to listen on; default 127.0.0.1.
+        port: TCP; default 8443. 0 takes one that is free.
+        certificate: PEM file of its certificate, with the chain; on another address than loopback it is needed.
+        key: PEM file of the certificate's key.
+        requests_a_minute: of one token; default 600.
+        address_requests_a_minute: of one address, or the /64 of an IPv6 one; default 1,200.
+        unknown_tokens_a_minute: requests of one address with tokens that were not seen in the last five minutes, each
+            of which costs a slow hash; default 30.
+        metrics_port: loopback port for Prometheus; default none.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535)] = 8443
+    certificate: str | None = None
+    key: str | None = None
+    requests_a_minute: Annotated[int, Meta(ge=1)] = 600
+    address_requests_a_minute: Annotated[int, Meta(ge=1)] = 1200
+    unknown_tokens_a_minute: Annotated[int, Meta(ge=1)] = 30
+    metrics_port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("api: certificate and key go together")
+        # Security: a token that travels in the clear is everybody's.
+        if self.certificate is None and self.host not in {"127.0.0.1", "::1", "localhost"}:
+            raise ValueError(f"api: without certificate and key only loopback is listened on, got host {self.host}")
+
+
 class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A whole ``aggregator.toml``.
 
@@ -101,12 +133,14 @@ class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         helpers: of secure rounds (``helpers = [{ name = ..., operator = ..., key = ... }]``); tasks use all of them, or
             those that they name.
         enrolment: how devices join by themselves; by default they do not.
+        api: the HTTP API; None without.
     """
 
     aggregator: AggregatorSection
     broker: BrokerConfig
     helpers: tuple[HelperSection, ...] = ()
     enrolment: EnrolmentSection | None = None
+    api: ApiSection | None = None
 
     def __post_init__(self) -> None:
         pinned(self.helpers)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, insert, select
+from sqlalchemy import Connection, bindparam, delete, func, insert, select
 
 from aggregator.audit.entries import Detail
 from aggregator.audit.log import AuditEvent, append
@@ -83,6 +83,11 @@ class Devices:
         """Those of these devices that are registered."""
         with self._database.reading() as connection:
             return find_devices(connection, names)
+
+    def count(self) -> int:
+        """How many are registered."""
+        with self._database.reading() as connection:
+            return int(connection.execute(select(func.count()).select_from(schema.devices)).scalar_one())
 
     def all(self) -> list[tuple[str, bytes]]:
         """All registered devices with their keys, sorted."""

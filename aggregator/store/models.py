@@ -129,6 +129,14 @@ class Models:
         """Every version of a task, oldest first."""
         return self._records(task, schema.models.c.version >= 0)
 
+    def page(self, task: str, *, before: int | None = None, limit: int) -> list[ModelRecord]:
+        """Versions of a task, newest first; only those before one if given."""
+        version = schema.models.c.version
+        wanted = select(version).where(schema.models.c.task == task).order_by(version.desc()).limit(limit)
+        if before is not None:
+            wanted = wanted.where(version < before)
+        return self._records(task, version.in_(wanted))[::-1]
+
     def newest(self, task: str) -> int:
         """The newest version of a task. Raises DatabaseError also when there is none."""
         with self._database.reading() as connection:

@@ -257,12 +257,14 @@ class Rounds:
         query = select(table.late).where(table.task == task, table.number == number)
         return int(connection.execute(query).scalar() or 0)
 
-    def history(self, task: str, *, last: int | None = None) -> list[RoundRecord]:
-        """What became of a task's rounds, oldest first; only the `last` ones if given."""
+    def history(self, task: str, *, last: int | None = None, before: int | None = None) -> list[RoundRecord]:
+        """What became of a task's rounds, oldest first; only the `last` ones, and only those before one, if given."""
         table = schema.rounds
         query = (
             select(table, _arrived(table).label("arrived")).where(table.c.task == task).order_by(table.c.number.desc())
         )
+        if before is not None:
+            query = query.where(table.c.number < before)
         with self._database.reading() as connection:
             rows = connection.execute(query.limit(last) if last is not None else query).all()
         return [

@@ -84,6 +84,7 @@ Table(
     Column("expires_s", Float, nullable=False),
     Column("revoked_s", Float),
     Column("last_used_s", Float),
+    Column("last_address", String(64), nullable=False),
     Index("ix_access_tokens_account", "account"),
 )
 Table(
