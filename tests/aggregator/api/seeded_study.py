@@ -108,9 +108,10 @@ class SeededStudy:
             connection.execute(
                 insert(schema.enrolments), [{**enrolment, "enrolment": f"e-{name}"} for name in enrolled]
             )
+            certificate = {"serial": "00", "not_before_s": 0.0, "not_after_s": NOW_S}
             connection.execute(
                 insert(schema.enrolment_names),
-                [{"device": one, "enrolment": f"e-{one}", "serial": "00", "not_after_s": NOW_S} for one in enrolled],
+                [{"device": one, "enrolment": f"e-{one}", **certificate} for one in enrolled],
             )
 
     def _add_task(self, name: str, spec: str, count: int) -> None:
