@@ -170,6 +170,8 @@ def _finish(files: DeviceFiles, joiner: Joiner, there: StudyConfig | None, bundl
         check_pins(there, joined)
     else:
         _configure(files, joined)
+    if state.refusal is not None:
+        print(visible(f"renewal was refused: {refusal_words(joiner.study, state.refusal)}"))
     clock = clock_words(periods, time.time())
     if clock is not None:
         print(f"{joiner.study}: {clock[1]} ({clock[0]})")
