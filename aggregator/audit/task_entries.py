@@ -87,7 +87,7 @@ _Told = tuple[str, str, dict[str, Detail]]
 
 def _entries(connection: Connection, store: AggregatorStore, task: str, what: Transition) -> Iterator[_Told]:
     """Action, subject and detail of each."""
-    if isinstance(what.event, ResumeAsked):
+    if isinstance(what.event, ResumeAsked) and what.after.phase is not Phase.PAUSED:
         yield "task.resumed", task, {}
     for action in what.actions:
         match action:

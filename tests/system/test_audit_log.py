@@ -11,8 +11,9 @@ from aggregator.audit.checkpoints import origin_of
 from aggregator.audit.entry_proofs import check_entry, prove_entry
 from aggregator.audit.export import verify_database
 from aggregator.audit.verification import LogKeys
+from aggregator.rounds import Phase
 from firmware_sim.faults.packets import PacketRates
-from tests.system.test_secure_studies import HELPERS, secure_fleet
+from tests.system.test_secure_studies import BUDGET, HELPERS, NOISY, secure_fleet
 from tests.virtual_fleet import AGGREGATOR_KEY, TASK, TENANT, VirtualFleet, helper_identity
 
 KEYS = LogKeys(
@@ -49,3 +50,14 @@ def test_a_studys_log_holds_and_every_helper_has_co_signed_it(tmp_path: Path) ->
     for name in HELPERS:
         (kept,) = fleet.helpers[name].store.logs.all()
         assert kept.size == found.cosigned[name]
+
+
+def test_a_budget_that_halts_a_task_is_in_the_log_each_time(tmp_path: Path) -> None:
+    fleet = secure_fleet(tmp_path, rounds=40, secure=NOISY, device_privacy=BUDGET)
+    fleet.run(until=lambda: fleet.state.phase is Phase.PAUSED)
+    (halted,) = fleet.store.audit.page(action="privacy.halted")
+    assert (halted.subject, halted.detail) == (TASK, {"reason": fleet.state.reason})
+    order = fleet.store.tasks.ask(TASK, "resume", now_s=fleet.clock.now_s(), actor="local:anna")
+    fleet.run(until=lambda: not fleet.store.tasks.pending_orders())
+    assert [one.action for one in fleet.store.audit.page(limit=2)] == ["privacy.halted", "order.resume"]
+    assert fleet.store.audit.page(limit=1)[0].detail["order"] == order
