@@ -25,7 +25,7 @@ from tests.enrolments import broken_copy
 __all__ = ["operator"]
 KEY = "ab" * 31 + "aa"
 COMMANDS = (
-    "init", "run", "worker", "status", "backup", "restore", "broker",
+    "init", "run", "worker", "status", "backup", "restore", "broker", "api",
     "task", "task create", "task list", "task show", "task pause", "task resume", "task abort",
     "model", "model list", "model show", "model tag", "model rollback", "model export",
     "device", "device add", "device import", "device remove", "device list", "device admit",
