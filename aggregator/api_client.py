@@ -235,7 +235,7 @@ class ApiClient:
         """One request. Raises ApiProblemError, or AggregatorError where no answer comes."""
         headers = {"Authorization": f"Bearer {self._token}", "Accept": "application/json"}
         if etag is not None:
-            headers["If-Match"] = f'"{etag}"'
+            headers["If-Match"] = etag if etag == "*" else f'"{etag}"'
         if body is not None:
             headers["Content-Type"] = "application/json"
         encoded = None if body is None else msgspec.json.encode(body)

@@ -21,6 +21,7 @@ from aggregator.accounts.verification import BusyError, Identity, RejectedTokenE
 from aggregator.api.answers import Problem
 from aggregator.api.privacy_book import PrivacyBook
 from aggregator.api.problems import PROBLEM_TYPE, STATUSES, ProblemError
+from aggregator.api.round_book import RoundBook
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.throttle import Throttle
 from fl_protocol.adapters.journal import Journal
@@ -74,6 +75,7 @@ class ApiServices:
         verifier: of tokens.
         limits: of requests.
         privacy: what tasks have cost.
+        rounds: what became of rounds.
         journal: where what goes wrong is told.
         now_s: Unix seconds.
         monotonic_s: seconds that no clock setting moves.
@@ -88,6 +90,7 @@ class ApiServices:
     verifier: TokenVerifier
     limits: RequestLimits
     privacy: PrivacyBook
+    rounds: RoundBook
     journal: Journal
     now_s: Callable[[], float]
     monotonic_s: Callable[[], float]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import ssl
+import threading
 import time
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -18,6 +20,7 @@ from aggregator.api.application import make_api
 from aggregator.api.guard import ApiServices, RequestLimits
 from aggregator.api.metrics import ApiMetrics
 from aggregator.api.privacy_book import PrivacyBook
+from aggregator.api.round_book import RoundBook
 from aggregator.api.shield import Shield
 from aggregator.config import ApiSection
 from aggregator.errors import AggregatorError
@@ -27,6 +30,7 @@ from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import ConfigError
 
 _BACKLOG = 256
+_LOOK_S = 0.1
 _MOST_AT_ONCE = 256
 """Connections; more are told to come again."""
 
@@ -45,6 +49,7 @@ def services_for(store: AggregatorStore, section: ApiSection, *, tenant: str, jo
             guesses=section.unknown_tokens_a_minute,
         ),
         privacy=PrivacyBook(store),
+        rounds=RoundBook(store),
         journal=journal,
         now_s=time.time,
         monotonic_s=time.monotonic,
@@ -75,8 +80,20 @@ def serve(store: AggregatorStore, section: ApiSection, *, tenant: str, config: P
     with scraped, closing(_listener(section)) as listener:
         where = f"{section.host}:{listener.getsockname()[1]}"
         journal.write("started", at_s=time.time(), api=where, tls=section.certificate is not None)
-        server.run(sockets=[listener])
+        _run(server, listener)
     journal.write("stopped", at_s=time.time())
+
+
+def _run(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Serve from a thread, where uvicorn leaves signals alone: in the main one it would end the process by them."""
+    stop: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda signum, _frame: stop.append(signum))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="api", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_LOOK_S)
+        server.should_exit = bool(stop)
 
 
 def _listener(section: ApiSection) -> socket.socket:

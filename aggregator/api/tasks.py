@@ -39,7 +39,7 @@ from aggregator.operator_orders import answer_to
 from aggregator.overview import task_overview
 from aggregator.store.operator_views import Standing, leave_order, order_page, params_of, task_page, waits
 from aggregator.store.tasks import OrderName
-from aggregator.task_report import OrderReport, RoundReport, order_report, round_report, settings_of
+from aggregator.task_report import OrderReport, RoundReport, order_report, settings_of
 
 router = APIRouter(route_class=GuardedRoute, tags=["tasks"])
 _SHOWN_ORDERS = 20
@@ -80,8 +80,8 @@ def list_rounds(request: Request, task: TaskName, cursor: NumberCursor = None, l
     store = services_of(request).store
     with store.database.reading() as connection:
         existing(connection, task)
-    found = store.rounds.history(task, last=limit + 1, before=cursor)[::-1]
-    items = [round_report(one) for one in found[:limit]]
+    found = store.rounds.page(task, before=cursor, limit=limit + 1)
+    items = services_of(request).rounds.reports(task, found[:limit])
     return answer(RoundPage(items=items, next=items[-1].number if len(found) > limit else None))
 
 
@@ -91,10 +91,10 @@ def show_round(request: Request, task: TaskName, number: NumberInPath) -> Respon
     store = services_of(request).store
     with store.database.reading() as connection:
         existing(connection, task)
-    found = store.rounds.history(task, last=1, before=number + 1)
-    if not found or found[0].number != number:
+    found = store.rounds.page(task, before=number + 1, limit=1)
+    if not found or found[0][0] != number:
         raise missing(f"round {number} of task {task}")
-    return answer(round_report(found[0]))
+    return answer(services_of(request).rounds.reports(task, found)[0])
 
 
 @router.get("/v1/tasks/{task}/orders", **needs("tasks:read", OrderPage, 404))

@@ -74,6 +74,15 @@ class ModelRecord(NamedTuple):
     delta_digest: bytes | None
 
 
+class ModelOrigin(NamedTuple):
+    """Where a version came from, without the rest."""
+
+    version: int
+    parent: int | None
+    origin: Origin
+    digest: bytes
+
+
 class PreparedModel(NamedTuple):
     """A version whose blobs are written and whose row is not."""
 
@@ -128,6 +137,13 @@ class Models:
     def records(self, task: str) -> list[ModelRecord]:
         """Every version of a task, oldest first."""
         return self._records(task, schema.models.c.version >= 0)
+
+    def origins(self, task: str) -> list[ModelOrigin]:
+        """Where every version of a task came from, oldest first."""
+        table = schema.models.c
+        query = select(table.version, table.parent, table.origin, table.digest).where(table.task == task)
+        with self._database.reading() as connection:
+            return [ModelOrigin(*row) for row in connection.execute(query.order_by(table.version))]
 
     def page(self, task: str, *, before: int | None = None, limit: int) -> list[ModelRecord]:
         """Versions of a task, newest first; only those before one if given."""

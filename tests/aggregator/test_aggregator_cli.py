@@ -28,6 +28,7 @@ COMMANDS = (
     "init", "run", "worker", "status", "backup", "restore", "broker", "broker config", "broker check", "enrolment",
     "enrolment init", "enrolment claim", "enrolment run", "enroll-token", "enroll-token create", "enroll-token list",
     "enroll-token withdraw", "device show", "device revoke", "device quarantine", "device restore",
+    "api",
     "task", "task create", "task list", "task show", "task pause", "task resume", "task abort",
     "model", "model list", "model show", "model tag", "model rollback", "model export",
     "device", "device add", "device import", "device remove", "device list", "device admit",

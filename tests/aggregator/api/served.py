@@ -19,6 +19,7 @@ from aggregator.api.application import make_api
 from aggregator.api.guard import ApiServices, RequestLimits
 from aggregator.api.metrics import ApiMetrics
 from aggregator.api.privacy_book import PrivacyBook
+from aggregator.api.round_book import RoundBook
 from aggregator.api.shield import Shield
 from aggregator.api_client import ApiClient
 from tests.aggregator.api.seeded_study import NOW_S, SeededStudy
@@ -55,6 +56,7 @@ class Desk:
             verifier=TokenVerifier(self.study.accounts, now_s=lambda: self.now_s, entropy=os.urandom),
             limits=RequestLimits(per_token=per_token, per_address=per_address, guesses=guesses),
             privacy=PrivacyBook(self.study.store),
+            rounds=RoundBook(self.study.store),
             journal=self.journal,
             now_s=lambda: self.now_s,
             monotonic_s=time.monotonic,
@@ -102,7 +104,9 @@ class Served:
 @contextmanager
 def served(desk: Desk, api: Shield | None = None) -> Iterator[Served]:
     """Serve from a thread until left."""
-    config = uvicorn.Config(api or desk.api(), port=0, lifespan="off", log_config=None, http="h11", ws="none")
+    config = uvicorn.Config(
+        api or desk.api(), port=0, lifespan="off", log_config=None, http="h11", ws="none", server_header=False
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
