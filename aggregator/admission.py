@@ -8,7 +8,8 @@ refused, not ignored, so that no device can believe that it was granted and noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -18,6 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy import Connection, insert, or_, select
 
+from aggregator.audit.entries import Detail
+from aggregator.audit.log import AuditEvent, append
 from aggregator.certificates import KeyPair, certify
 from aggregator.errors import AggregatorError
 from aggregator.store import schema
@@ -56,6 +59,31 @@ class Admission:
 
 
 @dataclass(frozen=True)
+class Certified:
+    """Pseudonyms with their certificates, before they are registered.
+
+    Args:
+        task: of the study.
+        candidates: whose keys were shown to be held.
+        periods: of each.
+        certificates: of each, PEM.
+        answer: the answer file.
+    """
+
+    task: str
+    candidates: tuple[Candidate, ...]
+    periods: tuple[Period, ...]
+    certificates: tuple[bytes, ...]
+    answer: bytes
+
+    @property
+    def admission(self) -> Admission:
+        """What is admitted by it."""
+        whole = Period(self.periods[0].begins_s, self.periods[-1].ends_s)
+        return Admission(tuple(one.id for one in self.candidates), whole)
+
+
+@dataclass(frozen=True)
 class Admitter:
     """A tenant's admission office, for all studies whose task is in the database.
 
@@ -65,6 +93,7 @@ class Admitter:
         ca: issues the certificates.
         signing_key: the aggregator's, which devices pin.
         period_days: how long each pseudonym is used, 2 to 366.
+        actor: who admits, as the audit log names them.
     """
 
     store: AggregatorStore
@@ -72,36 +101,50 @@ class Admitter:
     ca: KeyPair
     signing_key: Ed25519PrivateKey
     period_days: int = 30
+    actor: str = "desk"
 
-    def admit(self, request: bytes, *, now_s: float, deliver: Callable[[bytes], None]) -> Admission:
+    def admit(
+        self, request: bytes, *, now_s: float, deliver: Callable[[bytes], None], told_s: float | None = None
+    ) -> Admission:
         """Check a request, register and certify all its pseudonyms, and deliver the answer.
 
         Args:
             request: the request file.
             now_s: Unix seconds; the first pseudonym is for the period that holds it.
             deliver: takes the answer file and keeps it; if it raises, nothing was registered.
+            told_s: what the audit log says when it was; None for `now_s`.
 
         Raises:
             ProtocolError: the request is malformed or claims something that is not so.
             AggregatorError: it was admitted before, or the CA ends too early.
             DatabaseError: the database does not take it.
         """
-        task, candidates = self.examine(request)
-        periods = periods_from(now_s, period_days=self.period_days, count=len(candidates))
-        answer = self._answer(task, candidates, periods)
+        certified = self.certify(request, first_s=now_s)
         with self.store.database.transaction() as connection:
-            _refuse_known(connection, candidates)
-            rows = [{"device": one.id, "public_key": one.signing_key, "added_s": now_s} for one in candidates]
-            connection.execute(insert(schema.devices), rows)
-            valid = [
-                {"device": one.id, "not_before_s": period.not_before_s, "not_after_s": period.not_after_s}
-                for one, period in zip(candidates, periods, strict=True)
-            ]
-            connection.execute(insert(schema.device_periods), valid)
+            register(connection, certified, now_s=now_s)
+            # Security: the names of one device do not stand together in the log.
+            digest = hashlib.sha256(request).hexdigest()
+            detail: dict[str, Detail] = {"count": len(certified.candidates), "request_sha256": digest}
+            at_s = now_s if told_s is None else told_s
+            append(connection, AuditEvent(at_s, self.actor, "device.admitted", certified.task, detail))
             # Before the commit: a registered pseudonym whose certificate was lost could never be used.
-            deliver(answer)
-        whole = Period(periods[0].begins_s, periods[-1].ends_s)
-        return Admission(tuple(one.id for one in candidates), whole)
+            deliver(certified.answer)
+        return certified.admission
+
+    def certify(self, request: bytes, *, first_s: float) -> Certified:
+        """Check a request and certify its pseudonyms; nothing is registered yet. Raises as `admit`.
+
+        Args:
+            request: the request file.
+            first_s: Unix seconds; the first pseudonym is for the period that holds it.
+        """
+        task, candidates = self.examine(request)
+        periods = periods_from(first_s, period_days=self.period_days, count=len(candidates))
+        issued = [
+            certify(self.ca, one.id, one.tls_key, not_before_s=period.not_before_s, not_after_s=period.not_after_s)
+            for one, period in zip(candidates, periods, strict=True)
+        ]
+        return Certified(task, candidates, tuple(periods), tuple(issued), self._answer(task, candidates, issued))
 
     def examine(self, request: bytes) -> tuple[str, tuple[Candidate, ...]]:
         """The task and the pseudonyms of a request, every proof checked. Raises ProtocolError or DatabaseError."""
@@ -134,22 +177,37 @@ class Admitter:
             raise ProtocolError(f"pseudonym {entry.id}: expected the name that follows from its keys, {expected}")
         return Candidate(entry.id, signing_key, tls_key)
 
-    def _answer(self, task: str, candidates: tuple[Candidate, ...], periods: list[Period]) -> bytes:
-        """The answer file: one certificate each, for one period after the other."""
-        issued = []
-        for one, period in zip(candidates, periods, strict=True):
-            validity = {"not_before_s": period.not_before_s, "not_after_s": period.not_after_s}
-            certificate = certify(self.ca, one.id, one.tls_key, **validity)
-            issued.append(IssuedCertificate(id=one.id, certificate=certificate.decode()))
+    def _answer(self, task: str, candidates: tuple[Candidate, ...], issued: Sequence[bytes]) -> bytes:
+        """The answer file."""
         return encode_file(
             signed_answer(
                 tenant=self.tenant,
                 task=task,
                 ca=self.ca.certificate.decode(),
-                certificates=issued,
+                certificates=[
+                    IssuedCertificate(id=one.id, certificate=certificate.decode())
+                    for one, certificate in zip(candidates, issued, strict=True)
+                ],
                 key=self.signing_key,
             )
         )
+
+
+def register(connection: Connection, certified: Certified, *, now_s: float) -> None:
+    """Let pseudonyms send updates, each in its time; part of a transaction.
+
+    Raises:
+        AggregatorError: one of them is registered already.
+    """
+    _refuse_known(connection, certified.candidates)
+    named = list(zip(certified.candidates, certified.periods, strict=True))
+    rows = [{"device": one.id, "public_key": one.signing_key, "added_s": now_s} for one, _ in named]
+    connection.execute(insert(schema.devices), rows)
+    valid = [
+        {"device": one.id, "not_before_s": period.not_before_s, "not_after_s": period.not_after_s}
+        for one, period in named
+    ]
+    connection.execute(insert(schema.device_periods), valid)
 
 
 def _requested_key(entry: PseudonymEntry) -> ec.EllipticCurvePublicKey:

@@ -20,10 +20,13 @@ from aggregator.adapters.https_link import HttpsLink
 from aggregator.adapters.open_blobs import open_blobs
 from aggregator.announcer import Announcer
 from aggregator.answers import Answers
+from aggregator.audit.checkpoint_rows import Checkpoints
+from aggregator.audit.checkpoints import origin_of
 from aggregator.batches import Commits, CommitsHere
 from aggregator.committer import Committer, PendingUpdate, Verdict
 from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator, Pace
+from aggregator.cosigning import Cosigning
 from aggregator.errors import DatabaseError
 from aggregator.helper_calls import HelperCalls, HelperLink
 from aggregator.in_force import config_of, tasks_in_force
@@ -259,6 +262,16 @@ def make_service(
             now_s=now_s,
             links=links,
         )
+        cosigning = Cosigning(
+            tenant=tenant,
+            checkpoints=Checkpoints(store.database, origin_of(tenant)),
+            signing_key=signing_key,
+            helpers=helpers or {},
+            line=calls,
+            note=partial(_noted, journal, now_s),
+            now_s=now_s,
+        )
+        calls.listen(cosigning.hear)
         ports = RunnerPorts(tenant, store, announcer, journal, entropy, now_s, name, calls)
         coordinator = Coordinator(
             name=name,
@@ -267,6 +280,7 @@ def make_service(
             monotonic_s=monotonic_s,
             terms=leases,
             pace=pace,
+            cosigning=cosigning,
         )
     return AggregatorService(
         transport=transport,

@@ -18,7 +18,13 @@ should hold: what does not fit is dropped in silence, and devices send again wha
 """
 
 
-def mosquitto_config(*, host: str, port: int, folder: str, user: str) -> str:
+CLAIM_CONNECTIONS = 1000
+"""Devices that may be asking to be enrolled at a time; others come again."""
+CLAIM_QUEUED_MESSAGES = 5000
+"""Requests held for a desk that is away; each device sends its own again."""
+
+
+def mosquitto_config(*, host: str, port: int, folder: str, user: str, revocation: bool = False) -> str:
     """``mosquitto.conf`` for one TLS listener.
 
     Args:
@@ -26,30 +32,54 @@ def mosquitto_config(*, host: str, port: int, folder: str, user: str) -> str:
         port: port to listen on.
         folder: holds ``ca.pem``, ``broker.pem``, ``broker.key`` and ``acl``.
         user: account that mosquitto, when started as root, switches to; it must be able to read the folder.
+        revocation: whether certificates that ``crl.pem`` in the folder lists are refused; mosquitto does not start
+            without that file, and reads it again at SIGHUP.
 
     Raises:
         LocalMisuseError: a setting holds a line break, which would begin another setting.
     """
+    common = _listener(host=host, port=port, folder=folder, user=user, revocation=revocation)
+    return f"""{common}use_username_as_clientid true
+acl_file {folder}/acl
+max_queued_messages {MAX_QUEUED_MESSAGES}
+max_queued_bytes {MAX_QUEUED_BYTES}
+max_inflight_messages {MAX_INFLIGHT_MESSAGES}
+"""
+
+
+def claims_config(*, host: str, port: int, folder: str, user: str) -> str:
+    """``claims.conf`` for the claim broker, a process of its own (ADR 15); arguments and errors as above.
+
+    All its clients but the desk have one certificate, so their client ids are what tells them apart. On a second
+    listener of the study's broker whoever has that certificate could take the client id of the aggregator, whose
+    connection would then be ended: mosquitto's client ids are those of the process.
+    """
+    common = _listener(host=host, port=port, folder=folder, user=user, revocation=False)
+    return f"""{common}acl_file {folder}/claims.acl
+max_connections {CLAIM_CONNECTIONS}
+max_queued_messages {CLAIM_QUEUED_MESSAGES}
+max_inflight_messages 100
+"""
+
+
+def _listener(*, host: str, port: int, folder: str, user: str, revocation: bool) -> str:
+    """What both brokers have."""
     for name, value in (("host", host), ("folder", folder), ("user", user)):
         if not value.isprintable():
             raise LocalMisuseError(f"{name}: expected one line for mosquitto.conf, got {value!r}")
+    crl = f"crlfile {folder}/crl.pem\n" if revocation else ""
     return f"""# written by covey; changes are overwritten
 listener {port} {host}
 cafile {folder}/ca.pem
 certfile {folder}/broker.pem
 keyfile {folder}/broker.key
-tls_version tlsv1.3
+{crl}tls_version tlsv1.3
 require_certificate true
 use_identity_as_username true
-use_username_as_clientid true
 allow_anonymous false
-acl_file {folder}/acl
 user {user}
 set_tcp_nodelay true
 max_packet_size {MAX_PACKET_BYTES + PACKET_RESERVE_BYTES}
-max_queued_messages {MAX_QUEUED_MESSAGES}
-max_queued_bytes {MAX_QUEUED_BYTES}
-max_inflight_messages {MAX_INFLIGHT_MESSAGES}
 # Sessions and what is queued for them live in memory: a receipt is the proof of delivery, not this broker's word.
 persistence false
 log_dest stdout
@@ -60,7 +90,25 @@ connection_messages false
 """
 
 
-def mosquitto_acl(*, tenant: str, aggregator: str, workers: tuple[str, ...] = ()) -> str:
+def claims_acl(*, tenant: str, desk: str) -> str:
+    """The claim broker's ACL: a client asks under its own id and reads the answers to it; the desk does the rest.
+
+    Args:
+        tenant: name on the wire.
+        desk: the desk's client id.
+    """
+    root = f"fl/v1/{checked_name(tenant, 'tenant')}"
+    return f"""# written by covey; %c is the client id, which a device draws at random
+user {checked_name(desk, "desk")}
+topic read {root}/enrol/+/request
+topic write {root}/enrol/+/answer
+
+pattern write {root}/enrol/%c/request
+pattern read {root}/enrol/%c/answer
+"""
+
+
+def mosquitto_acl(*, tenant: str, aggregator: str, workers: tuple[str, ...] = (), desk: str | None = None) -> str:
     """The ACL: a device writes its own uploads and presence, reads its own answers, manifests and models; no more.
 
     A helper of secure rounds reads requests to it, and writes its key and its answers. An ingest worker reads uploads
@@ -71,15 +119,22 @@ def mosquitto_acl(*, tenant: str, aggregator: str, workers: tuple[str, ...] = ()
         tenant: name on the wire.
         aggregator: the aggregator's client id.
         workers: client ids of the ingest workers that run beside it.
+        desk: client id of the enrolment desk, where devices renew their names.
 
     Raises:
         LocalMisuseError: a name that is none, or one that is given twice.
     """
     root = f"fl/v1/{checked_name(tenant, 'tenant')}"
     names = [checked_name(aggregator, "aggregator"), *(checked_name(worker, "worker") for worker in workers)]
+    if desk is not None:
+        names.append(checked_name(desk, "desk"))
     if len(set(names)) < len(names):
         raise LocalMisuseError(f"workers: expected names of their own, beside the aggregator's, got {names}")
-    ingest = "".join(f"user {name}\ntopic read {root}/up/#\ntopic write {root}/down/#\n\n" for name in names[1:])
+    ingest = "".join(f"user {name}\ntopic read {root}/up/#\ntopic write {root}/down/#\n\n" for name in workers)
+    asks = answers = ""
+    if desk is not None:
+        answers = f"user {desk}\ntopic read {root}/enrol/+/request\ntopic write {root}/enrol/+/answer\n\n"
+        asks = f"pattern write {root}/enrol/%u/request\npattern read {root}/enrol/%u/answer\n"
     return f"""# written by covey; %u is the name in the client's certificate
 user {aggregator}
 topic read {root}/up/#
@@ -90,7 +145,7 @@ topic write {root}/down/#
 topic read {root}/helper/#
 topic write {root}/helper/+/request/#
 
-{ingest}pattern write {root}/up/+/%u/+/+
+{ingest}{answers}pattern write {root}/up/+/%u/+/+
 pattern write {root}/state/%u
 pattern read {root}/down/%u/+
 pattern read {root}/round/+
@@ -99,4 +154,4 @@ pattern read {root}/helper/%u/request/+/+
 pattern write {root}/helper/%u/key
 pattern write {root}/helper/%u/refusal
 pattern write {root}/helper/%u/answer/+/+
-"""
+{asks}"""

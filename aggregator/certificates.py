@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -59,7 +60,9 @@ def make_ca(name: str, *, now_s: float) -> KeyPair:
     return _pair(certificate, key)
 
 
-def issue(ca: KeyPair, name: str, *, now_s: float, server_hosts: tuple[str, ...] = ()) -> KeyPair:
+def issue(
+    ca: KeyPair, name: str, *, now_s: float, server_hosts: tuple[str, ...] = (), valid_s: float = _LEAF_DAYS * 86_400.0
+) -> KeyPair:
     """A leaf certificate: for a client `name`, or for a server when `server_hosts` names where it listens.
 
     A client's carries its name as a URI too: `cryptography`'s verifier wants a subject alternative name in every leaf,
@@ -70,9 +73,10 @@ def issue(ca: KeyPair, name: str, *, now_s: float, server_hosts: tuple[str, ...]
         name: common name; the broker takes it as the client's identity and MQTT client id.
         now_s: Unix seconds.
         server_hosts: DNS names and IP addresses.
+        valid_s: how long, seconds; a year by default.
     """
     now = _moment(now_s)
-    validity = now - datetime.timedelta(hours=1), now + datetime.timedelta(days=_LEAF_DAYS)
+    validity = now - datetime.timedelta(hours=1), now + datetime.timedelta(seconds=valid_s)
     key = ec.generate_private_key(ec.SECP256R1())
     return _pair(_leaf(ca, name, key.public_key(), validity=validity, server_hosts=server_hosts), key)
 
@@ -102,6 +106,33 @@ def certify(
         )
     leaf = _leaf(ca, name, public_key, validity=(_moment(not_before_s), _moment(not_after_s)))
     return leaf.public_bytes(Encoding.PEM)
+
+
+def make_crl(ca: KeyPair, revoked: Iterable[tuple[int, float]], *, now_s: float) -> bytes:
+    """A certificate revocation list (RFC 5280, section 5), PEM.
+
+    Args:
+        ca: from `make_ca`.
+        revoked: serial number and moment (Unix seconds) of each revoked certificate.
+        now_s: Unix seconds. The list is valid for as long as the CA: a broker with a list that has run out lets nobody
+            in.
+
+    Raises:
+        AggregatorError: the CA's files cannot be used.
+    """
+    key, certificate = _ca_key(ca), x509.load_pem_x509_certificate(ca.certificate)
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(certificate.subject)
+        .last_update(_moment(now_s) - datetime.timedelta(hours=1))
+        .next_update(certificate.not_valid_after_utc)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
+        .add_extension(x509.CRLNumber(int(1000 * now_s)), critical=False)
+    )
+    for serial, at_s in revoked:
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(_moment(at_s)).build()
+        builder = builder.add_revoked_certificate(entry)
+    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 def check_ca(ca: KeyPair) -> None:

@@ -14,12 +14,17 @@ import typer
 
 from aggregator.adapters.prometheus import CountingJournal, serve_metrics
 from aggregator.assembly import AggregatorFiles, assemble
-from aggregator.broker_config import mosquitto_acl, mosquitto_config
+from aggregator.cli_accounts import account_app, token_app
+from aggregator.cli_api import register as register_api
+from aggregator.cli_audit import audit_app
 from aggregator.cli_backup import register as register_backup
+from aggregator.cli_broker import broker_app
 from aggregator.cli_ca import ca_app
 from aggregator.cli_devices import device_app
+from aggregator.cli_enrolment import enrolment_app
+from aggregator.cli_enrolment import token_app as enroll_token_app
 from aggregator.cli_models import model_app
-from aggregator.cli_options import AsJson, Config, Out, opened, write_files
+from aggregator.cli_options import AsJson, Config, opened
 from aggregator.cli_privacy import privacy_app
 from aggregator.cli_tasks import task_app
 from aggregator.command_line import examples, make_app, moment, run_app, say_json, say_table, span
@@ -54,6 +59,8 @@ Examples:
 
   covey-aggregator model export exercises --config aggregator.toml --out model
 
+  covey-aggregator audit verify --config aggregator.toml
+
   covey-aggregator privacy plan --epsilon 2 --delta 1e-6 --devices 5000 --rounds 200
 
 Exit codes: 0 done, 1 other error, 2 usage or configuration, 3 database, 4 model bundle.
@@ -66,9 +73,16 @@ for _name, _group in (
     ("privacy", privacy_app),
     ("device", device_app),
     ("ca", ca_app),
+    ("broker", broker_app),
+    ("enrolment", enrolment_app),
+    ("enroll-token", enroll_token_app),
+    ("audit", audit_app),
+    ("account", account_app),
+    ("token", token_app),
 ):
     app.add_typer(_group, name=_name)
 register_backup(app)
+register_api(app)
 
 
 def main() -> None:
@@ -116,31 +130,6 @@ def worker(
         AggregatorFiles.load(config), name=name, certificate=certificate, key=key, metrics_port=metrics_port
     )
     _serve(files, worker=name)
-
-
-@app.command(
-    epilog=examples(
-        "ca server --ca ca --host broker.example --out broker",
-        "broker --config aggregator.toml --worker worker-1 --worker worker-2 --out broker",
-    )
-)
-def broker(
-    config: Config,
-    out: Out,
-    name: Annotated[list[str], typer.Option("--worker", help="Name of an ingest worker; repeatable.")] = [],  # noqa: B006
-    listen: Annotated[str, typer.Option(help="Address that mosquitto listens on.")] = "0.0.0.0",  # noqa: S104
-    user: Annotated[str, typer.Option(help="Account that mosquitto runs under.")] = "mosquitto",
-) -> None:
-    """Write mosquitto.conf and its ACL beside the broker's certificate; written anew when a worker is added."""
-    section = AggregatorFiles.load(config).config
-    folder, tenant, client = str(out.absolute()), section.aggregator.tenant, section.aggregator.client_id
-    written = {
-        "mosquitto.conf": mosquitto_config(host=listen, port=section.broker.port, folder=folder, user=user),
-        "acl": mosquitto_acl(tenant=tenant, aggregator=client, workers=tuple(name)),
-    }
-    write_files(out, {file: text.encode() for file, text in written.items()})
-    for file in written:
-        typer.echo(str(out / file))
 
 
 @app.command(epilog=examples("status --config aggregator.toml", "status --config aggregator.toml --json"))

@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from aggregator import restore as restoring
 from aggregator.assembly import AggregatorFiles
+from aggregator.audit.log import AuditEvent, append, local_actor
 from aggregator.backup import backup as make_backup
 from aggregator.cli_options import Config, opened
 from aggregator.command_line import examples
@@ -34,6 +35,9 @@ def backup(config: Config, out: Annotated[Path, typer.Option(help="File to write
     """
     with opened(config) as (_, store), _bar("backing up") as progress:
         done = make_backup(store.database, store.blobs, out, now_s=time.time(), progress=progress)
+        told = AuditEvent(time.time(), local_actor(), "database.backed_up", "", {"rows": done.rows})
+        with store.database.transaction() as connection:
+            append(connection, told)
     typer.echo(f"{out}: {done.rows} rows and {done.blobs} models and other large values, {done.num_bytes} bytes")
 
 
@@ -56,7 +60,13 @@ def restore(
     store = AggregatorFiles.load(config).open_store()
     with _bar("restoring") as progress:
         done = restoring.restore(
-            backup_file, store.database, store.blobs, now_s=time.time(), after_round=after_round, progress=progress
+            backup_file,
+            store.database,
+            store.blobs,
+            now_s=time.time(),
+            after_round=after_round,
+            actor=local_actor(),
+            progress=progress,
         )
     store.close()
     made = datetime.fromtimestamp(done.created_s, timezone.utc)

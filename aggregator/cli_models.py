@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
 
 from aggregator.assembly import bundle_of
+from aggregator.audit.log import AuditEvent, append, local_actor
 from aggregator.cli_options import AsJson, Config, Out, Task, opened, write_files
 from aggregator.cli_orders import order
 from aggregator.command_line import examples, make_group, moment, say_json, say_table
@@ -86,7 +88,7 @@ def model_tag(
     """Put a tag on a version, and take it from any other; tagged versions are never pruned."""
     with opened(config) as (_, store):
         number = version_of(store, task, version)
-        store.models.tag(task, checked_tag(tag), number)
+        store.models.tag(task, checked_tag(tag), number, now_s=time.time(), actor=local_actor())
     typer.echo(f"version {number} of {task} has the tag {tag}")
 
 
@@ -124,6 +126,11 @@ def model_export(
         exported = export_model(
             bundle_of(store, stored), record, store.models.params(record), signing_key=files.signing_key()
         )
+        told = AuditEvent(
+            time.time(), local_actor(), "model.exported", task, {"version": number, "model": record.digest.hex()}
+        )
+        with store.database.transaction() as connection:
+            append(connection, told)
     written = {"model.covey": exported.bundle, "model.tflite": exported.inference}
     write_files(out, written)
     for name in written:

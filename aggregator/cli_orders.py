@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from aggregator.audit.log import local_actor
 from aggregator.cli_options import opened
 from aggregator.command_line import say_json
 from aggregator.errors import AggregatorError
@@ -30,7 +31,14 @@ def order(config: Path, task: str, name: OrderName, *, done: str, argument: str 
     """
     with opened(config) as (_, store):
         answer = give_order(
-            store, task, name, argument=argument, now_s=time.time, monotonic_s=time.monotonic, sleep=time.sleep
+            store,
+            task,
+            name,
+            argument=argument,
+            actor=local_actor(),
+            now_s=time.time,
+            monotonic_s=time.monotonic,
+            sleep=time.sleep,
         )
     if as_json:
         say_json(answer)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from aggregator.audit.log import local_actor
 from aggregator.cli_options import AsJson, Config, Task, opened
 from aggregator.cli_orders import order
 from aggregator.command_line import examples, make_group, moment, say_json, say_table
@@ -28,7 +29,7 @@ def task_create(
 ) -> None:
     """Check a task's file and what it names, and store all of it; a running coordinator opens the first round."""
     with opened(config) as (_, store):
-        created = create_task(store, file, now_s=time.time())
+        created = create_task(store, file, now_s=time.time(), actor=local_actor())
         found = task_overview(store.tasks.get(created.config.name))
     if as_json:
         say_json(found)

@@ -5,7 +5,7 @@ Nothing here writes to the database; what is stored are blobs, which mean nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -59,11 +59,12 @@ class ClosedRound:
 
 @dataclass(frozen=True)
 class Combined:
-    """The combined update, float64 [d], of how many, and what to tell the operator."""
+    """The combined update, float64 [d], of how many, what to tell the operator, and how many were left out."""
 
     mean: Float64
     count: int
     metrics: dict[str, Any]
+    left_out: int = 0
 
 
 class _ServerState(msgspec.Struct, frozen=True):
@@ -82,11 +83,20 @@ def combine(
         CombineError: there are too few updates for the rule, or what is stored of them is damaged.
         DatabaseError: a sum or an update cannot be read.
     """
+    revoked = store.updates.revoked(config.name, closed.number)
+    if revoked and adds_up(config):
+        raise CombineError(why_not_without(revoked))
     if config.secure is not None:
         return _unmasked(store, config, config.secure, closed, entropy)
     if config.rule.name == "mean":
         return _mean(store, config, closed)
-    kept = store.updates.kept(config.name, closed.number)
+    every = store.updates.kept(config.name, closed.number)
+    kept = [one for one in every if one.device not in revoked]
+    if revoked and len(kept) < config.minimum_cohort:
+        raise CombineError(
+            f"{len(kept)} updates are left without those of {len(revoked)} revoked device(s), of at least "
+            f"{config.minimum_cohort}"
+        )
     updates = _room_for(len(kept), config, closed)
     for row, values in enumerate(_single_updates(store, tenant, config, closed, kept)):
         updates[row] = values
@@ -94,7 +104,23 @@ def combine(
     metrics: dict[str, Any] = {"rule": config.rule.name}
     if combination.weights is not None:
         metrics["updates_without_weight"] = int((combination.weights == 0).sum())
-    return Combined(combination.update, len(updates), metrics)
+    left_out = len(every) - len(kept)
+    if left_out:
+        metrics["updates_of_revoked_devices"] = left_out
+    return Combined(combination.update, len(updates), metrics, left_out)
+
+
+def adds_up(config: TaskConfig) -> bool:
+    """Whether updates of a round are known by their sum alone, which cannot be taken apart again."""
+    return config.secure is not None or config.rule.name == "mean"
+
+
+def why_not_without(revoked: Sequence[str]) -> str:
+    """Why a sum with revoked devices' updates in it is not used."""
+    return (
+        f"{len(revoked)} of its updates are of devices that were revoked meanwhile, and a sum cannot be taken apart; "
+        "nothing of it is used"
+    )
 
 
 def _mean(store: AggregatorStore, config: TaskConfig, closed: ClosedRound) -> Combined:

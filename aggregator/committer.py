@@ -58,6 +58,10 @@ _MOST_LATE = 100_000
 """Devices whose late updates are counted in one round; memory is bounded by it."""
 
 
+QUARANTINED = "the study's operator has put this device aside; it keeps its update"
+"""What a quarantined device is told."""
+
+
 class PendingUpdate(NamedTuple):
     """An update that has come whole, nothing of it verified.
 
@@ -201,6 +205,9 @@ class Committer:
             if key is None or not key.holds_at(now_s):
                 detail = "not registered, or not its time"
                 batch.verdicts[index] = RefusedError(RefusalReason.UNKNOWN_DEVICE, detail)
+                continue
+            if key.is_quarantined:
+                batch.verdicts[index] = RefusedError(RefusalReason.QUARANTINED, QUARANTINED)
                 continue
             try:
                 wholes[index] = verify_header(

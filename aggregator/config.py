@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.helper_config import HelperPin, pinned
+from fl_protocol.joining import Address
 from fl_protocol.messages import Name
 
 
@@ -64,17 +65,82 @@ class HelperSection(HelperPin, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError(f"helper {self.name}: url, ca, certificate and certificate_key go together")
 
 
+class EnrolmentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where devices join by themselves (``covey-aggregator enrolment``).
+
+    Args:
+        ca: folder of the CA.
+        key: file with the desk's HPKE key, which requests are sealed to; readable by its owner only.
+        broker: the claim broker, with the desk's certificate.
+        client_id: of the desk at both brokers, also its certificate's common name.
+        public: where devices find the study's broker; default: as the section ``broker`` has it.
+        public_claims: where they find the claim broker; default: as `broker` has it.
+        period_days: how long each pseudonym is used, 2 to 366.
+        requests_a_minute: taken at most; further ones are told when to come again.
+        crl: the list of revoked certificates that the broker looks at; default: none, and nobody can be revoked at the
+            broker (their updates are refused all the same).
+        reload: command that has the broker read it again, such as ``["systemctl", "reload", "mosquitto"]``.
+    """
+
+    ca: str
+    key: str
+    broker: BrokerConfig
+    client_id: Name = "enrolment"
+    public: Address | None = None
+    public_claims: Address | None = None
+    period_days: Annotated[int, Meta(ge=2, le=366)] = 30
+    requests_a_minute: Annotated[int, Meta(ge=1, le=1_000_000)] = 3000
+    crl: str | None = None
+    reload: tuple[str, ...] = ()
+
+
+class ApiSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The HTTP API (`covey-aggregator api`).
+
+    Args:
+        host: address to listen on; default 127.0.0.1.
+        port: TCP; default 8443. 0 takes one that is free.
+        certificate: PEM file of its certificate, with the chain; on another address than loopback it is needed.
+        key: PEM file of the certificate's key.
+        requests_a_minute: of one token; default 600.
+        address_requests_a_minute: of one address, or the /64 of an IPv6 one; default 1,200.
+        unknown_tokens_a_minute: requests of one address with tokens that were not seen in the last five minutes, each
+            of which costs a slow hash; default 30.
+        metrics_port: loopback port for Prometheus; default none.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535)] = 8443
+    certificate: str | None = None
+    key: str | None = None
+    requests_a_minute: Annotated[int, Meta(ge=1)] = 600
+    address_requests_a_minute: Annotated[int, Meta(ge=1)] = 1200
+    unknown_tokens_a_minute: Annotated[int, Meta(ge=1)] = 30
+    metrics_port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("api: certificate and key go together")
+        # Security: a token that travels in the clear is everybody's.
+        if self.certificate is None and self.host not in {"127.0.0.1", "::1", "localhost"}:
+            raise ValueError(f"api: without certificate and key only loopback is listened on, got host {self.host}")
+
+
 class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A whole ``aggregator.toml``.
 
     Args:
         helpers: of secure rounds (``helpers = [{ name = ..., operator = ..., key = ... }]``); tasks use all of them, or
             those that they name.
+        enrolment: how devices join by themselves; by default they do not.
+        api: the HTTP API; None without.
     """
 
     aggregator: AggregatorSection
     broker: BrokerConfig
     helpers: tuple[HelperSection, ...] = ()
+    enrolment: EnrolmentSection | None = None
+    api: ApiSection | None = None
 
     def __post_init__(self) -> None:
         pinned(self.helpers)

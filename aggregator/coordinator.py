@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from aggregator.cosigning import Cosigning
 from aggregator.errors import AggregatorError, BlobError, DatabaseError, LostModelError
 from aggregator.outage import Outage
 from aggregator.round_events import (
@@ -57,6 +58,7 @@ class Coordinator:
         monotonic_s: seconds that no clock setting moves.
         terms: of its lease.
         pace: how often it looks for what.
+        cosigning: looks after the audit log's checkpoints; None to leave that.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class Coordinator:
         monotonic_s: Callable[[], float],
         terms: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
         pace: Pace = Pace(),  # noqa: B008 - frozen
+        cosigning: Cosigning | None = None,
     ) -> None:
+        self._cosigning, self._moved = cosigning, False
         self._terms, self._pace = terms, pace
         self.name, self._ports, self._load, self._monotonic_s = name, ports, load, monotonic_s
         self._runners: dict[str, TaskRunner] = {}
@@ -158,9 +162,16 @@ class Coordinator:
                 except (BlobError, LostModelError) as error:  # which may be this task's own; others go on
                     failed.append(error)
             self._looked_s = now_s
+            self._look_after_log()
         self._tidy(now_s)
         if failed:
             raise failed[0]
+
+    def _look_after_log(self) -> None:
+        """A checkpoint of the audit log after each round, and helpers' co-signatures."""
+        if self._cosigning is not None:
+            self._cosigning.look_after(round_closed=self._moved)
+            self._moved = False
 
     def _lead(self, now_s: float) -> None:
         """Take or renew the lease; say so when that changes."""
@@ -221,6 +232,7 @@ class Coordinator:
             self._unerased = True  # it may have become durable
             raise
         self._unerased |= before != _what_keys_depend_on(runner)
+        self._moved |= before != _what_keys_depend_on(runner)
 
     def _carry_out_orders(self) -> None:
         """Do what operators asked for, or say why not."""

@@ -36,6 +36,8 @@ ASK_EVERY_S = 5.0
 """How long an answer is waited for before a helper is asked again."""
 
 Note = Callable[..., None]
+Listener = Callable[[HelperIdentity, bytes], bool]
+"""Takes what a pinned helper is said to have said, untrusted, and tells whether it was meant for it."""
 
 
 class HelperLink(Protocol):
@@ -46,7 +48,10 @@ class HelperLink(Protocol):
         """Why the helper cannot be reached, in words; empty if it can."""
 
     def ask(self, request: bytes) -> None:
-        """Send a signed request; returns at once."""
+        """Send a signed request for masks; returns at once."""
+
+    def cosign(self, request: bytes) -> None:
+        """Send a signed request to co-sign; returns at once."""
 
     def poll(self) -> list[bytes]:
         """Signed keys, answers and refusals that have come."""
@@ -120,7 +125,19 @@ class HelperCalls:
         self._helpers = {name: _Helper(identity) for name, identity in helpers.items()}
         self._data_bytes = chunk_data_bytes(None)
         self._sought_s = float("-inf")
+        self._listener: Listener = lambda _helper, _message: False
         self.has_news = False
+
+    def listen(self, listener: Listener) -> None:
+        """Have somebody else look at each answer and refusal first."""
+        self._listener = listener
+
+    def ask_to_cosign(self, helper: str, request: bytes) -> None:
+        """Send a signed request to co-sign; returns at once, and is not asked again."""
+        if helper in self._links:
+            self._links[helper].cosign(request)
+        else:
+            self._publish(helper, request)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -266,7 +283,11 @@ class HelperCalls:
         """Send a request in chunks, or over its own link."""
         if name in self._links:
             self._links[name].ask(request)
-            return
+        else:
+            self._publish(name, request)
+
+    def _publish(self, name: str, request: bytes) -> None:
+        """Send a request in chunks."""
         transfer_id = hashlib.sha256(request).digest()[:16]
         for chunk in split(transfer_id, request, data_bytes=self._data_bytes):
             topic = helper_transfer_topic(self._tenant, name, "request", transfer_id, chunk.index)
@@ -292,15 +313,17 @@ class HelperCalls:
                 self._hear_key(helper, payload)
             case "answer":
                 whole = helper.transfers.accept(decode(payload, ChunkMsg), self._now_s())
-                if whole is not None:
+                if whole is not None and not self._listener(helper.identity, whole):
                     self._hear_answer(helper, verify(whole, MaskSumMsg, helper.identity.key))
-            case "refusal":
+            case "refusal" if not self._listener(helper.identity, payload):
                 self._hear_refusal(helper, verify(payload, UnmaskRefusalMsg, helper.identity.key))
-            case _:
+            case "request":
                 raise ProtocolError("requests are for helpers")
 
     def _hear_either(self, helper: _Helper, message: bytes) -> None:
         """An answer or a refusal, or a key. Raises ProtocolError."""
+        if self._listener(helper.identity, message):
+            return None
         key = helper.identity.key
         with suppress(ProtocolError):
             return self._hear_answer(helper, verify(message, MaskSumMsg, key))

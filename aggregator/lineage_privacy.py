@@ -6,6 +6,7 @@ from (``start_from``). What a figure means: `aggregator.record_privacy`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from aggregator.errors import AggregatorError
 from aggregator.in_force import config_of
 from aggregator.record_privacy import record_epsilon
 from aggregator.store.aggregator_store import AggregatorStore
-from aggregator.store.models import ModelRecord
+from aggregator.store.models import ModelOrigin
 from fl_protocol.plans import PlanMsg
 
 DELTA = 1e-5
@@ -63,7 +64,7 @@ def spent_on(rounds: Sequence[tuple[PlanMsg | None, int]], *, who: str) -> tuple
     if len(known) < len(spent):
         return None, "cannot be told: a task behind it is from before tasks had files (covey-aggregator task create)"
     try:
-        epsilon = record_epsilon(*known[0], delta=DELTA, earlier=known[1:]) if known else 0.0
+        epsilon = _epsilon(*known[0], earlier=tuple(known[1:])) if known else 0.0
     except AggregatorError as error:  # dp-accounting is missing: no reason to hide all the rest
         return None, str(error)
     if math.isinf(epsilon):
@@ -71,9 +72,15 @@ def spent_on(rounds: Sequence[tuple[PlanMsg | None, int]], *, who: str) -> tuple
     return epsilon, f"epsilon at most {epsilon:.3g} at delta {DELTA:g} for {who}"
 
 
+@functools.lru_cache(maxsize=10_000)
+def _epsilon(plan: PlanMsg, rounds: int, *, earlier: tuple[tuple[PlanMsg, int], ...]) -> float:
+    """Epsilon at `DELTA`, computed once: a list of versions asks it of each, every time it is looked at."""
+    return record_epsilon(plan, rounds, delta=DELTA, earlier=earlier)
+
+
 def lineage_of(store: AggregatorStore, task: str) -> Lineage:
     """A task's versions. Raises DatabaseError, also when there is no such task."""
-    spec, records = store.tasks.get(task).spec, store.models.records(task)
+    spec, records = store.tasks.get(task).spec, store.models.origins(task)
     config = config_of(spec, task) if spec else None
     rounds: dict[int, int] = {}
     for record in records:
@@ -87,11 +94,11 @@ def lineage_of(store: AggregatorStore, task: str) -> Lineage:
     return Lineage(config.plan_message(), parents, rounds, earlier)
 
 
-def _behind(store: AggregatorStore, task: str, *, first: ModelRecord) -> tuple[tuple[PlanMsg | None, int], ...]:
+def _behind(store: AggregatorStore, task: str, *, first: ModelOrigin) -> tuple[tuple[PlanMsg | None, int], ...]:
     """What is behind the version of another task that a task began with, told by its digest.
 
     Of several versions with the same parameters the one with most rounds: the figure is never too small.
     """
     other = lineage_of(store, task)
-    same = [one.version for one in store.models.records(task) if one.digest == first.digest]
+    same = [one.version for one in store.models.origins(task) if one.digest == first.digest]
     return ((other.plan, max((other.rounds[version] for version in same), default=0)), *other.earlier)

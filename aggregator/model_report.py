@@ -44,12 +44,12 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
 def model_reports(store: AggregatorStore, task: str) -> list[ModelReport]:
     """Every version of a task, oldest first. Raises DatabaseError, also when there is no such task."""
     lineage = lineage_of(store, task)
-    return [_report(record, lineage) for record in store.models.records(task)]
+    return [model_of(record, lineage) for record in store.models.records(task)]
 
 
 def model_report(store: AggregatorStore, task: str, version: int) -> ModelReport:
     """One version of a task. Raises DatabaseError, also when there is none."""
-    return _report(store.models.record(task, version), lineage_of(store, task))
+    return model_of(store.models.record(task, version), lineage_of(store, task))
 
 
 def version_of(store: AggregatorStore, task: str, name: str) -> int:
@@ -67,7 +67,7 @@ def checked_tag(tag: str) -> str:
     return checked_name(tag, "tag")
 
 
-def _report(record: ModelRecord, lineage: Lineage) -> ModelReport:
+def model_of(record: ModelRecord, lineage: Lineage) -> ModelReport:
     """One version."""
     epsilon, privacy = lineage.spent(record.version)
     return ModelReport(

@@ -36,6 +36,7 @@ def give_order(
     name: OrderName,
     *,
     argument: str = "",
+    actor: str,
     now_s: Callable[[], float],
     monotonic_s: Callable[[], float],
     sleep: Callable[[float], None],
@@ -47,6 +48,7 @@ def give_order(
         task: that it is for; it must exist.
         name: of the order.
         argument: why a task is aborted, or the version to go back to.
+        actor: who gives it, as the audit log names them.
         now_s: Unix seconds.
         monotonic_s: seconds that no clock setting moves.
         sleep: waits for so many seconds.
@@ -55,12 +57,27 @@ def give_order(
         DatabaseError: there is no such task, or the database fails.
     """
     store.tasks.get(task)
-    order = store.tasks.ask(task, name, argument=argument, now_s=now_s())
+    order = store.tasks.ask(task, name, argument=argument, now_s=now_s(), actor=actor)
+    return answer_to(store, order, task, name, now_s=now_s, monotonic_s=monotonic_s, sleep=sleep)
+
+
+def answer_to(
+    store: AggregatorStore,
+    order: int,
+    task: str,
+    name: OrderName,
+    *,
+    now_s: Callable[[], float],
+    monotonic_s: Callable[[], float],
+    sleep: Callable[[float], None],
+    patience_s: float = PATIENCE_S,
+) -> Answer:
+    """What comes of an order that was left, waited for as long as `patience_s`. Raises DatabaseError."""
     coordinator = coordinator_of(store.leases.all(), now_s=now_s())
     if coordinator is None:
         why = "left for the coordinator, which is not running: it is carried out once covey-aggregator run is started"
         return Answer(order=order, task=task, name=name, state="left", reason=why)
-    ends_s = monotonic_s() + PATIENCE_S
+    ends_s = monotonic_s() + patience_s
     while True:
         found = next(one for one in store.tasks.orders(task) if one.id == order)
         if found.done_s is not None:

@@ -112,7 +112,7 @@ def overview(store: AggregatorStore, *, tenant: str, now_s: float) -> Overview:
         at_s=now_s,
         tasks=tasks,
         workers=workers,
-        devices=len(store.devices.all()),
+        devices=store.devices.count(),
         refused=store.refusals(""),
         degraded=[
             *_problems_of_nobody(tasks, leases, now_s),

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Table, insert, select
 
+from aggregator.audit.log import AuditEvent, append
 from aggregator.backup_file import TABLES, BackupFile
 from aggregator.errors import BlobError, DatabaseError
 from aggregator.store import schema
@@ -54,6 +55,7 @@ def restore(
     *,
     now_s: float,
     after_round: int | None = None,
+    actor: str = "aggregator",
     progress: Progress = lambda _done, _all: None,
 ) -> Restored:
     """Restore a backup; all of it, or nothing.
@@ -65,6 +67,7 @@ def restore(
         now_s: Unix seconds.
         after_round: number above which every task's rounds go on: the newest that any device may have seen. By default
             a thousand above the backup's.
+        actor: who restores it, as the audit log names them.
         progress: for people; called with how many large values are done, and how many there are.
 
     Raises:
@@ -86,6 +89,8 @@ def restore(
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
             _refuse_rows(connection)
             rows = sum(_insert(connection, table, backup.rows(table), settled) for table in TABLES)
+            told = {"backup_s": backup.manifest.created_s, "rows": rows}
+            append(connection, AuditEvent(now_s, actor, "database.restored", "", told))
     except BaseException:
         with suppress(BlobError):
             blobs.delete(name for name in names.values() if name is not None)

@@ -27,11 +27,13 @@ class RoundOutcome:
         count: updates that went into it.
         metrics: what to tell the operator.
         model: the next model, in training.
+        left_out: updates that did not, since their devices were revoked.
     """
 
     count: int
     metrics: dict[str, Any]
     model: NewModel | None = None
+    left_out: int = 0
 
 
 class RoundOutcomes:
@@ -83,12 +85,12 @@ class RoundOutcomes:
         combined = combine(self._store, self._tenant, self._config, closed, entropy=self._entropy)
         if self._config.kind != "train":
             result = {"result": measurement(self._config, combined)}
-            return RoundOutcome(combined.count, {**result, **combined.metrics})
+            return RoundOutcome(combined.count, {**result, **combined.metrics}, left_out=combined.left_out)
         before = self._store.models.record(self._config.name, version)
         model = next_model(self._store, self._config, before, combined, round_number=number)
         metrics = {"mean_update_norm": float(np.linalg.norm(combined.mean)), **combined.metrics}
         metrics |= self._judgement(before, model)
-        return RoundOutcome(combined.count, metrics, replace(model, metrics=metrics))
+        return RoundOutcome(combined.count, metrics, replace(model, metrics=metrics), combined.left_out)
 
     def finished(self, version: int, *, after: list[NewModel]) -> NewModel:
         """The finished model, a version of its own: the mean of the last versions of its line.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from aggregator.adapters.graph_judge import GraphJudge
+from aggregator.audit.log import AuditEvent, append
 from aggregator.errors import AggregatorError
 from aggregator.robust_rules import smallest_cohort
 from aggregator.secure_terms import terms_of
@@ -28,13 +30,14 @@ class CreatedTask:
     is_new: bool
 
 
-def create_task(store: AggregatorStore, path: Path, *, now_s: float) -> CreatedTask:
+def create_task(store: AggregatorStore, path: Path, *, now_s: float, actor: str = "aggregator") -> CreatedTask:
     """Create the task that a file describes.
 
     Args:
         store: the database.
         path: of the task file; paths in it start at its folder.
         now_s: Unix seconds.
+        actor: who creates it, as the audit log names them.
 
     Raises:
         ConfigError: the file, or what it names, cannot be used.
@@ -70,6 +73,12 @@ def create_task(store: AggregatorStore, path: Path, *, now_s: float) -> CreatedT
         )
         if is_new:
             models.add(connection, config.name, first, now_s=now_s)
+        detail = {
+            "file_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "bundle_sha256": hashlib.sha256(raw_bundle).hexdigest(),
+            "model": first.digest.hex(),
+        }
+        append(connection, AuditEvent(now_s, actor, "task.created", config.name, detail))
     return CreatedTask(config, is_new)
 
 

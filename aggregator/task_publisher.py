@@ -8,6 +8,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from aggregator.announcer import Announcer, Whole
+from aggregator.audit.task_entries import record_manifest
 from aggregator.errors import CombineError
 from aggregator.helper_calls import HelperCalls
 from aggregator.rounds import Phase, RoundState
@@ -87,6 +88,9 @@ class TaskPublisher:
             if with_terms is None:
                 return why
             manifest = with_terms
+        elif open_round is not None:
+            with self._store.database.transaction() as connection:
+                record_manifest(connection, manifest)
         self._announcer.publish(
             manifest,
             wholes,
@@ -120,6 +124,7 @@ class TaskPublisher:
         # Security: durable before any device can act on it, so that there is one such manifest for a round.
         with self._store.database.transaction() as connection:
             self._store.rounds.set_manifest(connection, open_round.task, open_round.number, encode(with_terms))
+            record_manifest(connection, with_terms)
         return with_terms, ""
 
     def _terms(self, deadline_s: float) -> tuple[SecureTermsMsg | None, str]:

@@ -13,6 +13,7 @@ from aggregator.overview import TaskOverview, task_overview
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.rounds import RoundRecord
 from aggregator.store.tasks import Order
+from aggregator.task_file import TaskConfig
 
 
 class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,11 +90,17 @@ def task_report(store: AggregatorStore, name: str, *, last: int | None = None) -
     return TaskReport(
         state=task_overview(task),
         created_s=task.created_s,
-        settings=msgspec.to_builtins(config) if config is not None else {},
+        settings=settings_of(config) if config is not None else {},
         privacy=privacy,
-        rounds=[_round(record) for record in store.rounds.history(name, last=last)],
-        orders=[_order(order) for order in store.tasks.orders(name)],
+        rounds=[round_report(record) for record in store.rounds.history(name, last=last)],
+        orders=[order_report(order) for order in store.tasks.orders(name)],
     )
+
+
+def settings_of(config: TaskConfig) -> dict[str, Any]:
+    """A task's settings, defaults left out."""
+    settings: dict[str, Any] = msgspec.to_builtins(config)
+    return settings
 
 
 def flat(settings: dict[str, Any], *, under: str = "") -> list[tuple[str, str]]:
@@ -111,7 +118,7 @@ def flat(settings: dict[str, Any], *, under: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _order(order: Order) -> OrderReport:
+def order_report(order: Order) -> OrderReport:
     """One order."""
     return OrderReport(
         id=order.id,
@@ -123,7 +130,7 @@ def _order(order: Order) -> OrderReport:
     )
 
 
-def _round(record: RoundRecord) -> RoundReport:
+def round_report(record: RoundRecord) -> RoundReport:
     """One round."""
     metrics = dict(record.metrics)
     result = metrics.pop("result", None)

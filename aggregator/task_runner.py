@@ -15,6 +15,8 @@ from typing import Any
 from sqlalchemy import Connection
 
 from aggregator.announcer import Announcer
+from aggregator.audit import task_entries
+from aggregator.combination import adds_up, why_not_without
 from aggregator.device_budget import TaskBudget
 from aggregator.errors import BlobError, CombineError, ConflictError, LostModelError, RejectedModelError
 from aggregator.helper_calls import HelperCalls
@@ -132,6 +134,7 @@ class TaskRunner:
             update_length=self._update_length,
             calls=ports.calls,
         )
+        self._halted = ""  # why the budget has no room for another round
         self._waits_for = ""  # helpers, without which the open round cannot be published
         self._state, self._probability = stored.state, stored.probability
         self._stale = True  # what the database says may be something else
@@ -164,7 +167,12 @@ class TaskRunner:
     def count_arrivals(self) -> None:
         """Look how many updates the open round has. Raises DatabaseError."""
         if self._state.phase is Phase.OPEN:
-            self.advance(Arrived(self._ports.store.updates.arrived(self.name, self._state.number)))
+            updates, number = self._ports.store.updates, self._state.number
+            if adds_up(self.config) and (revoked := updates.revoked(self.name, number)):
+                # At once: whoever else sends an update for it would do so for nothing.
+                self.advance(CombineFailed(why_not_without(revoked)))
+                return
+            self.advance(Arrived(updates.arrived(self.name, number)))
 
     def due(self) -> RoundEvent:
         """What time brings: whether a closed round's helpers have answered, or only that it has passed."""
@@ -232,6 +240,7 @@ class TaskRunner:
                     event = CombineFailed(why) if why else event
                 case _:
                     why = ""
+            self._halted = why or self._halted
             if why:
                 return transition(self._state, event, now_s, policy=replace(self._policy, halted=why))
         return state, actions
@@ -312,6 +321,11 @@ class TaskRunner:
             store.tasks.save(connection, self.name, state, before=self._state, probability=self._probability)
             if order is not None:
                 store.tasks.order_done(connection, order[0], outcome=order[1], now_s=now_s)
+            order_id = order[0] if order is not None else None
+            what = task_entries.Transition(
+                self._state, state, change.event, list(actions), change.prepared, order_id, self._halted
+            )
+            task_entries.record(connection, store, self.name, what, now_s=now_s)
         self._state = state
         store.discard(unwanted)
 
@@ -373,7 +387,8 @@ class TaskRunner:
         outcome = self._ports.store.rounds.outcome(connection, self.name, number)
         counted = self._ports.store.updates.counted(connection, self.name, number)
         combined = change.outcome.count if change.outcome is not None else 0
-        if outcome != "closing" or counted != combined:
+        left_out = change.outcome.left_out if change.outcome is not None else 0
+        if outcome != "closing" or counted != combined + left_out:
             raise ConflictError(
                 f"round {number} of task {self.name} was changed while it was combined ({combined} updates combined, "
                 f"{counted} counted, {outcome}): another coordinator runs under the name {self._ports.worker}; stop one"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device_client.adapters.certificate_files import tls_files
+from device_client.adapters.certificate_files import claim_tls_files, tls_files
 from device_client.adapters.counter_file import CounterFile
 from device_client.adapters.encrypted_files import KEY_BYTES, EncryptedFiles
 from device_client.adapters.line_server import LineServer
@@ -28,11 +28,12 @@ from fl_protocol.adapters.config_files import load_toml, pinned_key, read_file, 
 from fl_protocol.adapters.connect import make_transport
 from fl_protocol.adapters.files import SystemDisk, write_atomic
 from fl_protocol.adapters.journal import Journal
-from fl_protocol.adapters.mqtt import LastWill
+from fl_protocol.adapters.mqtt import LastWill, MqttTransport
 from fl_protocol.adapters.software import software_version
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.errors import ConfigError
+from fl_protocol.joining import Claim
 from fl_protocol.transport import Transport
 
 _CREDENTIAL = "credential:"
@@ -147,6 +148,11 @@ class DeviceFiles:
                 tls=tls,
             )
 
+    def connect_to_desk(self, claim: Claim, client: str, *, wake: Callable[[], None] = lambda: None) -> Transport:
+        """A transport to where devices join, not opened yet. Raises StoreError, LocalMisuseError."""
+        with claim_tls_files(claim) as tls:
+            return MqttTransport(host=claim.broker.host, port=claim.broker.port, client_id=client, tls=tls, wake=wake)
+
 
 class RealDevice(Device):
     """A device on this machine; the store is locked until `close`."""
@@ -161,6 +167,8 @@ class RealDevice(Device):
     def open(cls, path: Path | str, *, journal: Journal | None = None) -> RealDevice:
         """See `Device.open`."""
         files = DeviceFiles.load(Path(path))
+        if not files.config.studies:
+            raise ConfigError(f"configuration {path}: no [[study]] yet; join one with covey-device enroll")
         key = files.store_key()
         store = EncryptedFiles.in_folder(files.store_folder, key)
         bell, watchdog = SystemBell(), Systemd()
@@ -179,6 +187,7 @@ class RealDevice(Device):
                 graph=TfliteGraph.of_bundle,
                 aggregator_key=lambda study: pinned_key(files.path, "study.aggregator_key", study.aggregator_key),
                 connect=lambda wanted: files.connect(wanted, wake=bell.ring),
+                desk=lambda claim, client: files.connect_to_desk(claim, client, wake=bell.ring),
                 software=f"covey {software_version()}",
             )
             return cls(files, ports, store, watchdog)

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from device_client import cli_ask, cli_store
+from device_client import cli_ask, cli_enroll, cli_store
 from device_client.assembly import DeviceFiles
 from device_client.doctor import run_doctor
 from device_client.errors import LedgerError, StoreError
@@ -24,6 +24,7 @@ _EXIT_CODES: list[tuple[type[CoveyError], int]] = [
 ]
 _EPILOG = """examples:
   covey-device init    --config device.toml               make the store's key and this device's keys
+  covey-device enroll  --config device.toml --claim claim.json --token T --bundle watch.covey     join a study
   covey-device import  --config device.toml walk.csv      store labelled recordings, encrypted (.csv or .npz)
   covey-device pseudonyms --config device.toml request --out request.json     ask the operator for names on the wire
   covey-device pseudonyms --config device.toml install answer.json            and take them
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
         ("init", cli_store.init, "make the store and this device's keys; print the public key of each fixed name"),
+        ("enroll", cli_enroll.enroll, "join a study with a token, and write it into device.toml"),
         ("import", cli_store.import_records, "store labelled recordings from a .csv or .npz file"),
         ("pseudonyms", cli_store.pseudonyms, "ask for names on the wire, install the answer, or list them"),
         ("run", cli_store.run, "take part in the granted studies until stopped"),
@@ -95,11 +97,21 @@ def _parser() -> argparse.ArgumentParser:
         ("erase", cli_store.erase, "destroy the recordings, or everything"),
         ("doctor", run_doctor, "check clock, disk, runtime, broker, certificates and battery"),
     ):
-        sub = commands.add_parser(name, help=text, description=text)
+        raw = argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(name, help=text, description=text, epilog=_EPILOGS.get(name), formatter_class=raw)
         sub.add_argument("--config", type=Path, required=True, help="path of device.toml")
         sub.set_defaults(command=command)
         _ARGUMENTS.get(name, lambda _sub: None)(sub)
     return parser
+
+
+def _enroll_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--claim", type=Path, required=True, help="claim.json of the study")
+    sub.add_argument("--token", required=True, help="the token; - reads it from standard input")
+    sub.add_argument("--bundle", type=Path, help="the study's model; needed where the study is not in device.toml yet")
+    sub.add_argument("--count", type=int, default=12, help="how many names to ask for, 1 to 64 (default 12)")
+    sub.add_argument("--wait", type=float, default=900.0, metavar="S", help="longest wait for an answer (default 900)")
+    sub.add_argument("--anew", action="store_true", help="forget a request for names that was not answered")
 
 
 def _import_arguments(sub: argparse.ArgumentParser) -> None:
@@ -146,7 +158,9 @@ def _json_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print JSON")
 
 
+_EPILOGS = {"enroll": cli_enroll.EPILOG}
 _ARGUMENTS = {
+    "enroll": _enroll_arguments,
     "import": _import_arguments,
     "pseudonyms": _pseudonym_arguments,
     "consent": _consent_arguments,

@@ -17,6 +17,7 @@ from device_client.cli_ask import is_running, question
 from device_client.config import StudyConfig
 from device_client.device_store import create_identity
 from device_client.errors import StoreError
+from device_client.joining.joiner import kept_state
 from device_client.pseudonyms import NoPseudonym, Pseudonyms, date_text
 from device_client.recordings.csv_header import CsvFormat
 from device_client.recordings.csv_import import CsvProgress, store_csv
@@ -40,7 +41,7 @@ def init(files: DeviceFiles, _arguments: argparse.Namespace) -> int:
                 key = create_identity(store, study.study, os.urandom)
                 print(public_key_hex(key.public_key()))
     if all(study.id is None for study in files.config.studies):
-        print("the store is ready; next: covey-device pseudonyms request")
+        print("the store is ready; next: covey-device enroll, or covey-device pseudonyms request")
     return 0
 
 
@@ -75,7 +76,12 @@ def pseudonyms(files: DeviceFiles, arguments: argparse.Namespace) -> int:
     study = files.config.study_named(arguments.study)
     action = {"request": _request_names, "install": _install_names, "list": _list_names}[arguments.action]
     with closing(files.open_store()) as store:
+        kept = kept_state(store, study.study)
+        if arguments.action == "request" and kept is not None and kept.request is not None:
+            raise ConfigError(f"{study.study}: its desk is being asked for names; go on with covey-device enroll")
         action(files, study, Pseudonyms(store, tenant=study.tenant, task=study.task), arguments)
+        if arguments.action == "list" and kept is not None and kept.membership is not None:
+            print(f"{study.study}: enrolled as {kept.membership.enrolment}; the daemon renews its names by itself")
     return 0
 
 

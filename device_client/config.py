@@ -196,11 +196,11 @@ class RecordsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A whole ``device.toml``."""
+    """A whole ``device.toml``. Until it joins a study there may be none; nothing runs then."""
 
     device: DeviceSection
     privacy: PrivacyConfig
-    studies: Annotated[tuple[StudyConfig, ...], Meta(min_length=1)] = msgspec.field(name="study")
+    studies: tuple[StudyConfig, ...] = msgspec.field(name="study", default=())
     eligibility: EligibilityConfig = EligibilityConfig()
     board: BoardConfig = BoardConfig()
     records: RecordsConfig = RecordsConfig()
@@ -212,6 +212,8 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
 
     def study_named(self, name: str | None) -> StudyConfig:
         """The study ``tenant/task``, or the only one of a task; with None the only one there is. Raises ConfigError."""
+        if not self.studies:
+            raise ConfigError("this device is in no study yet: join one with covey-device enroll")
         found = [study for study in self.studies if name in {None, study.study, study.task}]
         if len(found) != 1:
             known = ", ".join(study.study for study in self.studies)

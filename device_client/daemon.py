@@ -7,10 +7,11 @@ train; one step of training. A step is the longest it is away from its messages.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from device_client.events import ConditionsRead
+from device_client.joining.renewal import StudyRenewal
 from device_client.ports import Bell, Clock, Watchdog
 from device_client.readiness import READ_EVERY_S, Readiness
 from device_client.studies import LOOK_EVERY_S, Studies
@@ -31,6 +32,7 @@ class DeviceDaemon:
         readiness: whether it may train.
         serve: answers what is asked of it, through sockets or by the embedding program; whether anything was.
         prune: drops records that are too old or too many.
+        renewals: of the studies that were joined by enrolment, by ``tenant/task``.
     """
 
     studies: Studies
@@ -41,12 +43,15 @@ class DeviceDaemon:
     journal: Journal
     serve: Callable[[], bool] = lambda: False
     prune: Callable[[float], int] = lambda _now_s: 0
+    renewals: Mapping[str, StudyRenewal] = field(default_factory=dict)
     _kept_house_s: float = field(default=-math.inf, init=False)
     _paused: bool = field(default=False, init=False)
     _told_rules: Sequence[str] = field(default=(), init=False)
 
     def close(self) -> None:
         """Put training aside and say goodbye."""
+        for renewal in self.renewals.values():
+            renewal.close()
         self.studies.stop_all()
         self.journal.write("stopped", at_s=self.clock.now_s())
 
@@ -54,6 +59,7 @@ class DeviceDaemon:
         """Do what there is to do, then wait until there is more."""
         busy = self.serve()
         self.studies.check()
+        busy |= self._renew()
         self._keep_house()
         runners = self.studies.running
         busy = any([busy, *(bool(runner.take_events()) for runner in runners)])
@@ -74,9 +80,21 @@ class DeviceDaemon:
         """
         runners = self.studies.running
         wakes_s = [self.studies.next_change_s(), *(runner.next_wake_s() for runner in runners)]
+        wakes_s += [renewal.next_wake_s() for renewal in self.renewals.values()]
         if self.readiness.changes_by_itself and any(_cares(runner) for runner in runners):
             wakes_s.append(self.clock.now_s() + READ_EVERY_S)
         return min(wakes_s)
+
+    def _renew(self) -> bool:
+        """Ask for further names where they are due; whether anything came of it."""
+        runners = {runner.study: runner for runner in self.studies.running}
+        busy = False
+        for study, renewal in self.renewals.items():
+            try:
+                busy |= renewal.step(runners.get(study))
+            except CoveyError as error:
+                self.journal.write("renewal_failed", at_s=self.clock.now_s(), study=study, reason=str(error))
+        return busy
 
     def _look(self) -> ConditionsRead:
         """Whether the device may train; a change is told to the journal."""
@@ -119,6 +137,7 @@ class DeviceDaemon:
             waits.append(READ_EVERY_S)
         now_s = self.clock.now_s()
         waits += [runner.session.next_wake_s() - now_s for runner in runners]
+        waits += [renewal.next_wake_s() - now_s for renewal in self.renewals.values()]
         return max(0.0, min(waits))
 
     def _summary(self, runners: list[StudyRunner]) -> str:

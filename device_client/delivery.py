@@ -196,7 +196,7 @@ class Deliveries:
             "reason": message.reason.value,
             "detail": printable(message.detail, length=400),
         }
-        if message.reason is RefusalReason.THROTTLED:
+        if message.reason in {RefusalReason.THROTTLED, RefusalReason.QUARANTINED}:
             return self._slow_down(delivery, fields, now_s)
         if message.reason not in RETRYABLE:
             return self._close(message.update_id, "refused", **fields)
@@ -218,7 +218,7 @@ class Deliveries:
         delivery.silence, delivery.is_throttled = 0, True  # a large one is asked about before it is sent again
         delivery.wait_s = THROTTLED_S * (0.5 + 0.5 * uniform(self._entropy))
         delivery.next_send_s = max(delivery.next_send_s, now_s + delivery.wait_s)
-        return [Note("update_throttled", fields)]
+        return [Note(f"update_{fields['reason']}", fields)]
 
     def _send_missing(self, delivery: _Delivery, bitmap: bytes, now_s: float) -> None:
         """Queue what a NACK asks for.

@@ -28,6 +28,7 @@ from device_client.error_feedback import ErrorFeedback, released_in
 from device_client.errors import StoreError
 from device_client.events import PendingUpdate
 from device_client.floors import Floors
+from device_client.joining.renewal import study_renewal
 from device_client.kept_vector import KeptVector
 from device_client.ledger import Budget, PrivacyLedger
 from device_client.new_records import NewRecords
@@ -85,6 +86,17 @@ class Device:
         self._aggregator_keys = {study.study: ports.aggregator_key(study) for study in config.studies}
         self.streams = self._open_streams()
         self._settle_outbox()
+        self.renewals = {
+            study.study: study_renewal(
+                ports,
+                self.pseudonyms[study.study],
+                study=study.study,
+                may_ask=partial(self._has_consent, study.study),
+                changed=partial(self._thrown_out_or_back, study.study),
+            )
+            for study in config.studies
+            if study.id is None
+        }
         self.readiness = Readiness(ports.board, ports.clock, config.eligibility)
         self.studies = Studies(
             config.studies,
@@ -105,6 +117,7 @@ class Device:
             ports.watchdog,
             ports.journal,
             prune=lambda now_s: sum(stream.prune(now_s) for stream in self.streams.values()),
+            renewals=self.renewals,
         )
 
     @staticmethod
@@ -296,13 +309,26 @@ class Device:
         with suppress(StoreError):  # it is out of use in any case, and the outbox tries again
             self.outbox.give_up(entry.update_id)
 
+    def _has_consent(self, study: str) -> bool:
+        """Whether a study may run. Raises StoreError."""
+        return not self.consent_problem(study)
+
+    def _thrown_out_or_back(self, study: str) -> None:
+        """The study's operator has thrown this device out, or has taken it back; everything is kept."""
+        if words := self.renewals[study].why_out:
+            self.studies.stop(study, words)
+        self.studies.look_again()
+
     def _wire_name(self, study: StudyConfig, now_s: float) -> WireName:
         """The present name of a study. Raises NoNameError."""
         if study.id is not None:
             return WireName(study.id, np.inf, np.inf)
-        current = self.pseudonyms[study.study].current(now_s)
+        renewal, current = self.renewals[study.study], self.pseudonyms[study.study].current(now_s)
+        if renewal.is_out:
+            raise NoNameError(renewal.why_out)
         if isinstance(current, NoPseudonym):
-            raise NoNameError(current.words)
+            asked = "; its desk is asked for further ones" if renewal.joiner.is_enrolled else ""
+            raise NoNameError(current.words + asked)
         # What waits under an older name is delivered first, as long as its certificate lasts.
         for name in dict.fromkeys(pending.device for pending in self.outbox.of(study.study)):
             older = self.pseudonyms[study.study].get(name)
@@ -357,6 +383,7 @@ class Device:
             role=study.role,
             new_records=self._new_records(study),
             work=work,
+            joiner=self.renewals[study.study].joiner if pseudonym is not None else None,
         )
 
     def _participant(self, study: StudyConfig, device: str, bundle: ModelBundle) -> Participant:

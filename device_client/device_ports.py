@@ -20,6 +20,7 @@ from device_client.work_vectors import IN_ENTRY, WorkVectors
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.integer_noise import Entropy
+from fl_protocol.joining import Claim
 from fl_protocol.sealing import seal_update
 
 
@@ -58,6 +59,8 @@ class DevicePorts:
         graph: the bundle's graph, loaded; called when a study starts. Raises CoveyError.
         aggregator_key: that a study is pinned to. Raises CoveyError.
         connect: a transport that is opened by the caller. Raises CoveyError.
+        desk: a transport to where a claim says that devices join, under a client id; opened by the caller. Raises
+            CoveyError.
         software: name and version, for presence.
         trainer: does the local steps.
         sealer: closes up updates.
@@ -78,6 +81,7 @@ class DevicePorts:
     graph: Callable[[ModelBundle], Graph]
     aggregator_key: Callable[[StudyConfig], Ed25519PublicKey]
     connect: Callable[[Connection], Transport]
+    desk: Callable[[Claim, str], Transport]
     software: str
     trainer: Trainer = LocalTraining
     sealer: Sealer = seal_update

@@ -195,12 +195,15 @@ class Pseudonyms:
             )
         )
 
-    def install(self, answer: bytes, *, aggregator_key: Ed25519PublicKey) -> tuple[Pseudonym, ...]:
+    def install(
+        self, answer: bytes, *, aggregator_key: Ed25519PublicKey, replaces: bool = False
+    ) -> tuple[Pseudonym, ...]:
         """Check the operator's answer and take its certificates; all of them, or none.
 
         Args:
             answer: the answer file.
             aggregator_key: the aggregator that this device is pinned to.
+            replaces: forget what is installed for the same time: it belongs to an enrolment that is over.
 
         Returns:
             The new pseudonyms, in the order of their periods.
@@ -221,7 +224,8 @@ class Pseudonyms:
             (_issued(one, certificates[one.id], ca) for one in self._row.prepared), key=lambda one: one.begins_s
         )
         check_periods(Period(one.begins_s, one.ends_s) for one in new)
-        self._keep(_Row(installed=(*self._row.installed, *new)))
+        stays = [one for one in self._row.installed if not replaces or one.ends_s <= new[0].begins_s]
+        self._keep(_Row(installed=(*stays, *new)))
         return tuple(self._installed[-len(new) :])
 
     def current(self, now_s: float) -> Pseudonym | NoPseudonym:

@@ -40,6 +40,8 @@ class StudyStatus(msgspec.Struct, frozen=True):
         pending: updates that wait for their receipts.
         spent_epsilon: of this study in this period; None for no bound.
         measured: the newest measurements.
+        enrolment: what it is enrolled as, until when it has names, and when they are renewed; empty where it was not
+            joined by enrolment.
     """
 
     study: str
@@ -53,6 +55,7 @@ class StudyStatus(msgspec.Struct, frozen=True):
     pending: int
     spent_epsilon: float | None
     measured: tuple[Measured, ...] = ()
+    enrolment: str = ""
 
 
 class StreamStatus(msgspec.Struct, frozen=True):
@@ -97,8 +100,9 @@ def status_of(device: Device) -> Status:
     studies = []
     for study in device.config.studies:
         runner, spent = runners.get(study.study), _finite(ledger.spent_at(now_s, study.study))
+        enrolment = device.renewals[study.study].describe() if study.study in device.renewals else ""
         if runner is not None:
-            studies.append(_running(runner, spent))
+            studies.append(_running(runner, spent, enrolment))
         else:
             doing = still.get(study.study) or device.consent_problem(study.study) or "the daemon does not run"
             waiting = len(device.outbox.of(study.study))
@@ -114,6 +118,7 @@ def status_of(device: Device) -> Status:
                     round=0,
                     pending=waiting,
                     spent_epsilon=spent,
+                    enrolment=enrolment,
                 )
             )
     return Status(
@@ -142,6 +147,8 @@ def status_text(status: Status) -> list[str]:
         if study.device:
             online = "connected" if study.connected else "not connected"
             lines.append(f"  as {study.device}, {online}, {study.pending} update(s) waiting for a receipt")
+        if study.enrolment:
+            lines.append(f"  {study.enrolment}")
         if study.refused:
             lines.append(f"  refused: {study.refused}")
         if study.problem:
@@ -159,7 +166,7 @@ def status_text(status: Status) -> list[str]:
     return [visible(line) for line in lines]
 
 
-def _running(runner: StudyRunner, spent_epsilon: float | None) -> StudyStatus:
+def _running(runner: StudyRunner, spent_epsilon: float | None, enrolment: str) -> StudyStatus:
     """A study that runs."""
     view = runner.session.view()
     return StudyStatus(
@@ -176,6 +183,7 @@ def _running(runner: StudyRunner, spent_epsilon: float | None) -> StudyStatus:
         measured=tuple(
             _measured(name, runner.measured_round, found) for name, found in sorted(runner.measured.items())
         ),
+        enrolment=enrolment,
     )
 
 

@@ -37,6 +37,8 @@ from device_client.events import (
     Unsubscribe,
     UpdateReady,
 )
+from device_client.joining.joiner import Joiner
+from device_client.joining.session import Offline
 from device_client.new_records import NewRecords
 from device_client.participation import LocalWork, Participant
 from device_client.ports import Clock, Float32, Store, Transport
@@ -46,6 +48,7 @@ from device_client.training import Evaluation
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import CoveyError
 from fl_protocol.messages import RoundManifestMsg
+from fl_protocol.transport import Received, TransportEvent
 
 MOST_EVENTS = 64
 """Messages taken in one go, before training gets its turn."""
@@ -61,6 +64,7 @@ class StudyRunner:
         role: what the device does in the study; it decides what the journal is told of measurements.
         new_records: the rule about new records; None without.
         work: what was interrupted and goes on.
+        joiner: whose requests for further names go over this connection too; None where there are none.
     """
 
     study: str
@@ -73,6 +77,7 @@ class StudyRunner:
     role: Role = "train"
     new_records: NewRecords | None = None
     work: LocalWork | None = None
+    joiner: Joiner | None = None
     measured: dict[str, Evaluation] = field(default_factory=dict)
     measured_round: int = 0
     last_problem: str = ""
@@ -103,8 +108,20 @@ class StudyRunner:
             event = self.transport.poll(0.0)
             if event is None:
                 return count
-            self.tell(event)
+            if not self._is_the_desks(event):
+                self.tell(event)
         return MOST_EVENTS
+
+    def _is_the_desks(self, event: TransportEvent) -> bool:
+        """Whether an event is an answer of the enrolment desk's, which is handed over; it is no business of rounds."""
+        if self.joiner is None or self.joiner.client != self.participant.device:
+            return False
+        if isinstance(event, Received) and self.joiner.takes(event.topic):
+            self.joiner.tell(event, self.transport)
+            return True
+        if not isinstance(event, Received):  # its subscription has to be made anew
+            self.joiner.tell(Offline(), None)
+        return False
 
     def tell(self, event: Event) -> None:
         """Hand one event to the session and do what it asks for."""

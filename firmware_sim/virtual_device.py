@@ -24,7 +24,9 @@ from device_client.work_vectors import IN_ENTRY, WorkVectors
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.durable import Disk
+from fl_protocol.errors import ConfigError
 from fl_protocol.integer_noise import Entropy
+from fl_protocol.joining import Claim
 from fl_protocol.sealing import seal_update
 
 _DAY_S = 86_400.0
@@ -79,6 +81,11 @@ class SteadyBoard:
         return self.conditions
 
 
+def no_desk(claim: Claim, _client: str) -> Transport:
+    """Where a fleet's devices were admitted beforehand, nobody joins. Raises ConfigError."""
+    raise ConfigError(f"{claim.tenant}/{claim.task}: this fleet has no enrolment desk")
+
+
 @dataclass(frozen=True)
 class VirtualHardware:
     """What one device consists of, beside its code.
@@ -96,6 +103,7 @@ class VirtualHardware:
         sealer: closes up updates.
         vectors: how work in the outbox holds its vectors.
         downloads: how models are fetched.
+        desk: a connection to where devices join, not opened yet.
         files, counter_file: make the store over its flash, and the counter over its own.
     """
 
@@ -116,6 +124,7 @@ class VirtualHardware:
     downloads: Downloads = Download
     files: Callable[..., EncryptedFiles] = EncryptedFiles
     counter_file: Callable[..., CounterFile] = CounterFile
+    desk: Callable[[Claim, str], Transport] = no_desk
 
 
 def virtual_device(
@@ -154,6 +163,7 @@ def virtual_device(
         graph=graph,
         aggregator_key=lambda _study: aggregator_key,
         connect=hardware.connect,
+        desk=hardware.desk,
         software="covey virtual",
         trainer=hardware.trainer,
         sealer=hardware.sealer,

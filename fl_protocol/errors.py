@@ -49,6 +49,7 @@ class RefusalReason(str, enum.Enum):
     ROUND_CLOSED = "round_closed"
     SECOND_UPDATE = "second_update"
     THROTTLED = "throttled"
+    QUARANTINED = "quarantined"
 
 
 class RefusedError(ProtocolError):

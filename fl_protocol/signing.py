@@ -13,6 +13,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fl_protocol.errors import LocalMisuseError, ProtocolError
+from fl_protocol.log_messages import CosignatureMsg, CosignRefusalMsg, CosignRequestMsg
 from fl_protocol.messages import (
     ChunkMsg,
     NackMsg,
@@ -32,7 +33,17 @@ from fl_protocol.secagg.messages import (
 )
 
 Signable = (
-    RoundManifestMsg | ReceiptMsg | NackMsg | ChunkMsg | UnmaskRequestMsg | HelperKeyMsg | MaskSumMsg | UnmaskRefusalMsg
+    RoundManifestMsg
+    | ReceiptMsg
+    | NackMsg
+    | ChunkMsg
+    | UnmaskRequestMsg
+    | HelperKeyMsg
+    | MaskSumMsg
+    | UnmaskRefusalMsg
+    | CosignRequestMsg
+    | CosignatureMsg
+    | CosignRefusalMsg
 )
 S = TypeVar(
     "S",
@@ -44,6 +55,9 @@ S = TypeVar(
     HelperKeyMsg,
     MaskSumMsg,
     UnmaskRefusalMsg,
+    CosignRequestMsg,
+    CosignatureMsg,
+    CosignRefusalMsg,
 )
 
 _CONTEXTS: dict[type, bytes] = {
@@ -57,6 +71,9 @@ _CONTEXTS: dict[type, bytes] = {
     HelperKeyMsg: b"covey v1 helper key\0",
     MaskSumMsg: b"covey v1 mask sum\0",
     UnmaskRefusalMsg: b"covey v1 unmask refusal\0",
+    CosignRequestMsg: b"covey v1 cosign request\0",
+    CosignatureMsg: b"covey v1 cosignature\0",
+    CosignRefusalMsg: b"covey v1 cosign refusal\0",
 }
 
 

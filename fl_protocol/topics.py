@@ -25,6 +25,11 @@ _HELPER = re.compile(
     re.ASCII,
 )
 
+_ENROL = re.compile(
+    r"fl/v1/(?P<tenant>[a-z0-9][a-z0-9_-]{0,63})/enrol/(?P<client>[a-z0-9][a-z0-9_-]{0,63})/request",
+    re.ASCII,
+)
+
 DownKind = Literal["receipt", "nack", "control"]
 
 
@@ -160,3 +165,21 @@ def parse_helper_topic(topic: str) -> HelperTopic:
 def state_topic(tenant: str, device: str) -> str:
     """Retained presence of one device (its last will marks it offline)."""
     return f"{_ROOT}/{checked_name(tenant, 'tenant')}/state/{checked_name(device, 'device')}"
+
+
+def enrolment_topic(tenant: str, client: str, kind: Literal["request", "answer"]) -> str:
+    """A client's request to belong to a study, or the answer to it; each is one message."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/enrol/{checked_name(client, 'client')}/{kind}"
+
+
+def enrolment_request_filter(tenant: str) -> str:
+    """Subscription to all requests (the enrolment desk's)."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/enrol/+/request"
+
+
+def parse_enrolment_topic(topic: str, tenant: str) -> str:
+    """The client that a request is from. Raises ProtocolError."""
+    match = _ENROL.fullmatch(topic)
+    if match is None or match["tenant"] != tenant:
+        raise ProtocolError(f"expected an enrolment request for {tenant}, got {topic[:120]!r}")
+    return match["client"]

@@ -43,7 +43,7 @@ class HelperReply:
     """What a helper answered, not verified.
 
     Args:
-        is_answer: a signed `MaskSumMsg`; otherwise a signed `UnmaskRefusalMsg`.
+        is_answer: a signed `MaskSumMsg` or `CosignatureMsg`; otherwise a signed refusal.
         data: its bytes.
     """
 
@@ -82,9 +82,17 @@ class HttpsHelper:
             HelperUnreachableError: no answer came; ask again.
             HelperRefusedRequestError: the helper does not know this aggregator or study, or cannot read the request.
         """
+        return self._post("/v1/unmask", request)
+
+    def cosign(self, request: bytes) -> HelperReply:
+        """Ask for a co-signature, by a signed `CosignRequestMsg`. Raises as `unmask`."""
+        return self._post("/v1/cosign", request)
+
+    def _post(self, path: str, request: bytes) -> HelperReply:
+        """Ask with a request."""
         if len(request) > MAX_TRANSFER_BYTES:
             raise LocalMisuseError(f"request: expected at most {MAX_TRANSFER_BYTES} bytes, got {len(request)}")
-        status, data = self._ask("POST", "/v1/unmask", request)
+        status, data = self._ask("POST", path, request)
         if status not in {200, 409}:
             raise HelperRefusedRequestError(status, data[:400].decode(errors="replace"))
         return HelperReply(status == 200, data)

@@ -12,13 +12,19 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-from aggregator.adapters.https_helper import HelperRefusedRequestError, HelperUnreachableError, HttpsHelper
+from aggregator.adapters.https_helper import (
+    HelperRefusedRequestError,
+    HelperReply,
+    HelperUnreachableError,
+    HttpsHelper,
+)
 from fl_protocol.errors import LocalMisuseError
 
 KEY_EVERY_S = 60.0
 RETRY_S = 2.0
 """How often the helper's key is fetched: as long as there is none, and then."""
 _MOST_PENDING = 64
+Post = Callable[[bytes], HelperReply]
 
 
 class HttpsLink:
@@ -32,7 +38,7 @@ class HttpsLink:
     def __init__(self, helper: HttpsHelper, tenant: str) -> None:
         self._helper, self._tenant = helper, tenant
         self._changed = threading.Condition()
-        self._pending: OrderedDict[bytes, bytes] = OrderedDict()
+        self._pending: OrderedDict[bytes, tuple[Post, bytes]] = OrderedDict()
         self._replies: deque[bytes] = deque(maxlen=_MOST_PENDING)
         self._key = b""
         self._problem = ""
@@ -56,9 +62,17 @@ class HttpsLink:
             self._changed.notify()
 
     def ask(self, request: bytes) -> None:
-        """Post a signed request; one that waits to be posted, or is being posted, is not posted twice."""
+        """Post a signed request for masks; one that waits to be posted, or is being posted, is not posted twice."""
+        self._add(self._helper.unmask, request)
+
+    def cosign(self, request: bytes) -> None:
+        """Post a signed request to co-sign, in the same way."""
+        self._add(self._helper.cosign, request)
+
+    def _add(self, post: Post, request: bytes) -> None:
+        """One more to post."""
         with self._changed:
-            self._pending.setdefault(hashlib.sha256(request).digest(), request)
+            self._pending.setdefault(hashlib.sha256(request).digest(), (post, request))
             while len(self._pending) > _MOST_PENDING:
                 self._pending.popitem(last=False)
             self._changed.notify()
@@ -79,9 +93,9 @@ class HttpsLink:
             with self._changed:
                 self._key = key or self._key
         with self._changed:
-            digest, request = next(iter(self._pending.items()), (b"", b""))
+            digest, (post, request) = next(iter(self._pending.items()), (b"", (self._helper.unmask, b"")))
         if digest:
-            reply = self._call(lambda: self._helper.unmask(request).data)
+            reply = self._call(lambda: post(request).data)
             with self._changed:
                 self._pending.pop(digest, None)  # what failed is asked again
                 self._replies.extend([] if reply is None else [reply])

@@ -24,6 +24,8 @@ from aggregator.helper.answering import (
     refusal_of,
     signed_sum,
 )
+from aggregator.helper.cosigner import Cosigner
+from aggregator.helper.cosigning import named_cosign_request
 from aggregator.helper.helper_store import HelperStore, Refused
 from aggregator.helper.key_ring import Helper, KeyRing
 from aggregator.helper.known_devices import KnownDevices
@@ -38,7 +40,7 @@ class Reply:
     """What may be sent to who asked.
 
     Args:
-        is_answer: a signed `MaskSumMsg`; otherwise a signed `UnmaskRefusalMsg`.
+        is_answer: a signed `MaskSumMsg` or `CosignatureMsg`; otherwise a signed refusal.
         data: its bytes.
     """
 
@@ -76,6 +78,7 @@ class Answerer:
         self._keys, self._store, self._journal = keys, store, journal
         self._entropy, self._now_s = entropy, now_s
         self._known = {tenant: KnownDevices(study) for tenant, study in studies.items()}
+        self._cosigner = Cosigner(helper, logs=store.logs, journal=journal, now_s=now_s)
         self._one_at_a_time = threading.Lock()
 
     def answer(self, tenant: str, data: bytes) -> Reply:
@@ -93,6 +96,8 @@ class Answerer:
         if study is None:
             raise IgnoredError(f"the request is for {tenant}, a study that is not configured")
         with self._one_at_a_time:
+            if named_cosign_request(data) is not None:
+                return Reply(*self._cosigner.answer(study, data))
             try:
                 return Reply(True, self._answer(study, data))
             except UnmaskRefusedError as error:

@@ -14,6 +14,7 @@ from aggregator.errors import DatabaseError
 from aggregator.helper.answer_ledger import LedgerError
 from aggregator.helper.assembly import HelperFiles, assemble, serving_https
 from aggregator.helper.cli_devices import device_app
+from aggregator.helper.cli_logs import log_app
 from aggregator.helper.cli_options import AsJson, Config, examples, opened
 from aggregator.helper.helper_store import HelperStore
 from fl_protocol.adapters.journal import JsonLines
@@ -47,6 +48,7 @@ Exit codes: 0 done, 1 other error or a ledger that was changed, 2 usage or confi
 
 app = make_app("covey-helper", _HELP)
 app.add_typer(device_app, name="device")
+app.add_typer(log_app, name="log")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a helper keeps, in one SQLite file: its keys, what it answered and refused, and the devices that it knows."""
+"""What a helper keeps, in one SQLite file: its keys, what it answered, refused and co-signed, and devices."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 from aggregator.errors import DatabaseError
 from aggregator.helper import schema
 from aggregator.helper.answer_ledger import AnswerLedger
+from aggregator.helper.cosigned_logs import CosignedLogs
 from aggregator.store.blobs import Blobs
 from aggregator.store.database import Database
 from fl_protocol.message_base import KemName
@@ -220,6 +221,7 @@ class HelperStore:
         self.database = database
         self.keys, self.devices = Keys(database), DeviceRegister(database)
         self.answers, self.refusals = AnswerLedger(database), RefusalLog(database, most_refusals)
+        self.logs = CosignedLogs(database)
 
     def close(self) -> None:
         """Close all connections."""

@@ -2,6 +2,7 @@
 
     POST /v1/unmask        body: a signed `UnmaskRequestMsg`; 200 with a signed `MaskSumMsg`, 409 with a signed
                            `UnmaskRefusalMsg`, 400 for what is ignored, 413 for what is too long, 503 for come again
+    POST /v1/cosign        the same with `CosignRequestMsg`, `CosignatureMsg` and `CosignRefusalMsg`
     GET  /v1/key/{tenant}  the signed `HelperKeyMsg`, 404 for a study that is not configured
     GET  /healthz          200 while there is a key that rounds may use
 
@@ -25,6 +26,7 @@ from aggregator.errors import AggregatorError, DatabaseError
 from aggregator.helper.answerer import Answerer
 from aggregator.helper.answering import IgnoredError, tenant_named_in
 from aggregator.helper.config import HttpsSection
+from aggregator.helper.cosigning import named_cosign_request
 from aggregator.helper.key_ring import KeyRing
 from fl_protocol.adapters.config_files import relative_to_config
 from fl_protocol.errors import ConfigError
@@ -37,7 +39,7 @@ _AT_ONCE = 4
 
 
 def make_api(answerer: Answerer, *, keys: KeyRing, tenants: Collection[str], now_s: Callable[[], float]) -> FastAPI:
-    """The three paths of the module docstring.
+    """The paths of the module docstring.
 
     Args:
         answerer: what answers.
@@ -50,18 +52,20 @@ def make_api(answerer: Answerer, *, keys: KeyRing, tenants: Collection[str], now
     room = threading.Semaphore(_AT_ONCE)
 
     @api.post("/v1/unmask")
-    async def unmask(request: Request) -> Response:
+    @api.post("/v1/cosign")
+    async def answer(request: Request) -> Response:
         if not room.acquire(blocking=False):
             return _told(503, "too many requests at once; come again")
         try:
             data = await _body(request)
-            return _told(413, "the request is too long") if data is None else await run_in_threadpool(_unmask, data)
+            return _told(413, "the request is too long") if data is None else await run_in_threadpool(_answer, data)
         finally:
             room.release()
 
-    def _unmask(data: bytes) -> Response:
+    def _answer(data: bytes) -> Response:
+        cosign = named_cosign_request(data)
         try:
-            reply = answerer.answer(tenant_named_in(data), data)
+            reply = answerer.answer(cosign.tenant if cosign is not None else tenant_named_in(data), data)
         except IgnoredError as error:
             return _told(400, str(error))
         except DatabaseError:

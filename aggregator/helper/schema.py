@@ -62,6 +62,18 @@ refusal_counts = Table(
     Column("reason", String(32), primary_key=True),
     Column("times", Integer, nullable=False),
 )
+# The newest checkpoint of a study's audit log that was co-signed; rows of logs that were given up stay.
+cosigned_logs = Table(
+    "cosigned_logs",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("tenant", String(64), nullable=False),
+    Column("size", Integer, nullable=False),
+    Column("root", LargeBinary(32), nullable=False),
+    Column("note", Text, nullable=False),
+    Column("cosigned_s", Float, nullable=False),
+    Column("given_up_s", Float),
+)
 devices = Table(
     "devices",
     metadata,

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from sqlalchemy import Connection, insert, select, update
 
+from aggregator.audit.log import AuditLog
 from aggregator.errors import BlobError
 from aggregator.store import schema
 from aggregator.store.blobs import Blobs
@@ -36,6 +37,7 @@ class AggregatorStore:
         self.database, self.blobs = database, blobs
         self.devices, self.tasks, self.leases = Devices(database), Tasks(database), Leases(database)
         self.rounds, self.updates, self.models = Rounds(database), Updates(database), Models(database, blobs)
+        self.audit = AuditLog(database)
 
     def discard(self, names: Iterable[str]) -> None:
         """Remove blobs that nothing names any more; what fails is left to the sweep."""

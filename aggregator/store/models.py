@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
+from aggregator.audit.entries import Detail
+from aggregator.audit.log import AuditEvent, append
 from aggregator.errors import DatabaseError, LostModelError
 from aggregator.store import schema
 from aggregator.store.blobs import Blobs
@@ -72,6 +74,15 @@ class ModelRecord(NamedTuple):
     delta_digest: bytes | None
 
 
+class ModelOrigin(NamedTuple):
+    """Where a version came from, without the rest."""
+
+    version: int
+    parent: int | None
+    origin: Origin
+    digest: bytes
+
+
 class PreparedModel(NamedTuple):
     """A version whose blobs are written and whose row is not."""
 
@@ -127,6 +138,21 @@ class Models:
         """Every version of a task, oldest first."""
         return self._records(task, schema.models.c.version >= 0)
 
+    def origins(self, task: str) -> list[ModelOrigin]:
+        """Where every version of a task came from, oldest first."""
+        table = schema.models.c
+        query = select(table.version, table.parent, table.origin, table.digest).where(table.task == task)
+        with self._database.reading() as connection:
+            return [ModelOrigin(*row) for row in connection.execute(query.order_by(table.version))]
+
+    def page(self, task: str, *, before: int | None = None, limit: int) -> list[ModelRecord]:
+        """Versions of a task, newest first; only those before one if given."""
+        version = schema.models.c.version
+        wanted = select(version).where(schema.models.c.task == task).order_by(version.desc()).limit(limit)
+        if before is not None:
+            wanted = wanted.where(version < before)
+        return self._records(task, version.in_(wanted))[::-1]
+
     def newest(self, task: str) -> int:
         """The newest version of a task. Raises DatabaseError also when there is none."""
         with self._database.reading() as connection:
@@ -157,13 +183,24 @@ class Models:
         """What takes the parent's parameters to this version's; empty for none."""
         return b"" if record.delta is None else self._blobs.get(record.delta)
 
-    def tag(self, task: str, tag: str, version: int) -> None:
-        """Put a tag on a version; each tag is on one version of a task at most. Raises DatabaseError if none."""
+    def tag(self, task: str, tag: str, version: int, *, now_s: float, actor: str = "aggregator") -> None:
+        """Put a tag on a version; each tag is on one version of a task at most. Raises DatabaseError if none.
+
+        Args:
+            task: name.
+            tag: such as released.
+            version: that gets it.
+            now_s: Unix seconds.
+            actor: as the audit log names them.
+        """
         self.record(task, version)
         table = schema.model_tags
         with self._database.transaction() as connection:
             connection.execute(delete(table).where(table.c.task == task, table.c.tag == tag))
             connection.execute(insert(table).values(task=task, tag=tag, version=version))
+            digest = self.digest(connection, task, version).hex()
+            detail: dict[str, Detail] = {"tag": tag, "version": version, "model": digest}
+            append(connection, AuditEvent(now_s, actor, "model.tagged", task, detail))
 
     def tagged(self, task: str, tag: str) -> int:
         """The version that has a tag. Raises DatabaseError also when none has."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -257,12 +257,24 @@ class Rounds:
         query = select(table.late).where(table.task == task, table.number == number)
         return int(connection.execute(query).scalar() or 0)
 
-    def history(self, task: str, *, last: int | None = None) -> list[RoundRecord]:
-        """What became of a task's rounds, oldest first; only the `last` ones if given."""
+    def page(self, task: str, *, before: int | None = None, limit: int) -> list[tuple[int, bool]]:
+        """Numbers of a task's rounds, newest first, and whether each is closed: nothing of it changes any more."""
+        table = schema.rounds.c
+        query = select(table.number, table.closed_s).where(table.task == task).order_by(table.number.desc())
+        query = query if before is None else query.where(table.number < before)
+        with self._database.reading() as connection:
+            return [(row.number, row.closed_s is not None) for row in connection.execute(query.limit(limit))]
+
+    def history(
+        self, task: str, *, last: int | None = None, numbers: Collection[int] | None = None
+    ) -> list[RoundRecord]:
+        """What became of a task's rounds, oldest first; only the `last` ones, or those with these numbers, if given."""
         table = schema.rounds
         query = (
             select(table, _arrived(table).label("arrived")).where(table.c.task == task).order_by(table.c.number.desc())
         )
+        if numbers is not None:
+            query = query.where(table.c.number.in_(list(numbers)))
         with self._database.reading() as connection:
             rows = connection.execute(query.limit(last) if last is not None else query).all()
         return [

@@ -166,3 +166,129 @@ refusals = Table(
     Column("reason", String(32), primary_key=True),
     Column("times", Integer, nullable=False),
 )
+# Who devices belong to, and how many each may have.
+owners = Table(
+    "owners",
+    metadata,
+    Column("owner", String(64), primary_key=True),
+    Column("quota", Integer, nullable=False),
+    Column("created_s", Float, nullable=False),
+)
+# Security: of a token only the digest of its secret is kept.
+enrolment_tokens = Table(
+    "enrolment_tokens",
+    metadata,
+    Column("digest", LargeBinary(32), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("task", String(64), nullable=False),
+    Column("created_s", Float, nullable=False),
+    Column("expires_s", Float, nullable=False),
+    Column("withdrawn_s", Float),
+    Column("used_s", Float),
+    Column("enrolment", String(64)),  # what it was used for
+)
+# A device that has joined a study: all its names, one after the other, under one renewal key.
+enrolments = Table(
+    "enrolments",
+    metadata,
+    Column("enrolment", String(64), primary_key=True),
+    Column("task", String(64), nullable=False),
+    Column("owner", String(64), nullable=False),
+    Column("renewal_key", LargeBinary(32), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("enrolled_s", Float, nullable=False),
+    Column("changed_s", Float, nullable=False),
+    Column("lasts_until_s", Float, nullable=False),
+    # The same request again gets the same answer.
+    Column("request_digest", LargeBinary(32), nullable=False),
+    Column("answer", LargeBinary, nullable=False),
+    Index("ix_enrolments_owner", "owner"),
+)
+enrolment_names = Table(
+    "enrolment_names",
+    metadata,
+    Column("device", String(64), primary_key=True),
+    Column("enrolment", String(64), nullable=False),
+    Column("serial", String(40), nullable=False),  # of its certificate, hexadecimal
+    Column("not_before_s", Float, nullable=False),
+    Column("not_after_s", Float, nullable=False),
+    Index("ix_enrolment_names_enrolment", "enrolment"),
+)
+# What a CRL lists until it has ended by itself.
+revoked_certificates = Table(
+    "revoked_certificates",
+    metadata,
+    Column("serial", String(40), primary_key=True),
+    Column("device", String(64), nullable=False),
+    Column("revoked_s", Float, nullable=False),
+    Column("not_before_s", Float, nullable=False),
+    Column("not_after_s", Float, nullable=False),
+    Column("enforced_s", Float),  # since when the broker lets it in no more
+)
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("account", String(64), primary_key=True),
+    Column("role", String(16), nullable=False),
+    Column("created_s", Float, nullable=False),
+    Column("disabled_s", Float),
+)
+# Security: of a token only an argon2id hash is kept.
+access_tokens = Table(
+    "access_tokens",
+    metadata,
+    Column("token", String(32), primary_key=True),  # its public part
+    Column("account", String(64), nullable=False),
+    Column("secret_hash", Text, nullable=False),
+    Column("scopes", Text, nullable=False),  # JSON
+    Column("note", Text, nullable=False),
+    Column("created_s", Float, nullable=False),
+    Column("expires_s", Float, nullable=False),
+    Column("revoked_s", Float),
+    Column("last_used_s", Float),
+    Column("last_address", String(64), nullable=False),
+    Index("ix_access_tokens_account", "account"),
+)
+# Append-only; `aggregator.audit` says what each digest covers.
+audit_entries = Table(
+    "audit_entries",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),  # from 0, without a gap
+    # Copies of what the entry says, to find it by; `audit verify` compares them.
+    Column("at_s", Float, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("entry", LargeBinary, nullable=False),  # canonical JSON
+    Column("leaf", LargeBinary(32), nullable=False),
+    Index("ix_audit_entries_actor", "actor", "number"),
+    Index("ix_audit_entries_action", "action", "number"),
+    Index("ix_audit_entries_subject", "subject", "number"),
+)
+# Hashes of perfect subtrees of the log, so that no proof reads more than a few hundred rows.
+audit_nodes = Table(
+    "audit_nodes",
+    metadata,
+    Column("level", Integer, primary_key=True, autoincrement=False),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("hash", LargeBinary(32), nullable=False),
+)
+audit_checkpoints = Table(
+    "audit_checkpoints",
+    metadata,
+    Column("size", Integer, primary_key=True, autoincrement=False),
+    Column("root", LargeBinary(32), nullable=False),
+    Column("signed_s", Float, nullable=False),
+    Column("note", Text, nullable=False),  # signed by the aggregator
+    Column("cosignatures", Text, nullable=False),  # JSON, by helper
+)
+# Who agreed that a version may be released.
+approvals = Table(
+    "approvals",
+    metadata,
+    Column("task", String(64), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("account", String(64), primary_key=True),
+    Column("approved_s", Float, nullable=False),
+)

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from sqlalchemy import Connection, Row, func, insert, select, update
 
+from aggregator.audit.log import AuditEvent, append
 from aggregator.errors import ConflictError, DatabaseError
 from aggregator.rounds import Phase, RoundState
 from aggregator.store import schema
@@ -167,11 +168,15 @@ class Tasks:
         if changed.rowcount != 1:
             raise ConflictError(f"task {name} is not where it was: another coordinator has moved it on")
 
-    def ask(self, task: str, name: OrderName, *, argument: str = "", now_s: float) -> int:
-        """Leave an order for the coordinator; its id."""
+    def ask(self, task: str, name: OrderName, *, argument: str = "", now_s: float, actor: str = "aggregator") -> int:
+        """Leave an order of somebody's for the coordinator; its id."""
         with self._database.transaction() as connection:
             row = {"task": task, "name": name, "argument": argument, "asked_s": now_s, "outcome": ""}
-            return int(connection.execute(insert(schema.orders).values(row).returning(schema.orders.c.id)).scalar_one())
+            order = int(
+                connection.execute(insert(schema.orders).values(row).returning(schema.orders.c.id)).scalar_one()
+            )
+            append(connection, AuditEvent(now_s, actor, f"order.{name}", task, {"order": order, "argument": argument}))
+            return order
 
     def pending_orders(self) -> list[Order]:
         """Orders that were not carried out, oldest first."""

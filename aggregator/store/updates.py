@@ -85,6 +85,14 @@ _ACCEPTED = select(
 )
 
 _TASKS = select(schema.tasks.c.task)
+_REVOKED = (  # from the few that were revoked to their updates, by the index
+    select(_TABLE.device)
+    .select_from(
+        schema.revoked_certificates.join(schema.updates, schema.revoked_certificates.c.device == _TABLE.device)
+    )
+    .where(_TABLE.task == bindparam("task"), _TABLE.counted_in == bindparam("counted_in"))
+    .order_by(_TABLE.device)
+)
 
 
 def _devices_of(number: Column[int]) -> Select[Any]:
@@ -166,6 +174,17 @@ class Updates:
     def counted(self, connection: Connection, task: str, counted_in: int) -> int:
         """As `arrived`; part of a transaction."""
         return int(connection.execute(_COUNTED, {"task": task, "counted_in": counted_in}).scalar_one())
+
+    def counted_ids(self, connection: Connection, task: str, counted_in: int) -> list[bytes]:
+        """Ids of the updates that count in a round; part of a transaction."""
+        table = schema.updates.c
+        query = select(table.update_id).where(table.task == task, table.counted_in == counted_in)
+        return [bytes(one) for one in connection.execute(query).scalars()]
+
+    def revoked(self, task: str, counted_in: int) -> list[str]:
+        """Devices with an update that counts in a round, and that were revoked since."""
+        with self._database.reading() as connection:
+            return list(connection.execute(_REVOKED, {"task": task, "counted_in": counted_in}).scalars())
 
     def kept(self, task: str, counted_in: int) -> list[KeptUpdate]:
         """Where the single updates of a round are, in the order of their ids."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from device_client.errors import StoreError
 from device_client.pseudonyms import Pseudonym
 from fl_protocol.adapters.mqtt import TlsFiles
+from fl_protocol.joining import Claim
 
 _Place = Callable[[ExitStack, str, bytes], Path]
 
@@ -33,12 +34,27 @@ def tls_files(pseudonym: Pseudonym) -> Iterator[TlsFiles]:
         StoreError: there is no place for them.
     """
     contents = {"ca": pseudonym.ca, "certificate": pseudonym.certificate, "key": pseudonym.tls_key}
+    with _placed(contents, pseudonym.id) as files:
+        yield files
+
+
+@contextmanager
+def claim_tls_files(claim: Claim) -> Iterator[TlsFiles]:
+    """The same for the identity that everybody asks to join under. Raises StoreError."""
+    contents = {"ca": claim.ca.encode(), "certificate": claim.certificate.encode(), "key": claim.key.encode()}
+    with _placed(contents, "the claim") as files:
+        yield files
+
+
+@contextmanager
+def _placed(contents: dict[str, bytes], whose: str) -> Iterator[TlsFiles]:
+    """PEM as files that are gone afterwards. Raises StoreError."""
     with ExitStack() as stack:
         try:
             place = _in_memory if _memory_files_work() else _in_folder(stack)
             paths = {name: place(stack, name, data) for name, data in contents.items()}
         except OSError as error:
-            raise StoreError(f"the TLS key of {pseudonym.id} cannot be handed to ssl ({error.strerror})") from error
+            raise StoreError(f"the TLS key of {whose} cannot be handed to ssl ({error.strerror})") from error
         yield TlsFiles(**paths)
 
 

@@ -12,6 +12,8 @@ from cryptography.x509.oid import NameOID
 
 from device_client.checks.findings import Result, ok, problem, warning
 from device_client.errors import DeviceError
+from device_client.joining.records import RENEWED_PERIODS, JoiningState
+from device_client.joining.words import refusal_words
 from device_client.pseudonyms import NoPseudonym, Pseudonyms, date_text
 from fl_protocol.client_certificates import key_info
 
@@ -19,14 +21,43 @@ WARN_BEFORE_S = 14 * 86_400.0
 _Parsed = TypeVar("_Parsed")
 
 
-def check_pseudonyms(names: Pseudonyms, *, now_s: float) -> Result:
-    """Whether there is a name to go by, and for how long."""
+def check_enrolment(state: JoiningState, names: Pseudonyms, *, now_s: float) -> Result:
+    """Whether a study that was joined by enrolment renews its names.
+
+    Args:
+        state: of the enrolment.
+        names: of the study.
+        now_s: Unix seconds.
+    """
+    if state.refusal is not None:
+        return problem(refusal_words(state.study, state.refusal))
+    member, last_s = state.membership, names.lasts_until_s()
+    if member is None:
+        return warning("the request to join was not answered yet", "run covey-device enroll again; it goes on")
+    row = names.installed()
+    period_s = row[-1].period.ends_s - row[-1].period.begins_s if row else 0
+    due_s = (last_s or 0.0) - RENEWED_PERIODS * period_s
+    until = f"enrolled as {member.enrolment}, names until {date_text(last_s or 0.0)}"
+    if now_s < due_s:
+        return ok(f"{until}; the daemon renews them from {date_text(due_s)} on")
+    advice = "let covey-device run where it reaches the study's broker, or where it joined"
+    return warning(f"{until}; renewal has been due since {date_text(due_s)}", advice)
+
+
+def check_pseudonyms(names: Pseudonyms, *, now_s: float, are_renewed: bool = False) -> Result:
+    """Whether there is a name to go by, and for how long.
+
+    Args:
+        names: of the study.
+        now_s: Unix seconds.
+        are_renewed: whether the daemon asks for further ones by itself.
+    """
     current, last_s = names.current(now_s), names.lasts_until_s()
     if isinstance(current, NoPseudonym):
         return problem(current.words)
     later = sum(one.period.begins_s > now_s for one in names.installed())
     text = f"goes by {current.id} until {date_text(current.period.ends_s)}, and has {later} more names"
-    if last_s is not None and last_s - now_s < WARN_BEFORE_S and not names.waiting:
+    if last_s is not None and last_s - now_s < WARN_BEFORE_S and not names.waiting and not are_renewed:
         return warning(
             f"{text}, the last until {date_text(last_s)}",
             "make a request with covey-device pseudonyms request and hand it to the study's operator",

@@ -9,11 +9,13 @@ from device_client.adapters.certificate_files import tls_files
 from device_client.checks.broker import Way, check_broker
 from device_client.checks.examined import Examined, not_looked_at
 from device_client.checks.findings import Check, Result, ok, problem
-from device_client.checks.identity import Papers, check_certificate, check_pseudonyms
+from device_client.checks.identity import Papers, check_certificate, check_enrolment, check_pseudonyms
 from device_client.checks.wearer import check_consent
 from device_client.config import StudyConfig
 from device_client.consent import Consents, terms_digest, terms_of
 from device_client.device_store import load_identity
+from device_client.joining.joiner import kept_state
+from device_client.joining.records import JoiningState
 from device_client.ports import Transport
 from device_client.pseudonyms import Pseudonym, Pseudonyms
 from fl_protocol.adapters.config_files import read_file, relative_to_config
@@ -34,6 +36,8 @@ class StudyChecks:
         yield Check("consent", self._consent, name)
         if self._study.id is None:
             yield Check("pseudonyms", self._pseudonyms, name)
+            if self._enrolment() is not None:
+                yield Check("enrolment", self._enrolled, name)
         else:
             yield Check("identity", self._identity, name)
         yield Check("certificate", self._certificate, name)
@@ -59,7 +63,22 @@ class StudyChecks:
             names = self._names()
         except CoveyError as error:
             return not_looked_at(error)
-        return check_pseudonyms(names, now_s=self._device.now_s)
+        state = self._enrolment()
+        are_renewed = state is not None and state.membership is not None
+        return check_pseudonyms(names, now_s=self._device.now_s, are_renewed=are_renewed)
+
+    def _enrolment(self) -> JoiningState | None:
+        """What is kept of the enrolment; None where there is none, or where it may not be looked at."""
+        try:
+            return kept_state(self._device.store, self._study.study)
+        except CoveyError:  # reported by the pseudonyms' check
+            return None
+
+    def _enrolled(self) -> Result:
+        state = self._enrolment()
+        if state is None:
+            return problem("the enrolment cannot be read any more")
+        return check_enrolment(state, self._names(), now_s=self._device.now_s)
 
     def _identity(self) -> Result:
         try:

@@ -438,23 +438,29 @@ def test_the_copy_passes_while_nothing_is_broken(check: Callable[[Callable[[], O
             [
                 ("if first is not None:", "if False:"),
                 (
-                    "            rows = [",
-                    "            connection.execute(schema.devices.delete())\n            rows = [",
+                    "    rows = [{",
+                    "    connection.execute(schema.devices.delete())\n    rows = [{",
                 ),
             ],
             id="takes an id that exists",
         ),
         pytest.param(
             "all or nothing",
-            [("            deliver(answer)\n", ""), ("        whole = ", "        deliver(answer)\n        whole = ")],
+            [
+                ("            deliver(certified.answer)\n", ""),
+                (
+                    "        return certified.admission",
+                    "        deliver(certified.answer)\n        return certified.admission",
+                ),
+            ],
             id="registers before the answer is kept",
         ),
         pytest.param(
             "dates",
             [
                 (
-                    "periods = periods_from(now_s, period_days=self.period_days, count=len(candidates))",
-                    "periods = [Period(int(now_s), int(now_s) + 2592000)] * len(candidates)",
+                    "periods = periods_from(first_s, period_days=self.period_days, count=len(candidates))",
+                    "periods = [Period(int(first_s), int(first_s) + 2592000)] * len(candidates)",
                 )
             ],
             id="dates of one's own",

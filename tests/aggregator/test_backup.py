@@ -15,6 +15,7 @@ from sqlalchemy import func, insert, select, update
 
 from aggregator import restore as restoring
 from aggregator.adapters.local_blobs import LocalBlobs
+from aggregator.audit.log import AuditLog
 from aggregator.backup import backup
 from aggregator.backup_file import ERASED, TABLES, decode_row, encode_row
 from aggregator.errors import BlobError, DatabaseError
@@ -107,7 +108,11 @@ def test_what_was_backed_up_comes_back_into_either_database(
     # What was restored can be backed up and restored again.
     assert {blob.name for blob in there.stored()} == named_blobs(empty)
     again = backup(empty, there, tmp_path / "again.backup", now_s=LATER_S)
-    assert (again.rows, again.blobs) == (done.rows, done.blobs)
+    assert (again.rows, again.blobs) == (done.rows + 1, done.blobs)
+    # One more: the audit log says that it was.
+    (entry,) = AuditLog(empty).page()
+    assert (entry.action, entry.actor, entry.at_s) == ("database.restored", "aggregator", LATER_S)
+    assert entry.detail == {"backup_s": NOW_S, "rows": done.rows}
 
 
 def test_nothing_of_an_open_round_is_in_a_backup(full: Database, blobs: Blobs, tmp_path: Path) -> None:

@@ -183,6 +183,7 @@ class Waiting:
             self.store,
             "watch",
             "pause",
+            actor="local:anna",
             now_s=lambda: self.now_s,
             monotonic_s=lambda: self.slept_s,
             sleep=self.sleep,

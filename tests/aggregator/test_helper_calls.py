@@ -55,6 +55,9 @@ class Link:
     def ask(self, request: bytes) -> None:
         self.asked.append(request)
 
+    def cosign(self, request: bytes) -> None:
+        self.asked.append(request)
+
     def poll(self) -> list[bytes]:
         found, self.brings = self.brings, []
         return found

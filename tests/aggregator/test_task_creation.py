@@ -102,7 +102,7 @@ def test_a_task_can_begin_where_another_one_is(tmp_path: Path, where: str, expec
     study = plain_study(tmp_path)
     study.plain_round([0.5] * 3)
     study.plain_round([0.25] * 3)
-    study.store.models.tag(TASK, "released", 1)
+    study.store.models.tag(TASK, "released", 1, now_s=1.0)
     bundle = pack_small_bundle(np.zeros(40, np.float32))
     create_task(study.store, write(tmp_path, new(start_from=where), bundle), now_s=5.0)
     np.testing.assert_array_equal(study.params(0, task="new"), np.full(40, expected, np.float32))

@@ -422,7 +422,7 @@ def test_old_versions_are_pruned_but_for_tagged_ones_and_the_first(tmp_path: Pat
         study.settle(seconds=0.3)
         assert study.state.version == version
         if version == 2:
-            study.store.models.tag(TASK, "released", 2)
+            study.store.models.tag(TASK, "released", 2, now_s=1.0)
     kept = [one.version for one in study.store.models.records(TASK) if one.params is not None]
     newest = KEEP_VERSIONS + 5
     assert kept == [0, 2, *range(newest - KEEP_VERSIONS + 1, newest + 1)]

@@ -177,7 +177,7 @@ def test_the_example_names_every_section_and_key() -> None:
     for section in msgspec.structs.fields(DeviceConfig):
         heading = "[[study]]" if section.encode_name == "study" else f"[{section.encode_name}]"
         assert f"\n{heading}\n" in text
-        kind = section.type if section.encode_name != "study" else section.type.__args__[0].__args__[0]
+        kind = section.type if section.encode_name != "study" else section.type.__args__[0]
         part = text.split(f"\n{heading}\n")[1].split("\n[")[0]
         for key in msgspec.structs.fields(kind):
             assert re.search(rf"^#?{key.encode_name} = ", part, re.M), f"{heading} {key.encode_name}"

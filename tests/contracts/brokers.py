@@ -29,14 +29,14 @@ WITHIN_S = 20.0
 E = TypeVar("E", Connected, Disconnected, Received)
 
 
-def await_event(transport: Transport, kind: type[E]) -> E:
+def await_event(transport: Transport, kind: type[E], *, within_s: float = WITHIN_S) -> E:
     """The next event of this kind; others on the way are passed over."""
-    ends_s = time.monotonic() + WITHIN_S
+    ends_s = time.monotonic() + within_s
     while time.monotonic() < ends_s:
         event = transport.poll(0.1)
         if isinstance(event, kind):
             return event
-    raise AssertionError(f"no {kind.__name__} within {WITHIN_S} s")
+    raise AssertionError(f"no {kind.__name__} within {within_s} s")
 
 
 def free_port() -> int:

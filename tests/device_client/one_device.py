@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +22,13 @@ from device_client.device_store import create_identity
 from device_client.ports import Board, Graph, Transport
 from device_client.study_runner import StudyRunner
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
-from firmware_sim.virtual_device import SteadyBoard, VirtualClock, VirtualHardware, virtual_device
+from firmware_sim.virtual_device import SteadyBoard, VirtualClock, VirtualHardware, no_desk, virtual_device
 from firmware_sim.virtual_flash import VirtualFlash
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.chunking import split
+from fl_protocol.joining import Claim
 from fl_protocol.messages import ChunkMsg, ReceiptMsg, RoundManifestMsg, UpdateEnvelopeMsg, UpdateHeaderMsg, decode
 from fl_protocol.signing import sign
 from fl_protocol.topics import down_topic, model_topic, parse_upload_topic, round_topic
@@ -156,6 +158,7 @@ class OneDevice:
     bundle: ModelBundle = BUNDLE
     graph: Graph = field(default_factory=real_graph)
     kind: type[Device] = Device
+    desk: Callable[[Claim, str], Transport] = no_desk
 
     def __post_init__(self) -> None:
         self.clock = VirtualClock(START_S)
@@ -206,6 +209,7 @@ class OneDevice:
             connect=self.connect,
             journal=self.journal,
             bell=self.bell,
+            desk=self.desk,
         )
 
     def connect(self, wanted: Connection) -> Transport:

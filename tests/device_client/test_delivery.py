@@ -37,7 +37,9 @@ from tests.device_client.delivery_line import (
 from tests.device_client.ports import TENANT
 from tests.device_client.session_driver import receipt_for, seeded, some_update
 
-FINAL = sorted(set(RefusalReason) - RETRYABLE - {RefusalReason.TRUNCATED, RefusalReason.THROTTLED})
+FINAL = sorted(
+    set(RefusalReason) - RETRYABLE - {RefusalReason.TRUNCATED, RefusalReason.THROTTLED, RefusalReason.QUARANTINED}
+)
 
 
 def test_every_resend_carries_the_same_bytes_until_the_receipt() -> None:

@@ -244,15 +244,18 @@ def test_the_reasons_are_divided_as_the_protocol_page_says() -> None:
     assert sorted(reason.value for reason in RETRYABLE) == ["bad_signature", "malformed", "oversized", "unsealable"]
 
 
+@pytest.mark.parametrize("reason", [RefusalReason.THROTTLED, RefusalReason.QUARANTINED])
 @given(size=st.sampled_from([400, 1900, 30_000]), at_s=st.floats(0, 100))
 @settings(max_examples=30)
-def test_a_throttled_device_sends_nothing_for_minutes_and_then_goes_on(size: int, at_s: float) -> None:
+def test_a_device_that_is_told_to_wait_sends_nothing_for_minutes_and_then_goes_on(
+    size: int, at_s: float, reason: RefusalReason
+) -> None:
     update = pending(size=size)
     line = Line(new=update, seconds_a_message=0.3)
     line.until(at_s)
-    (note,) = line.subject.nack(nack(update, RefusalReason.THROTTLED, detail="9 transfers"), line.now_s)
+    (note,) = line.subject.nack(nack(update, reason, detail="9 transfers"), line.now_s)
     assert isinstance(note, Note)
-    assert (note.event, note.fields["detail"]) == ("update_throttled", "9 transfers")
+    assert (note.event, note.fields["detail"]) == (f"update_{reason.value}", "9 transfers")
     throttled_s = line.now_s
     assert published(line.until(throttled_s + THROTTLED_S / 2 - 0.001)) == []
     # Neither a new connection nor a chunk that is asked for has it send earlier.

@@ -349,7 +349,7 @@ def test_nothing_is_erased_without_a_yes(desk: Desk, answer: str) -> None:
 
 def test_pseudonyms_are_asked_for_and_listed(desk: Desk) -> None:
     desk.edit('id = "watch-7"\n', "")
-    assert desk.run("init")[1] == "the store is ready; next: covey-device pseudonyms request\n"
+    assert desk.run("init")[1] == "the store is ready; next: covey-device enroll, or covey-device pseudonyms request\n"
     request = desk.folder / "request.json"
     code, out, _ = desk.run("pseudonyms", "request", "--out", str(request), "--count", "3")
     assert code == 0
@@ -388,7 +388,7 @@ def test_help_tells_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
     whole = capsys.readouterr().out
     assert "exit codes: 0 done, 1 other error, 2 usage or configuration, 3 store or ledger, 4 model bundle" in whole
     commands = re.findall(r"^    (\w+)", whole, re.M)
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

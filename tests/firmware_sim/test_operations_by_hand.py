@@ -224,7 +224,7 @@ def test_the_pages_certificates_and_acl_let_aggregator_and_worker_in(tmp_path: P
     for name in ("aggregator", "worker-1"):
         desk.type("a", [word.replace("aggregator", name) if word == "aggregator" else word for word in client])
     account = pwd.getpwuid(os.geteuid()).pw_name
-    broker = command("covey-aggregator broker")
+    broker = command("covey-aggregator broker config")
     desk.type("a", [*broker, "--worker", "worker-1", "--user", account])
     try:
         program = find_mosquitto()

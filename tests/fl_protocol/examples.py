@@ -11,6 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fl_protocol import messages
 from fl_protocol.errors import RefusalReason
+from fl_protocol.helper_config import HelperPin
+from fl_protocol.joining import Address, EnrolmentAnswerMsg, EnrolmentRequestMsg, StudyPins
+from fl_protocol.log_messages import CosignatureMsg, CosignRefusal, CosignRefusalMsg, CosignRequestMsg
 from fl_protocol.message_base import Msg
 from fl_protocol.messages import (
     ChunkMsg,
@@ -202,6 +205,37 @@ UNMASK_REFUSAL = UnmaskRefusalMsg(
     reason=UnmaskRefusal.TOO_FEW,
     detail="expected at least 5 updates, got 2",
 )
+PINS = StudyPins(
+    publisher_key=SEALED_DIGEST,
+    helpers=(
+        HelperPin(name="helper-a", operator="patients", key=AGGREGATOR_KEY.public_key().public_bytes_raw().hex()),
+    ),
+    broker=Address("broker.example", 8883),
+)
+ENROLMENT_REQUEST = EnrolmentRequestMsg(
+    tenant=TENANT,
+    task=TASK,
+    client="c" + "0" * 32,
+    token=UPDATE_ID,
+    enrolment=None,
+    renewal_key=DEVICE_KEY.public_key().public_bytes_raw(),
+    answer_to=RecipientKeyMsg(kem="x25519", public_key=SEALED_DIGEST),
+    names=b"{}",
+)
+
+
+COSIGN_REQUEST = CosignRequestMsg(
+    tenant=TENANT, helper="helper-a", note=b"a checkpoint", start=5, proof=(MODEL_DIGEST, SEALED_DIGEST)
+)
+COSIGNATURE = CosignatureMsg(tenant=TENANT, helper="helper-a", size=20, root=MODEL_DIGEST, cosignature=bytes(range(72)))
+COSIGN_REFUSAL = CosignRefusalMsg(
+    tenant=TENANT,
+    helper="helper-a",
+    request_digest=SEALED_DIGEST,
+    last_size=30,
+    reason=CosignRefusal.SMALLER,
+    detail="the log has 20 entries, and had 30",
+)
 EXAMPLES: tuple[Msg, ...] = (
     PLAN,
     EVALUATION_PLAN,
@@ -247,8 +281,17 @@ EXAMPLES: tuple[Msg, ...] = (
     UNMASK_REQUEST,
     MASK_SUM,
     UNMASK_REFUSAL,
+    COSIGN_REQUEST,
+    COSIGNATURE,
+    COSIGN_REFUSAL,
     PresenceMsg(state="online", software="covey 0.1.0"),
     SignedMsg(payload=messages.encode(RECEIPT), signature=bytes(range(64))),
+    PINS,
+    ENROLMENT_REQUEST,
+    EnrolmentAnswerMsg(
+        request_digest=SEALED_DIGEST, outcome="enrolled", enrolment="e" + "0" * 32, names=b"{}", pins=PINS
+    ),
+    EnrolmentAnswerMsg(request_digest=SEALED_DIGEST, outcome="busy", detail="later", retry_after_s=30.0),
 )
 
 

@@ -6,6 +6,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fl_protocol.errors import LocalMisuseError, ProtocolError
+from fl_protocol.log_messages import CosignatureMsg, CosignRefusalMsg, CosignRequestMsg
 from fl_protocol.messages import ChunkMsg, NackMsg, ReceiptMsg, RoundManifestMsg, SignedMsg, decode, encode
 from fl_protocol.secagg.messages import HelperKeyMsg, MaskSumMsg, UnmaskRefusalMsg, UnmaskRequestMsg
 from fl_protocol.signing import (
@@ -20,6 +21,9 @@ from fl_protocol.signing import (
 from tests.fl_protocol.examples import (
     AGGREGATOR_KEY,
     CHUNK,
+    COSIGN_REFUSAL,
+    COSIGN_REQUEST,
+    COSIGNATURE,
     DEVICE_KEY,
     HEADER,
     MASK_SUM,
@@ -41,6 +45,9 @@ SIGNED: dict[type, Signable] = {
     HelperKeyMsg: helper_key("helper-a"),
     MaskSumMsg: MASK_SUM,
     UnmaskRefusalMsg: UNMASK_REFUSAL,
+    CosignRequestMsg: COSIGN_REQUEST,
+    CosignatureMsg: COSIGNATURE,
+    CosignRefusalMsg: COSIGN_REFUSAL,
 }
 ED25519_ORDER = 2**252 + 27742317777372353535851937790883648493
 """L of RFC 8032, section 5.1."""

@@ -67,6 +67,7 @@ port = PORT
 """.replace("KEY", public_key_hex(AGGREGATOR_KEY.public_key()))
 COMMANDS = (
     "init", "run", "status", "audit", "device", "device import", "device add", "device remove", "device list",
+    "log", "log list", "log checkpoint", "log begin-anew",
 )  # fmt: skip
 
 
@@ -136,7 +137,9 @@ def test_help_shows_examples_with_options_that_there_are_and_exit_codes(office: 
     )
     for command in COMMANDS:
         text = office.says(*command.split(), "--help")
-        assert command == "device" or re.search(rf"covey-helper {command} .*--config helper\.toml", text), command
+        assert command in {"device", "log"} or re.search(rf"covey-helper {command} .*--config helper\.toml", text), (
+            command
+        )
         described = text.split("Options", 1)[1].split("Example", 1)[0]
         for option in re.findall(r"--[\w-]+", "".join(re.findall(r"covey-helper .*", text))):
             assert command == "device" or option in described, (command, option)

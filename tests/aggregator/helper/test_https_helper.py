@@ -26,6 +26,7 @@ from aggregator.helper.https_api import make_api, serve_https
 from aggregator.helper_calls import HelperCalls, RoundAsked
 from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.limits import MAX_TRANSFER_BYTES
+from fl_protocol.log_messages import CosignatureMsg, CosignRefusal, CosignRefusalMsg
 from fl_protocol.secagg.messages import HelperKeyMsg, MaskSumMsg, UnmaskRefusalMsg, UnmaskRequestMsg
 from fl_protocol.secagg.terms import HelperIdentity, manifest_digest, secure_round
 from fl_protocol.signing import public_key_hex, verify
@@ -41,6 +42,7 @@ from tests.aggregator.helper.helper_desk import (
     read_reply,
     request_for,
 )
+from tests.aggregator.helper.test_cosigning import request as cosign_request
 from tests.contracts.brokers import WITHIN_S, free_port
 from tests.enrolments import broken_copy
 from tests.fl_protocol.examples import AGGREGATOR_KEY
@@ -147,6 +149,21 @@ def test_a_coordinator_asks_over_https(site: Site) -> None:
     answers = calls.answers(manifest.task)
     assert answers is not None
     assert answers[0].count == 4
+
+
+def test_a_checkpoint_is_co_signed_over_https(site: Site) -> None:
+    reply = site.client().cosign(cosign_request(7))
+    assert reply.is_answer
+    assert verify(reply.data, CosignatureMsg, IDENTITY.public_key()).size == 7
+    refused = site.client().cosign(cosign_request(5))
+    assert not refused.is_answer
+    assert verify(refused.data, CosignRefusalMsg, IDENTITY.public_key()).reason is CosignRefusal.SMALLER
+    link = HttpsLink(site.client(), TENANT)
+    link.cosign(cosign_request(9, 7))
+    link.step()
+    key, answer = link.poll()
+    assert verify(answer, CosignatureMsg, IDENTITY.public_key()).size == 9
+    assert verify(key, HelperKeyMsg, IDENTITY.public_key()).helper == HELPER
 
 
 def aggregator_toml(folder: Path, certificates: Path, port: int, **changes: str) -> Path:

@@ -1,0 +1,117 @@
+"""Throwing a device out, and taking it back: the state of its enrolment, and what follows from it in the database.
+
+A quarantined device stays connected and is refused; it can be restored. A revoked one is out for good: its certificates
+go on the list that the broker looks at, and it joins again, if ever, with another token and under other keys. Every
+function is part of the caller's transaction; what the broker has to be told is `aggregator.enrolment.enforcement`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from sqlalchemy import Connection, insert, select, update
+
+from aggregator.audit.log import AuditEvent, append
+from aggregator.enrolment.register import EnrolmentRecord, State, find_enrolment, names_of
+from aggregator.errors import AggregatorError
+from aggregator.store import schema
+
+_REVOKED = schema.revoked_certificates
+_ACTIONS: dict[State, str] = {
+    "active": "device.restored",
+    "quarantined": "device.quarantined",
+    "revoked": "device.revoked",
+}
+
+
+class RevokedCertificate(NamedTuple):
+    """A certificate that is not to be accepted; times in Unix seconds."""
+
+    serial: str
+    device: str
+    revoked_s: float
+    not_before_s: float
+    not_after_s: float
+
+
+def enrolment_of(connection: Connection, name: str, *, lock: bool) -> EnrolmentRecord:
+    """An enrolment by its own name, or by any of its pseudonyms.
+
+    Raises:
+        AggregatorError: there is none.
+    """
+    names = schema.enrolment_names.c
+    owner = connection.execute(select(names.enrolment).where(names.device == name)).scalar()
+    found = find_enrolment(connection, owner or name, lock=lock)
+    if found is None:
+        raise AggregatorError(
+            f"{name} is no enrolled device; see covey-aggregator device list, and device remove for one that was "
+            "registered by hand"
+        )
+    return found
+
+
+def change_state(
+    connection: Connection, name: str, state: State, *, reason: str, actor: str, now_s: float
+) -> EnrolmentRecord:
+    """Put an enrolment into another state.
+
+    Args:
+        connection: with the transaction.
+        name: of the enrolment, or of one of its pseudonyms.
+        state: the new one.
+        reason: for the operator and the device.
+        actor: who does it, for the log.
+        now_s: Unix seconds.
+
+    Returns:
+        The enrolment as it was.
+
+    Raises:
+        AggregatorError: there is none, it is in that state already, or it was revoked.
+    """
+    before = enrolment_of(connection, name, lock=True)
+    if before.state == "revoked":
+        raise AggregatorError(
+            f"{before.enrolment} was revoked ({before.reason or 'no reason was given'}), which is for good; the device "
+            "can join again with a new token"
+        )
+    if before.state == state:
+        raise AggregatorError(f"{before.enrolment} is {state} already ({before.reason or 'no reason was given'})")
+    table = schema.enrolments
+    changes = {"state": state, "reason": reason, "changed_s": now_s}
+    connection.execute(update(table).where(table.c.enrolment == before.enrolment).values(changes))
+    if state == "revoked":
+        _list_certificates(connection, before.enrolment, now_s)
+    detail = {"owner": before.owner, "task": before.task, "before": before.state, "reason": reason}
+    append(connection, AuditEvent(now_s, actor, _ACTIONS[state], before.enrolment, detail))
+    return before
+
+
+def revoked_certificates(connection: Connection, *, now_s: float) -> list[RevokedCertificate]:
+    """What a CRL lists: those whose own time is not over, in the order of their serial numbers."""
+    columns = [_REVOKED.c[name] for name in RevokedCertificate._fields]
+    query = select(*columns).where(_REVOKED.c.not_after_s >= now_s).order_by(_REVOKED.c.serial)
+    return [RevokedCertificate(*row) for row in connection.execute(query)]
+
+
+def not_enforced(connection: Connection) -> list[RevokedCertificate]:
+    """Those that the broker was not told of yet."""
+    columns = [_REVOKED.c[name] for name in RevokedCertificate._fields]
+    query = select(*columns).where(_REVOKED.c.enforced_s.is_(None)).order_by(_REVOKED.c.revoked_s, _REVOKED.c.serial)
+    return [RevokedCertificate(*row) for row in connection.execute(query)]
+
+
+def note_enforced(connection: Connection, serials: Iterable[str], *, now_s: float) -> None:
+    """Note since when the broker lets them in no more."""
+    connection.execute(update(_REVOKED).where(_REVOKED.c.serial.in_(list(serials))).values(enforced_s=now_s))
+
+
+def _list_certificates(connection: Connection, enrolment: str, now_s: float) -> None:
+    """Have the certificates of all names, of those to come too, refused."""
+    rows = [
+        {**one._asdict(), "revoked_s": now_s} for one in names_of(connection, enrolment) if one.not_after_s >= now_s
+    ]
+    if rows:
+        connection.execute(insert(_REVOKED), rows)

@@ -1,0 +1,264 @@
+"""An operator's folder with two real mosquittos and the desk's process, set up by commands; and devices."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from device_client.adapters.certificate_files import tls_files
+from device_client.pseudonyms import Pseudonym, Pseudonyms
+from firmware_sim.mosquitto_broker import MosquittoBroker, free_port
+from fl_protocol.adapters.mqtt import MqttTransport, TlsFiles
+from fl_protocol.joining import (
+    Claim,
+    EnrolmentAnswerMsg,
+    EnrolmentRequestMsg,
+    decode_claim,
+    opened_answer,
+    parse_token,
+    sealed_request,
+    signed_request,
+)
+from fl_protocol.sealing import RoundKey
+from fl_protocol.signing import public_key_from_hex
+from fl_protocol.topics import enrolment_topic
+from fl_protocol.transport import Connected, Received
+from tests.aggregator.operator_desk import BUNDLES, ROOT, TRAINING
+from tests.contracts.brokers import WITHIN_S, await_event
+from tests.device_client.ports import MemoryStore
+
+HOST, TENANT, TASK = "127.0.0.1", "clinic", "watch"
+CONFIG = """
+[aggregator]
+tenant = "clinic"
+database = "aggregator.db"
+signing_key = "keys/aggregator-signing.key"
+
+[broker]
+host = "127.0.0.1"
+port = {port}
+ca = "keys/ca.pem"
+certificate = "keys/aggregator.pem"
+key = "keys/aggregator.key"
+
+[enrolment]
+ca = "ca"
+key = "keys/desk.key"
+crl = "broker/crl.pem"
+reload = ["sh", "-c", "kill -HUP $(cat broker.pid)"]
+
+[enrolment.broker]
+host = "127.0.0.1"
+port = {claims}
+ca = "keys/ca.pem"
+certificate = "keys/enrolment.pem"
+key = "keys/enrolment.key"
+"""
+
+
+@dataclass
+class Clinic:
+    """An operator's folder, two brokers, and the desk's process."""
+
+    folder: Path
+    port: int
+    claims_port: int
+    clients: list[MqttTransport] = field(default_factory=list)
+
+    def command(self, *arguments: str, code: int = 0) -> str:
+        """What a command of the aggregator's says."""
+        done = subprocess.run(
+            [sys.executable, "-m", "aggregator.cli", *arguments],
+            cwd=self.folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def set_up(self) -> None:
+        """As docs/operations.md has it."""
+        (self.folder / "model.covey").write_bytes((BUNDLES / "watch_features.covey").read_bytes())
+        (self.folder / "watch.toml").write_text(TRAINING)
+        (self.folder / "aggregator.toml").write_text(CONFIG.format(port=self.port, claims=self.claims_port))
+        at = ("--config", "aggregator.toml")
+        self.command("ca", "init", "--ca", "ca")
+        self.command("ca", "server", "--ca", "ca", "--host", HOST, "--out", "broker")
+        for name in ("aggregator", "enrolment"):
+            self.command("ca", "client", "--ca", "ca", "--name", name, "--out", "keys")
+        self.command("init", *at)
+        self.command("task", "create", "watch.toml", *at)
+        self.command("enrolment", "init", *at)
+        self.command("enrolment", "claim", TASK, "--out", "claim.json", *at)
+        (self.folder / "claimant").mkdir()
+        for name, text in (("ca", self.claim.ca), ("certificate", self.claim.certificate), ("key", self.claim.key)):
+            (self.folder / "claimant" / name).write_text(text)
+        user = ("--listen", HOST, "--user", getpass.getuser())
+        self.command("broker", "config", "--ca", "ca", "--out", "broker", *user, *at)
+
+    @property
+    def claim(self) -> Claim:
+        return decode_claim((self.folder / "claim.json").read_bytes())
+
+    def token(self) -> bytes:
+        """A new token's secret."""
+        (secret,) = self.tokens(1)
+        return secret
+
+    def tokens(self, count: int) -> list[bytes]:
+        """New tokens' secrets."""
+        given = ("--owner", "ward-3", "--quota", "100000", "--claim", "claim.json", "--config", "aggregator.toml")
+        text = self.command("enroll-token", "create", TASK, "--count", str(count), *given)
+        tokens = [parse_token(line) for line in text.splitlines()]
+        assert {token.fingerprint for token in tokens} == {self.claim.fingerprint}
+        return [token.secret for token in tokens]
+
+    def claimant(self, client: str) -> MqttTransport:
+        """A client of the claim broker, under the claim identity."""
+        keys = self.folder / "claimant"
+        files = TlsFiles(keys / "ca", keys / "certificate", keys / "key")
+        return self._connected(MqttTransport(host=HOST, port=self.claims_port, client_id=client, tls=files))
+
+    def device(self, one: Pseudonym, *, within_s: float = WITHIN_S) -> MqttTransport:
+        """A client of the study's broker, under a pseudonym."""
+        with tls_files(one) as files:
+            made = MqttTransport(host=HOST, port=self.port, client_id=one.id, tls=files, max_back_off_s=1)
+        return self._connected(made, within_s)
+
+    def _connected(self, client: MqttTransport, within_s: float = WITHIN_S) -> MqttTransport:
+        self.clients.append(client)
+        client.open()
+        await_event(client, Connected, within_s=within_s)
+        return client
+
+
+def subscribed(client: MqttTransport, *filters: str) -> None:
+    """Have subscriptions in force; the port does not tell when they are."""
+    granted: queue.Queue[int] = queue.Queue()
+    client._client.on_subscribe = lambda _client, _userdata, message_id, *_: granted.put(message_id)
+    for topic_filter in filters:
+        client.subscribe(topic_filter)
+    for _ in filters:
+        granted.get(timeout=WITHIN_S)
+
+
+class Watch:
+    """A device that wants to join."""
+
+    def __init__(self, clinic: Clinic) -> None:
+        self.clinic, self.client = clinic, "c" + os.urandom(16).hex()
+        self.renewal, self.answers = Ed25519PrivateKey.generate(), RoundKey("x25519", os.urandom(32))
+        self.names = Pseudonyms(MemoryStore(), tenant=TENANT, task=TASK)
+
+    def ask(self, token: bytes) -> EnrolmentAnswerMsg:
+        """The desk's answer."""
+        return self.ask_with(self.prepared(token))
+
+    def prepared(self, token: bytes, *, count: int = 3) -> bytes:
+        """A signed request."""
+        request = EnrolmentRequestMsg(
+            tenant=TENANT,
+            task=TASK,
+            client=self.client,
+            token=token,
+            enrolment=None,
+            renewal_key=self.renewal.public_key().public_bytes_raw(),
+            answer_to=self.answers.recipient(),
+            names=self.names.prepare(count=count, entropy=os.urandom),
+        )
+        return signed_request(request, self.renewal)
+
+    def ask_with(self, signed: bytes) -> EnrolmentAnswerMsg:
+        """The answer to a request."""
+        claim = self.clinic.claim
+        line = self.clinic.claimant(self.client)
+        try:
+            subscribed(line, enrolment_topic(TENANT, self.client, "answer"))
+            sealed = sealed_request(signed, claim.recipient, tenant=TENANT, task=TASK, client=self.client)
+            line.publish(enrolment_topic(TENANT, self.client, "request"), sealed)
+            received = await_event(line, Received)
+        finally:
+            line.close()
+            self.clinic.clients.remove(line)
+        return opened_answer(
+            received.payload,
+            self.answers,
+            client=self.client,
+            request_digest=sha256(signed).digest(),
+            aggregator=public_key_from_hex(claim.aggregator_key),
+        )
+
+    def join(self) -> Pseudonym:
+        """Join, and the name for now."""
+        answer = self.ask(self.clinic.token())
+        assert answer.outcome == "enrolled", answer
+        self.enrolment = answer.enrolment
+        self.names.install(answer.names, aggregator_key=public_key_from_hex(self.clinic.claim.aggregator_key))
+        current = self.names.current(time.time())
+        assert isinstance(current, Pseudonym)
+        return current
+
+
+@contextmanager
+def desk_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """``covey-aggregator enrolment run``, connected to both brokers."""
+    journal = folder / "desk.jsonl"
+    with journal.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "aggregator.cli", "enrolment", "run", "--config", "aggregator.toml"],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    try:
+        await_line(journal, process, "enrolment_connected", 2)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(timeout=WITHIN_S)
+
+
+def await_line(journal: Path, process: subprocess.Popen[str], event: str, count: int = 1) -> dict[str, Any]:
+    """The newest of so many events of a kind in a journal."""
+    ends_s = time.monotonic() + WITHIN_S
+    while time.monotonic() < ends_s and process.poll() is None:
+        lines = [line for line in journal.read_text().splitlines() if f'"{event}"' in line]
+        if len(lines) >= count:
+            found: dict[str, Any] = msgspec.json.decode(lines[-1])
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"no {event} in {journal.read_text()}")
+
+
+@contextmanager
+def running_clinic(folder: Path) -> Iterator[Clinic]:
+    """A clinic with everything running."""
+    clinic = Clinic(folder, free_port(), free_port())
+    clinic.set_up()
+    with ExitStack() as stack:
+        for name, port in (("mosquitto", clinic.port), ("claims", clinic.claims_port)):
+            broker = MosquittoBroker(
+                folder / "broker" / f"{name}.conf", host=HOST, port=port, log=folder / f"{name}.log"
+            )
+            stack.callback(broker.stop)
+            if name == "mosquitto":
+                (folder / "broker.pid").write_text(str(broker.pid))
+        stack.enter_context(desk_process(folder))
+        yield clinic
