@@ -128,14 +128,19 @@ def replay(
 
     Example: covey-fleet replay 1 device-0000012 --scenario runs/bad-firmware-.../scenario.toml
     """
-    from firmware_sim.fleet.simulation import replayed  # noqa: PLC0415 - as above
-
     console = Console()
-    for event in replayed(scenario, seed=seed, device=device):
-        detail = event.detail if event.event == "crash" else event.detail[:400]
-        _say(console, f"{event.time_s:14.3f} s  {event.event:22}  {detail}")
-        if event.event == "crash" and until_crash:
-            return
+    with _stopped_by_signals() as should_stop:
+        from firmware_sim.fleet.simulation import replayed  # noqa: PLC0415 - as above
+
+        for event in replayed(scenario, seed=seed, device=device, should_stop=should_stop):
+            detail = event.detail if event.event == "crash" else event.detail[:400]
+            _say(console, f"{event.time_s:14.3f} s  {event.event:22}  {detail}")
+            if event.event == "crash" and until_crash:
+                return
+        if should_stop():
+            again = f"covey-fleet replay {seed} {device} --scenario {scenario}"
+            _say(console, f"Stopped; nothing is kept of a replay, to see it from its beginning: {again}")
+            raise typer.Exit(_STOPPED)
 
 
 def calibrate(folder: Annotated[Path, typer.Argument(help="Folder of a run with the fidelity real.")]) -> None:

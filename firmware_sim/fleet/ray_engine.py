@@ -6,10 +6,13 @@ only, without its dashboard and without usage statistics.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +42,13 @@ class RayActors:
             raise FleetError("the engine ray needs Ray: pip install 'covey[scale]'") from error
         self._ray, self._count = ray, count
         self._is_mine = not ray.is_initialized()
+        local = {"num_cpus": count, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         try:
-            if self._is_mine and "RAY_ADDRESS" in os.environ:
-                ray.init(logging_level="ERROR", log_to_driver=False)
-            elif self._is_mine:
-                ray.init(
-                    num_cpus=count,
-                    include_dashboard=False,
-                    logging_level="ERROR",
-                    log_to_driver=False,
-                    _node_ip_address="127.0.0.1",
-                )
+            if self._is_mine:
+                with _own_signals():
+                    ray.init(
+                        logging_level="ERROR", log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else local)
+                    )
         except Exception as error:
             raise FleetError(f"Ray does not start ({error}); take --engine local") from error
         actor = ray.remote(num_cpus=1)(ShardHost)
@@ -98,3 +97,18 @@ class RayActors:
             raise FleetError(f"a shard failed: {error}") from error
         except self._ray.exceptions.RayError as error:
             raise FleetError(f"Ray lost a shard ({error}); the run can be resumed") from error
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Whatever is done here, SIGTERM is handled as before: Ray's own handlers would end the run in the middle of a
+    window.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

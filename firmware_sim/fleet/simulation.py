@@ -182,8 +182,17 @@ def write_results(folder: Path, metrics: FleetMetrics) -> None:
     write_atomic(folder / REPORT, fleet_report_html(metrics).encode(), mode=0o644)
 
 
-def replayed(scenario: Path, *, seed: int, device: str) -> Iterator[FleetEvent]:
-    """Everything that one device of a run does, as it is simulated once more. Raises FleetError, ConfigError."""
+def replayed(
+    scenario: Path, *, seed: int, device: str, should_stop: Callable[[], bool] = lambda: False
+) -> Iterator[FleetEvent]:
+    """Everything that one device of a run does, as it is simulated once more. Raises FleetError, ConfigError.
+
+    Args:
+        scenario: path of the run's scenario file.
+        seed: of the run.
+        device: by name.
+        should_stop: whether to stop, asked after every window.
+    """
     loaded = load_scenario(scenario)
     count = loaded.scenario.devices
     if device not in {device_name(index) for index in range(count)}:
@@ -192,7 +201,7 @@ def replayed(scenario: Path, *, seed: int, device: str) -> Iterator[FleetEvent]:
         kept = begin_run(Path(folder) / "run", loaded, seed=seed)
         found: list[FleetEvent] = []
         engine = InProcess(kept.path, traced=device)
-        run = FleetRun(kept, kept.path.parent, engine, heard=found.append)
+        run = FleetRun(kept, kept.path.parent, engine, heard=found.append, should_stop=should_stop)
         for _ in run.steps():
             mine = [event for event in found if event.device == device]
             found.clear()

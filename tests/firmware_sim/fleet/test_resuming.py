@@ -106,11 +106,11 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "firmware_sim.cli", *map(str, arguments)]
 
 
-def started(folder: Path, scenario: Path, *, shards: int) -> subprocess.Popen[str]:
+def started(*arguments: object, **environment: object) -> subprocess.Popen[str]:
     """The command itself, in a process group of its own, as in a terminal."""
     return subprocess.Popen(
-        command("run", scenario, "--out", folder, "--shards", shards),
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        command(*arguments),
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | {name: str(value) for name, value in environment.items()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -118,12 +118,40 @@ def started(folder: Path, scenario: Path, *, shards: int) -> subprocess.Popen[st
     )
 
 
-def wait_for(condition: Path, process: subprocess.Popen[str]) -> None:
-    """Until a file is there, or the process has ended."""
-    deadline_s = time.monotonic() + 60
-    while not condition.exists() and process.poll() is None and time.monotonic() < deadline_s:
+def started_run(folder: Path, text: str, *, shards: int, engine: str = "local") -> subprocess.Popen[str]:
+    """A run that has a checkpoint."""
+    scenario = folder.with_suffix(".toml")
+    scenario.write_text(text)
+    process = started("run", scenario, "--out", folder, "--shards", shards, "--engine", engine)
+    wait_for_checkpoint(folder, process)
+    return process
+
+
+def has_processes(group: int) -> bool:
+    """Whether anything runs, 10 seconds after the first process of a group has ended."""
+    for _ in range(1000):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
         time.sleep(0.01)
-    assert condition.exists()
+    return True
+
+
+def written_ns(folder: Path) -> int:
+    """When a run was put down last; 0: it was not yet, or is at this moment."""
+    try:
+        return (folder / "checkpoint" / "state.pickle").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str], *, after_ns: int = 0) -> None:
+    """Until there is one that is newer, or the process has ended."""
+    deadline_s = time.monotonic() + 60
+    while written_ns(folder) <= after_ns and process.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert written_ns(folder) > after_ns
 
 
 def resumed(folder: Path) -> Outcome:
@@ -140,10 +168,8 @@ def long_one(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 
 def test_a_killed_process_is_resumed_from_its_checkpoint(long_one: Outcome, tmp_path: Path) -> None:
-    scenario, folder = tmp_path / "long.toml", tmp_path / "run"
-    scenario.write_text(LONG)
-    process = started(folder, scenario, shards=1)
-    wait_for(folder / "checkpoint" / "state.pickle", process)
+    folder = tmp_path / "run"
+    process = started_run(folder, LONG, shards=1)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -151,50 +177,74 @@ def test_a_killed_process_is_resumed_from_its_checkpoint(long_one: Outcome, tmp_
     assert resumed(folder) == long_one
 
 
-def test_a_killed_process_of_two_shards_without_a_wire_is_resumed_too(handed: Outcome, tmp_path: Path) -> None:
-    scenario, folder = tmp_path / "handed.toml", tmp_path / "run"
-    scenario.write_text(HANDED)
-    process = started(folder, scenario, shards=2)
-    wait_for(folder / "checkpoint" / "state.pickle", process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (folder / "fleet.json").exists()
+def test_a_run_that_hands_over_in_memory_and_is_killed_twice_gives_the_same_models(
+    handed: Outcome, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = started_run(folder, HANDED, shards=2)
+    held = 0
+    for left in (1, 0):
+        process.kill()  # the first process alone: the shards' must notice
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        assert not has_processes(process.pid)
+        found = latest_checkpoint(folder)
+        assert found is not None
+        assert not found.finished
+        held += sum(len(record.vectors) for record in found.records)
+        if left:
+            killed_ns = written_ns(folder)
+            process = started("run", "--resume", folder, "--shards", 2)
+            wait_for_checkpoint(folder, process, after_ns=killed_ns)
+    assert held
     assert simulated(folder, Processes(folder / SCENARIO, 2)) == handed
 
 
-def test_a_replay_that_is_interrupted_ends_without_a_traceback(tmp_path: Path) -> None:
-    scenario = tmp_path / "long.toml"
-    scenario.write_text(LONG)
-    process = subprocess.Popen(
-        command("replay", 3, "device-0000001", "--scenario", scenario),
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    first = process.stdout.readline()
-    os.killpg(process.pid, signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, first + rest
-    assert "Traceback" not in rest
+def check_stopped(process: subprocess.Popen[str], told: str) -> None:
+    """It was stopped, says how to go on, and leaves nothing running."""
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert told in output
+    assert "Traceback" not in output
+    assert not has_processes(process.pid)
 
 
 def test_ctrl_c_in_a_terminal_stops_a_run_of_several_processes_which_can_be_resumed(
     long_one: Outcome, tmp_path: Path
 ) -> None:
-    scenario, folder = tmp_path / "long.toml", tmp_path / "run"
-    scenario.write_text(LONG)
-    process = started(folder, scenario, shards=2)
-    wait_for(folder / "checkpoint" / "state.pickle", process)
+    folder = tmp_path / "run"
+    process = started_run(folder, LONG, shards=2)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert f"--resume {folder}" in output
-    assert "Traceback" not in output
+    check_stopped(process, f"--resume {folder}")
     assert resumed(folder) == long_one
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_on_ray_that_is_stopped_leaves_nothing_running_and_can_be_resumed(
+    number: signal.Signals, long_one: Outcome, tmp_path: Path
+) -> None:
+    if os.environ.get("COVEY_TESTS_NEED_RAY") != "1":
+        pytest.importorskip("ray")
+    folder = tmp_path / "run"
+    process = started_run(folder, LONG, shards=2, engine="ray")
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # a terminal sends it to all
+    else:
+        process.send_signal(number)
+    check_stopped(process, f"--resume {folder}")
+    assert resumed(folder) == long_one
+
+
+def test_ctrl_c_in_a_terminal_stops_a_replay_and_leaves_nothing(tmp_path: Path) -> None:
+    scenario, temporary = tmp_path / "longer.toml", tmp_path / "temporary"
+    scenario.write_text(LONG.replace("rounds = 9", "rounds = 5000").replace("days = 2.0", "days = 300.0"))
+    temporary.mkdir()
+    process = started("replay", 3, "device-0000001", "--scenario", scenario, TMPDIR=temporary)
+    assert process.stdout is not None
+    assert "study_started" in process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    check_stopped(process, f"covey-fleet replay 3 device-0000001 --scenario {scenario}")
+    assert not list(temporary.iterdir())
 
 
 class KilledError(BaseException):
