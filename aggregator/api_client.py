@@ -14,7 +14,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
@@ -153,6 +153,13 @@ class ApiClient:
     def remove_device(self, device: str) -> answers.Device:
         """Take no more updates under a name."""
         return self._ask("DELETE", f"/v1/devices/{quote(device, safe='')}", answers.Device)
+
+    def put_device(
+        self, device: str, action: Literal["quarantine", "restore", "revoke"], *, reason: str
+    ) -> answers.Device:
+        """Put an enrolled device aside, take it back, or throw it out for good."""
+        path = f"/v1/devices/{quote(device, safe='')}/{action}"
+        return self._ask("POST", path, answers.Device, body={"reason": reason})
 
     def models(self, task: str, **query: str | int | None) -> answers.ModelPage:
         """A page of versions, newest first; `cursor`, `limit`."""

@@ -125,6 +125,12 @@ class AbortBody(_Body, frozen=True):
     reason: Words
 
 
+class StateBody(_Body, frozen=True):
+    """Why a device is put aside, taken back or thrown out; it is told."""
+
+    reason: Words
+
+
 class RollbackBody(_Body, frozen=True):
     """The version to go on from."""
 

@@ -6,15 +6,18 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
-from aggregator.api.answers import Counted, Device, DeviceDetail, DevicePage
+from aggregator.api.answers import Counted, Device, DeviceDetail, DevicePage, StateBody
 from aggregator.api.guard import GuardedRoute, actor_of, needs, services_of
-from aggregator.api.problems import missing
-from aggregator.api.requests import DeviceName, Limit, NameCursor, answer
+from aggregator.api.problems import ProblemError, missing
+from aggregator.api.requests import DeviceName, Limit, NameCursor, answer, told
 from aggregator.audit.log import append
+from aggregator.enrolment.register import State as EnrolmentState
+from aggregator.enrolment.revocation import StateError, change_state
 from aggregator.store.operator_views import DeviceRow, counted_of, device_page, device_row, remove_device
 
 router = APIRouter(route_class=GuardedRoute, tags=["devices"])
 _LAST_ROUNDS = 50
+_STATE = needs("devices:write", Device, 404, 409, body=StateBody)
 Some = Annotated[str | None, Query(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 State = Annotated[Literal["active", "quarantined", "revoked"] | None, Query(description="Only in this state.")]
 
@@ -65,6 +68,49 @@ def remove(request: Request, device: DeviceName) -> Response:
         if found is None or not remove_device(connection, device):
             raise missing(f"device {device}")
         append(connection, actor_of(request).told("device.removed", device, services.now_s()))
+    return answer(_device(found))
+
+
+@router.post("/v1/devices/{device}/quarantine", **_STATE)
+def quarantine(request: Request, device: DeviceName) -> Response:
+    """Put an enrolled device aside: its updates are refused, it keeps them, and it can be restored."""
+    return _put(request, device, "quarantined")
+
+
+@router.post("/v1/devices/{device}/restore", **_STATE)
+def restore(request: Request, device: DeviceName) -> Response:
+    """Take a quarantined device back."""
+    return _put(request, device, "active")
+
+
+@router.post("/v1/devices/{device}/revoke", **_STATE)
+def revoke(request: Request, device: DeviceName) -> Response:
+    """Throw an enrolled device out for good, under all its names; its connection is ended within a second."""
+    return _put(request, device, "revoked")
+
+
+def _put(request: Request, device: str, state: EnrolmentState) -> Response:
+    """Put the enrolment that a name belongs to into another state."""
+    services, actor = services_of(request), actor_of(request)
+    reason = told(request, StateBody).reason
+    with services.store.database.transaction() as connection:
+        if device_row(connection, device) is None:
+            raise missing(f"device {device}")
+        try:
+            change_state(
+                connection,
+                device,
+                state,
+                reason=reason,
+                actor=actor.name,
+                now_s=services.now_s(),
+                token=actor.token,
+            )
+        except StateError as error:
+            raise ProblemError(409, error.code, str(error)) from error
+        found = device_row(connection, device)
+    if found is None:
+        raise missing(f"device {device}")
     return answer(_device(found))
 
 

@@ -8,7 +8,7 @@ function is part of the caller's transaction; what the broker has to be told is 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from sqlalchemy import Connection, insert, select, update
 
@@ -25,6 +25,19 @@ _ACTIONS: dict[State, str] = {
 }
 
 
+class StateError(AggregatorError):
+    """A device cannot be put into that state.
+
+    Args:
+        code: why, for programs.
+        text: why, for people.
+    """
+
+    def __init__(self, code: Literal["not_enrolled", "same_state", "revoked"], text: str) -> None:
+        super().__init__(text)
+        self.code: Literal["not_enrolled", "same_state", "revoked"] = code
+
+
 class RevokedCertificate(NamedTuple):
     """A certificate that is not to be accepted; times in Unix seconds."""
 
@@ -39,21 +52,22 @@ def enrolment_of(connection: Connection, name: str, *, lock: bool) -> EnrolmentR
     """An enrolment by its own name, or by any of its pseudonyms.
 
     Raises:
-        AggregatorError: there is none.
+        StateError: there is none.
     """
     names = schema.enrolment_names.c
     owner = connection.execute(select(names.enrolment).where(names.device == name)).scalar()
     found = find_enrolment(connection, owner or name, lock=lock)
     if found is None:
-        raise AggregatorError(
+        raise StateError(
+            "not_enrolled",
             f"{name} is no enrolled device; see covey-aggregator device list, and device remove for one that was "
-            "registered by hand"
+            "registered by hand",
         )
     return found
 
 
 def change_state(
-    connection: Connection, name: str, state: State, *, reason: str, actor: str, now_s: float
+    connection: Connection, name: str, state: State, *, reason: str, actor: str, now_s: float, token: str = ""
 ) -> EnrolmentRecord:
     """Put an enrolment into another state.
 
@@ -64,28 +78,32 @@ def change_state(
         reason: for the operator and the device.
         actor: who does it, for the log.
         now_s: Unix seconds.
+        token: public id of the access token that they have used, for the log.
 
     Returns:
         The enrolment as it was.
 
     Raises:
-        AggregatorError: there is none, it is in that state already, or it was revoked.
+        StateError: there is none, it is in that state already, or it was revoked.
     """
     before = enrolment_of(connection, name, lock=True)
     if before.state == "revoked":
-        raise AggregatorError(
+        raise StateError(
+            "revoked",
             f"{before.enrolment} was revoked ({before.reason or 'no reason was given'}), which is for good; the device "
-            "can join again with a new token"
+            "can join again with a new token",
         )
     if before.state == state:
-        raise AggregatorError(f"{before.enrolment} is {state} already ({before.reason or 'no reason was given'})")
+        why = before.reason or "no reason was given"
+        raise StateError("same_state", f"{before.enrolment} is {state} already ({why})")
     table = schema.enrolments
     changes = {"state": state, "reason": reason, "changed_s": now_s}
     connection.execute(update(table).where(table.c.enrolment == before.enrolment).values(changes))
     if state == "revoked":
         _list_certificates(connection, before.enrolment, now_s)
     detail = {"owner": before.owner, "task": before.task, "before": before.state, "reason": reason}
-    append(connection, AuditEvent(now_s, actor, _ACTIONS[state], before.enrolment, detail))
+    used = {"token": token} if token else {}
+    append(connection, AuditEvent(now_s, actor, _ACTIONS[state], before.enrolment, {**detail, **used}))
     return before
 
 

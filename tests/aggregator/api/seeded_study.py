@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from sqlalchemy import insert
+from sqlalchemy import Connection, insert
 
 from aggregator.accounts.account_store import Accounts, Actor
 from aggregator.accounts.roles import ROLES, Role, Scope
@@ -91,28 +91,20 @@ class SeededStudy:
         """One more open task with so many rounds."""
         self._add_task(name, TRAINING.replace('name = "watch"', f'name = "{name}"'), count)
 
+    def add_enrolled(self, name: str, state: str) -> None:
+        """One more device, enrolled, with one name."""
+        with self.store.database.transaction() as connection:
+            connection.execute(insert(schema.devices).values(device=name, public_key=bytes(32), added_s=NOW_S))
+            _enrol(connection, [name], state)
+
     def _add_devices(self) -> None:
         """Registered names, some of them with an enrolment."""
         names = [f"w-{number:05}" for number in range(self.devices)]
-        enrolled = names[::10]
-        enrolment = {
-            "task": OPEN, "owner": "owner-0", "renewal_key": bytes(32), "state": "quarantined", "reason": "",
-            "enrolled_s": NOW_S, "changed_s": NOW_S, "lasts_until_s": NOW_S, "request_digest": bytes(32), "answer": b"",
-        }  # fmt: skip
         with self.store.database.transaction() as connection:
             connection.execute(
                 insert(schema.devices), [{"device": name, "public_key": bytes(32), "added_s": NOW_S} for name in names]
             )
-            periods = [{"device": name, "not_before_s": NOW_S, "not_after_s": NOW_S + DAY_S} for name in enrolled]
-            connection.execute(insert(schema.device_periods), periods)
-            connection.execute(
-                insert(schema.enrolments), [{**enrolment, "enrolment": f"e-{name}"} for name in enrolled]
-            )
-            certificate = {"serial": "00", "not_before_s": 0.0, "not_after_s": NOW_S}
-            connection.execute(
-                insert(schema.enrolment_names),
-                [{"device": one, "enrolment": f"e-{one}", **certificate} for one in enrolled],
-            )
+            _enrol(connection, names[::10], "quarantined")
 
     def _add_task(self, name: str, spec: str, count: int) -> None:
         """A task with its rounds, updates, and a model for each."""
@@ -175,3 +167,20 @@ def _model(task: str, version: int) -> dict[str, Any]:
 def _metrics() -> str:
     found = {"validation_loss": 0.31, "validation_accuracy": 0.87, "update_norm": 0.5, "seconds": 31.2, "bytes_up": 9e6}
     return msgspec.json.encode(found).decode()
+
+
+def _enrol(connection: Connection, names: list[str], state: str) -> None:
+    """Give names an enrolment each."""
+    enrolment = {
+        "task": OPEN, "owner": "owner-0", "renewal_key": bytes(32), "state": state, "reason": "", "enrolled_s": NOW_S,
+        "changed_s": NOW_S, "lasts_until_s": NOW_S, "request_digest": bytes(32), "answer": b"",
+    }  # fmt: skip
+    periods = [{"device": name, "not_before_s": NOW_S, "not_after_s": NOW_S + DAY_S} for name in names]
+    connection.execute(insert(schema.device_periods), periods)
+    connection.execute(insert(schema.enrolments), [{**enrolment, "enrolment": f"e-{name}"} for name in names])
+    rows = [
+        {"device": name, "enrolment": f"e-{name}", "serial": name.encode().hex(), "not_before_s": 0.0,
+         "not_after_s": NOW_S + DAY_S}
+        for name in names
+    ]  # fmt: skip
+    connection.execute(insert(schema.enrolment_names), rows)

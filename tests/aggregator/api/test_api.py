@@ -77,6 +77,22 @@ def test_devices_are_chosen_by_owner_state_and_name(operator: ApiClient) -> None
     assert problem(operator.device, "w-99999") == (404, "not_found")
 
 
+def test_a_device_is_put_aside_taken_back_and_thrown_out(operator: ApiClient, server: Served) -> None:
+    server.desk.study.add_enrolled("here", "active")
+    assert operator.put_device("here", "quarantine", reason="odd updates").state == "quarantined"
+    assert problem(operator.put_device, "here", "quarantine", reason="again") == (409, "same_state")
+    assert operator.put_device("here", "restore", reason="it was the strap").state == "active"
+    assert operator.put_device("here", "revoke", reason="lost on a train").state == "revoked"
+    for action in ("revoke", "restore", "quarantine"):
+        assert problem(operator.put_device, "here", action, reason="too late") == (409, "revoked")
+    assert problem(operator.put_device, "w-00012", "revoke", reason="by hand") == (409, "not_enrolled")
+    assert problem(operator.put_device, "nobody", "revoke", reason="?") == (404, "not_found")
+    newest = operator.audit(limit=1).items[0]
+    assert (newest.actor, newest.action, newest.subject) == ("operator", "device.revoked", "e-here")
+    assert newest.detail["reason"] == "lost on a train"
+    assert newest.detail["token"]
+
+
 def test_a_task_its_rounds_and_models_are_shown(operator: ApiClient) -> None:
     task = operator.task(OPEN)
     assert (task.state.round, task.state.phase, task.settings["name"]) == (12, "paused", OPEN)

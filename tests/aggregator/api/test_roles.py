@@ -74,6 +74,13 @@ TABLE = {
         f"/v1/tasks/{OPEN}/models/2/tags/good", RUNS, "models:write"
     ),
     ("delete", "/v1/devices/{device}"): Row("/v1/devices/w-0000N", RUNS, "devices:write"),
+    ("post", "/v1/devices/{device}/quarantine"): Row(
+        "/v1/devices/here-N/quarantine", RUNS, "devices:write", {"reason": "odd"}
+    ),
+    ("post", "/v1/devices/{device}/restore"): Row(
+        "/v1/devices/aside-N/restore", RUNS, "devices:write", {"reason": "fine"}
+    ),
+    ("post", "/v1/devices/{device}/revoke"): Row("/v1/devices/out-N/revoke", RUNS, "devices:write", {"reason": "lost"}),
     ("get", "/v1/accounts"): Row("/v1/accounts", MANAGES, "accounts:read"),
     ("post", "/v1/accounts"): Row(
         "/v1/accounts", MANAGES, "accounts:write", {"account": "new-N", "role": "viewer"}, 201
@@ -117,6 +124,9 @@ class Matrix:
     def _add_things(self, study: SeededStudy, number: int) -> None:
         """What is changed once."""
         study.add_task(f"task-{number}", 2)
+        study.add_enrolled(f"here-{number}", "active")
+        study.add_enrolled(f"aside-{number}", "quarantined")
+        study.add_enrolled(f"out-{number}", "active")
         study.accounts.create(f"goes-{number}", "viewer", now_s=self.server.desk.now_s, actor=Actor("local:root"))
 
     def path(self, row: Row, number: int) -> str:
