@@ -348,7 +348,9 @@ def test_an_update_that_is_receipted_while_its_round_is_combined_twice_is_not_le
 
 
 def test_a_runner_that_commits_without_counting_again_is_caught(tmp_path: Path) -> None:
-    copy = broken_copy("aggregator.task_runner", ('if outcome != "closing" or counted != combined:', "if False:"))
+    copy = broken_copy(
+        "aggregator.task_runner", ('if outcome != "closing" or counted != combined + left_out:', "if False:")
+    )
     with built_with(TaskRunner=copy.TaskRunner), pytest.raises(AssertionError, match="a receipted update was left out"):
         check_no_receipted_update_is_left_out(tmp_path)
 

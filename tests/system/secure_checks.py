@@ -10,6 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from fl_protocol.chunking import Reassembler
+from fl_protocol.errors import ProtocolError
+from fl_protocol.log_messages import CosignatureMsg
 from fl_protocol.messages import ChunkMsg, decode
 from fl_protocol.secagg import parties
 from fl_protocol.secagg.messages import MaskSumMsg
@@ -70,12 +72,21 @@ def check_one_list_per_round(fleet: VirtualFleet) -> None:
 
 
 def answers_on_the_wire(fleet: VirtualFleet) -> Iterable[tuple[str, MaskSumMsg]]:
-    """Everything that helpers ever sent as an answer, with the helper's name."""
+    """Every sum of masks that helpers ever sent as an answer, with the helper's name; co-signatures go there too."""
     parts = Reassembler()
     for topic, payload in fleet.broker.published:
         if "/answer/" not in topic:
             continue
         helper = parse_helper_topic(topic).helper
         whole = parts.accept(decode(payload, ChunkMsg), fleet.clock.time_s)
-        if whole is not None:
+        if whole is not None and not is_cosignature(whole, helper):
             yield helper, verify(whole, MaskSumMsg, helper_identity(helper).public_key())
+
+
+def is_cosignature(whole: bytes, helper: str) -> bool:
+    """Whether a helper's answer is about the audit log."""
+    try:
+        verify(whole, CosignatureMsg, helper_identity(helper).public_key())
+    except ProtocolError:
+        return False
+    return True
