@@ -137,7 +137,11 @@ def write_servers(
     """
     aggregator = AggregatorConfig(
         aggregator=AggregatorSection(
-            tenant=tenant, client_id=AGGREGATOR, database="aggregator.db", signing_key="signing.key"
+            tenant=tenant,
+            client_id=AGGREGATOR,
+            database="aggregator.db",
+            signing_key="signing.key",
+            cosign=broker.certificate is not None,  # the embedded broker cannot bear it
         ),
         broker=broker,
     )
