@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from fl_protocol.message_base import RoundNumber
+
 Share = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0)]
 AtLeastZero = Annotated[float, Meta(ge=0)]
@@ -23,11 +25,13 @@ class Hostile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     Args:
         share: of the fleet, chosen by the seed, each device by itself; or `devices`, their names. Exactly one of them.
         from_s: seconds since the run began.
+        from_round: of the task; with both, when both have come.
     """
 
     share: Share | None = None
     devices: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
     from_s: AtLeastZero = 0.0
+    from_round: RoundNumber = 1
 
     def __post_init__(self) -> None:
         if (self.share is None) == (self.devices is None):
@@ -36,6 +40,15 @@ class Hostile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             value = getattr(self, key)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key}: expected a finite number, got {value!r}")
+
+    def has_begun(self, *, elapsed_s: float, round_number: int) -> bool:
+        """Whether it attacks already.
+
+        Args:
+            elapsed_s: seconds since the run began.
+            round_number: that the device works on.
+        """
+        return elapsed_s >= self.from_s and round_number >= self.from_round
 
 
 class SignFlip(Hostile, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="sign_flip"):

@@ -1,5 +1,8 @@
 """Label flippers, over any sensor: their labels are permuted; others' and the test set's are not. Pure.
 
+Those who begin with a round record rightly, and lie when they train (`firmware_sim.attackers.training`): what is
+recorded belongs to no round.
+
 V. Tolpegin et al., "Data Poisoning Attacks Against Federated Learning Systems", arXiv 2007.08432.
 """
 
@@ -40,6 +43,8 @@ class Mislabelling(Sensor):
         told = self.sensor.recorded(device, from_s, to_s)
         y = told.records.y
         for flip in self.flips_of(device):
+            if flip.from_round > 1:
+                continue
             # An attacker of the first hour has lied about what was recorded before as well.
             lies = told.at_s >= self.begins_s + flip.from_s if flip.from_s else np.ones(len(y), np.bool_)
             y = np.where(lies, permuted(y, flip, self.labels), y).astype(np.int32)

@@ -16,7 +16,8 @@ from msgspec.structs import replace as with_fields
 from device_client.local_optimiser import Control, LocalProgress
 from device_client.ports import Float32, Graph
 from device_client.training import Records, Trainer, Training
-from firmware_sim.attackers.kinds import FreeRider, ScalingBackdoor, SignFlip, Sybil
+from firmware_sim.attackers.kinds import FreeRider, LabelFlip, ScalingBackdoor, SignFlip, Sybil
+from firmware_sim.attackers.mislabelling import permuted
 from firmware_sim.attackers.plan import Attack
 from firmware_sim.attackers.trigger import poisoned_records
 from firmware_sim.fidelity import EmptyTraining
@@ -42,8 +43,10 @@ class HostileTrainer:
         honest: what it would train with.
         attacks: what it does, one after the other.
         elapsed_s: seconds since the run began.
+        round_number: of the task, that the device works on.
         memory: see there.
         seed: of the run.
+        labels: K of the model.
     """
 
     def __init__(
@@ -52,11 +55,13 @@ class HostileTrainer:
         attacks: Sequence[Attack],
         *,
         elapsed_s: Callable[[], float],
+        round_number: Callable[[], int],
         memory: Memory,
         seed: str,
+        labels: int,
     ) -> None:
         self._honest, self._attacks, self._elapsed_s = honest, tuple(attacks), elapsed_s
-        self._memory, self._seed = memory, seed
+        self._round_number, self._memory, self._seed, self._labels = round_number, memory, seed, labels
 
     def __call__(
         self,
@@ -70,10 +75,11 @@ class HostileTrainer:
         progress: LocalProgress | None = None,
     ) -> Training:
         """A training that ends as the attackers want it."""
-        now_s = self._elapsed_s()
-        active = [one for one in self._attacks if one.attacker.from_s <= now_s]
+        active = self._active()
         for attacker, _, leader in active:
             match attacker:
+                case LabelFlip(from_round=first) if first > 1:  # others have recorded their lies
+                    records = Records(records.x, permuted(records.y, attacker, self._labels))
                 case ScalingBackdoor():
                     records = poisoned_records(records, attacker)
                 case Sybil():  # the same for all identities that start from one model
@@ -89,6 +95,11 @@ class HostileTrainer:
         else:
             inner = self._honest(graph, start, records, plan=plan, entropy=entropy, control=control, progress=progress)
         return HostileTraining(inner, active, start=start, memory=self._memory)
+
+    def _active(self) -> list[Attack]:
+        """The attacks that have begun."""
+        elapsed_s, round_number = self._elapsed_s(), self._round_number()
+        return [one for one in self._attacks if one.attacker.has_begun(elapsed_s=elapsed_s, round_number=round_number)]
 
 
 class HostileTraining:

@@ -44,6 +44,7 @@ class Chronicle(msgspec.Struct, kw_only=True):
         measured: accuracy and loss of the model that a round made, by round.
         refused_devices: updates that were refused, by the name of who sent them.
         attack: how far attackers came, by the last model.
+        last_round: that was opened; 0 before the first.
     """
 
     began_s: float
@@ -56,6 +57,7 @@ class Chronicle(msgspec.Struct, kw_only=True):
     measured: dict[int, tuple[float, float]] = msgspec.field(default_factory=dict)
     refused_devices: dict[str, int] = msgspec.field(default_factory=dict)
     attack: dict[str, float] = msgspec.field(default_factory=dict)
+    last_round: int = 0
 
     def write(self, event: str, /, *, at_s: float, **fields: Any) -> None:
         """Take one event."""
@@ -63,6 +65,7 @@ class Chronicle(msgspec.Struct, kw_only=True):
         match event:
             case "round_opened":
                 self.opened[fields["round"]] = now_s
+                self.last_round = int(fields["round"])
             case "round_committed" | "round_aborted":
                 self.rounds.append(self._ended(event, now_s, fields))
                 if "version" in fields:

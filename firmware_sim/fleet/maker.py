@@ -27,6 +27,7 @@ from firmware_sim.hand_over import HandOver
 from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.virtual_device import VirtualHardware, virtual_device
 from fl_protocol.bundle import ModelBundle
+from fl_protocol.errors import LocalMisuseError
 
 _HONEST = AttackPlan((), seed=0)
 
@@ -73,6 +74,7 @@ class DeviceMaker:
         life = f"{self.seed} {record.name} {record.lives}"  # no two lives draw the same
         flash, counter, bell = unpacked(record.flash), unpacked(record.counter), FleetBell(environment)
         stopwatch, hand_over = Stopwatch(surroundings.compute_s), HandOver(record.vectors, edge.models)
+        at_work = AtWork()
         surroundings.prepare(flash)
         hardware = VirtualHardware(
             flash=flash,
@@ -86,12 +88,12 @@ class DeviceMaker:
             connect=lambda _wanted: surroundings.connect(edge, bell.ring),
             journal=journal,
             bell=bell,
-            trainer=self._trainer(stopwatch, record, environment, counter),
+            trainer=self._trainer(stopwatch, record, environment, counter, at_work),
         )
         if not self.is_sealed:
             hardware = replace(hardware, sealer=hand_over.seal, vectors=hand_over, downloads=hand_over.download)
         try:
-            device = self._device(config, hardware, stopwatch, surroundings)
+            device = at_work.device = self._device(config, hardware, stopwatch, surroundings)
         except Exception:  # a daemon that does not start finds the same flash when it is started again
             record.flash, record.counter = packed(flash.image()), packed(counter.image())
             raise
@@ -138,7 +140,12 @@ class DeviceMaker:
         return Registration(str(study.id), key.public_key().public_bytes_raw())
 
     def _trainer(
-        self, stopwatch: Stopwatch, record: DeviceRecord, environment: simpy.Environment, memory: Memory
+        self,
+        stopwatch: Stopwatch,
+        record: DeviceRecord,
+        environment: simpy.Environment,
+        memory: Memory,
+        at_work: AtWork,
     ) -> Trainer:
         """What does the local steps."""
         if self.graph is None:
@@ -147,7 +154,13 @@ class DeviceMaker:
         if not attacks:
             return LocalTraining
         return HostileTrainer(
-            LocalTraining, attacks, elapsed_s=lambda: float(environment.now), memory=memory, seed=self.seed
+            LocalTraining,
+            attacks,
+            elapsed_s=lambda: float(environment.now),
+            round_number=at_work.round_number,
+            memory=memory,
+            seed=self.seed,
+            labels=len(self.bundle.manifest.label.names),
         )
 
     def _graph(self, stopwatch: Stopwatch, surroundings: Surroundings) -> Graph:
@@ -157,6 +170,25 @@ class DeviceMaker:
         if self.graph is None:
             return NoGraph(manifest.batch_size)
         return TimedGraph(self.graph, manifest.train_flops, stopwatch.computed)
+
+
+class AtWork:
+    """Which round a device works on, by the note that it makes before it begins to compute.
+
+    Attributes:
+        device: None until it is made; nothing is computed before.
+    """
+
+    device: Device | None = None
+
+    def round_number(self) -> int:
+        """Of the manifest that the work in the outbox names. Raises LocalMisuseError: there is no such work."""
+        device = self.device
+        if device is not None:
+            for work in (device.outbox.work(study.study) for study in device.config.studies):
+                if work is not None:
+                    return work.decoded_manifest().round
+        raise LocalMisuseError("round_number: expected a device that has begun a round, this one has not")
 
 
 class Stopwatch:

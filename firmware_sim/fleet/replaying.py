@@ -39,12 +39,20 @@ class Replayer:
         self._plan, self._devices, self._name_of, self._index_of = plan, devices, name_of, index_of
         self._has_replay = any(isinstance(one, Replay) for one in plan.attackers)
 
-    def heard(self, uploads: Iterable[Upload], now_s: float) -> tuple[list[Upload], list[FleetEvent]]:
-        """What is sent again of what devices sent, and an event for each update of which it is, told at `now_s`."""
+    def heard(
+        self, uploads: Iterable[Upload], now_s: float, *, round_number: int
+    ) -> tuple[list[Upload], list[FleetEvent]]:
+        """What is sent again of what devices sent, and an event for each update of which it is, told at `now_s`.
+
+        Args:
+            uploads: of all devices.
+            now_s: seconds since the run began.
+            round_number: that was opened last, as everybody can read in its manifest; 0 before the first.
+        """
         again: list[Upload] = []
         events: list[FleetEvent] = []
         for upload in uploads if self._has_replay else ():
-            for attack, sender in self._listeners(upload):
+            for attack, sender in self._listeners(upload, round_number):
                 copy = self._copied(upload, attack, sender)
                 if copy is not None:
                     again.append(copy)
@@ -53,14 +61,16 @@ class Replayer:
                         events.append(FleetEvent(now_s, sender, "", REPLAYED, detail=detail))
         return again, events
 
-    def _listeners(self, upload: Upload) -> Iterable[tuple[Attack, str]]:
+    def _listeners(self, upload: Upload, round_number: int) -> Iterable[tuple[Attack, str]]:
         """Who sends an upload again: its sender itself, the device before it, or both."""
         index = self._index_of(upload.device)
         for number, whose in ((index, "own"), ((index - 1) % self._devices, "neighbour")):
             name = self._name_of(number)
             for attack in self._plan.attacks_of(number, name):
                 kind = attack.attacker
-                if isinstance(kind, Replay) and kind.whose in {whose, "both"} and upload.arrives_s >= kind.from_s:
+                if not isinstance(kind, Replay) or kind.whose not in {whose, "both"}:
+                    continue
+                if kind.has_begun(elapsed_s=upload.arrives_s, round_number=round_number):
                     yield attack, name
 
     def _copied(self, upload: Upload, attack: Attack, sender: str) -> Upload | None:

@@ -225,7 +225,7 @@ class FleetRun:
         """What came of a window."""
         self._measure(hub)
         uploads = merged_uploads(reports)
-        again, repeated = self._replayer.heard(uploads, self.now_s)
+        again, repeated = self._replayer.heard(uploads, self.now_s, round_number=self.chronicle.last_round)
         for upload in (*uploads, *again):
             heapq.heappush(self._in_flight, upload)
         self._enrolling += (one for report in reports for one in report.registrations)

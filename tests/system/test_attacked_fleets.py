@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from aggregator import committer
-from firmware_sim.fleet.simulation import begin_run, simulate
+from firmware_sim.fleet.engines import InProcess
+from firmware_sim.fleet.run import EVENTS
+from firmware_sim.fleet.simulation import SCENARIO, begin_run, simulate
+from firmware_sim.fleet_events import read_events
 from firmware_sim.fleet_metrics import FleetMetrics
 from firmware_sim.scenario.loading import load_scenario
 from fl_protocol.errors import ConfigError
 from tests.enrolments import broken_copy
+from tests.firmware_sim.fleet.fleets import folder_of, simulated
 
 BASE = """
 name = "attacked"
@@ -135,6 +139,40 @@ def test_a_sybil_counts_as_often_as_it_is_enrolled(tmp_path: Path) -> None:
     assert [one.arrived for one in metrics.rounds] == [10, 10]
     assert metrics.attack == {"sybil": 5.0, "sign_flip": 5.0}
     assert accuracy_of(metrics) < 0.5  # half of the votes: a rule for a fifth promises nothing
+
+
+LATER = """
+[[attacker]]
+kind = "sign_flip"
+devices = ["device-0000002"]
+from_round = 2
+
+[[attacker]]
+kind = "label_flip"
+devices = ["device-0000004"]
+from_round = 2
+
+[[attacker]]
+kind = "replay"
+devices = ["device-0000001"]
+after_s = 1.0
+from_round = 2
+"""
+
+
+def test_attackers_of_the_second_round_leave_the_first_as_it_was_in_any_number_of_shards(tmp_path: Path) -> None:
+    text = BASE.format(devices=5, goal=6, rule=MEAN, fidelity="real", sensors="synthetic")
+    honest = simulated(folder_of(tmp_path / "honest", text))
+    attacked = simulated(folder_of(tmp_path / "attacked", text + LATER))
+    assert len(honest.models) == len(attacked.models) == 2
+    assert attacked.models[0] == honest.models[0]
+    assert attacked.models[1] != honest.models[1]
+    events = [one.event for one in read_events(tmp_path / "attacked" / EVENTS)]
+    opened = [place for place, event in enumerate(events) if event == "round_opened"]
+    assert events.count("upload_replayed") == 2  # its own and its neighbour's, of one round
+    assert events.index("upload_replayed") > opened[1]
+    two = folder_of(tmp_path / "two", text + LATER)
+    assert simulated(two, InProcess(two / SCENARIO, count=2)) == attacked
 
 
 def test_attackers_without_tensors_are_refused(tmp_path: Path) -> None:

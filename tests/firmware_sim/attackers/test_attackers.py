@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from device_client.training import LocalTraining, Records
-from firmware_sim.attackers.kinds import FreeRider, LabelFlip, Replay, ScalingBackdoor, SignFlip, Sybil
-from firmware_sim.attackers.mislabelling import Mislabelling
+from firmware_sim.attackers.kinds import Attacker, FreeRider, LabelFlip, Replay, ScalingBackdoor, SignFlip, Sybil
+from firmware_sim.attackers.mislabelling import Mislabelling, permuted
 from firmware_sim.attackers.parsing import parse_attackers
 from firmware_sim.attackers.plan import Attack, AttackPlan
 from firmware_sim.attackers.training import HostileTrainer, free_ride, varied
@@ -59,7 +59,16 @@ def change_of(
 ) -> Any:
     flash = changes.pop("flash", VirtualFlash())
     start = changes.pop("start", bundle.params)
-    trainer = HostileTrainer(LocalTraining, attacks, elapsed_s=lambda: elapsed_s, memory=flash, seed=seed)
+    round_number = changes.pop("round_number", 1)
+    trainer = HostileTrainer(
+        LocalTraining,
+        attacks,
+        elapsed_s=lambda: elapsed_s,
+        round_number=lambda: round_number,
+        memory=flash,
+        seed=seed,
+        labels=len(bundle.manifest.label.names),
+    )
     graph = TfliteGraph.of_bundle(bundle)
     training = trainer(graph, start, records, plan=PLAN, entropy=SeededEntropy(changes.pop("life", "a life")))
     while not training.done:
@@ -79,6 +88,49 @@ def test_an_attack_begins_when_the_scenario_says(bundle: ModelBundle, records: R
     honest = change_of(bundle, records)
     np.testing.assert_array_equal(change_of(bundle, records, attack, elapsed_s=99.0), honest)
     np.testing.assert_array_equal(change_of(bundle, records, attack, elapsed_s=100.0), -honest)
+
+
+@pytest.mark.parametrize(
+    "attacker",
+    [
+        SignFlip(share=1.0, from_round=3),
+        SignFlip(share=1.0, from_round=3, adds_noise=False),
+        ScalingBackdoor(share=1.0, target=2, from_round=3),
+        LabelFlip(share=1.0, from_round=3),
+        FreeRider(share=1.0, from_round=3),
+        Sybil(share=1.0, from_round=3),
+    ],
+    ids=["sign_flip", "silent sign_flip", "scaling_backdoor", "label_flip", "free_rider", "sybil"],
+)
+def test_before_its_round_an_attacker_sends_what_an_honest_device_would(
+    bundle: ModelBundle, records: Records, attacker: Attacker
+) -> None:
+    attack = Attack(attacker, 1, 0)
+    honest = change_of(bundle, records)
+    np.testing.assert_array_equal(change_of(bundle, records, attack, round_number=2), honest)
+    third = change_of(bundle, records, attack, round_number=3)
+    assert not np.array_equal(third, honest)
+    np.testing.assert_array_equal(change_of(bundle, records, attack, round_number=4), third)
+
+
+def test_with_a_round_and_a_time_an_attack_begins_when_both_have_come(bundle: ModelBundle, records: Records) -> None:
+    attack = Attack(SignFlip(share=1.0, from_s=100.0, from_round=3), 1, 0)
+    honest = change_of(bundle, records)
+    for elapsed_s, round_number in ((99.0, 3), (100.0, 2)):
+        found = change_of(bundle, records, attack, elapsed_s=elapsed_s, round_number=round_number)
+        np.testing.assert_array_equal(found, honest)
+    np.testing.assert_array_equal(change_of(bundle, records, attack, elapsed_s=100.0, round_number=3), -honest)
+
+
+def test_a_label_flipper_of_a_later_round_trains_on_the_labels_of_one_that_recorded_lies(
+    bundle: ModelBundle, records: Records
+) -> None:
+    labels = len(bundle.manifest.label.names)
+    lies = Records(records.x, permuted(records.y, LabelFlip(share=1.0), labels))
+    late = change_of(bundle, records, Attack(LabelFlip(share=1.0, from_round=2), 1, 0), round_number=2)
+    np.testing.assert_array_equal(late, change_of(bundle, lies))
+    sensor = Mislabelling(_Counting(), 3, lambda _device: (LabelFlip(share=1.0, from_round=2),), 0.0)
+    assert sensor.records(0, 0.0, 60.0).y.tolist() == [0, 1, 2, 0, 1, 2]  # it lies once: when it trains
 
 
 def test_an_attacker_that_leaves_out_the_noise_sends_the_same_with_any_entropy(
@@ -190,7 +242,7 @@ def test_a_sybil_has_neighbouring_identities_and_the_records_of_the_first() -> N
 
 
 def test_a_replay_is_the_same_sealed_update_under_the_attackers_topic_later() -> None:
-    plan = AttackPlan([Replay(devices=("device-0000001",), after_s=3.0)], seed=1)
+    plan = AttackPlan([Replay(devices=("device-0000001",), after_s=3.0, from_round=2)], seed=1)
     replayer = Replayer(plan, 3, name_of=device_name, index_of=index_of)
     update_id, whole = hashlib.sha256(b"update").digest()[:16], b"sealed" * 100
     chunk = next(iter(split(update_id, whole, data_bytes=4096)))
@@ -198,7 +250,8 @@ def test_a_replay_is_the_same_sealed_update_under_the_attackers_topic_later() ->
         Upload(10.0, name, 5, upload_topic("fleet", name, update_id, 0), encode(chunk))
         for name in ("device-0000001", "device-0000002", "device-0000000")
     ]
-    again, events = replayer.heard(uploads, 9.0)
+    assert replayer.heard(uploads, 9.0, round_number=1) == ([], [])
+    again, events = replayer.heard(uploads, 9.0, round_number=2)
     assert [(one.device, one.arrives_s) for one in again] == [("device-0000001", 13.0)] * 2
     assert [one.detail for one in events] == ["of device-0000001", "of device-0000002"]
     for one in again:
@@ -217,6 +270,7 @@ def test_a_replay_is_the_same_sealed_update_under_the_attackers_topic_later() ->
         ({"kind": "sybil", "share": 0.1, "identitys": 3}, "identitys: unknown key; allowed are .*identities.*got 3"),
         ({"kind": "free_rider", "share": 0.1, "sends": "ones"}, "sends.*last_difference.*got 'ones'"),
         ({"kind": "label_flip", "share": 0.1, "permutation": [0, 0]}, "permutation: expected every label"),
+        ({"kind": "sign_flip", "share": 0.1, "from_round": 0}, "from_round.*>= 1.*got 0"),
         ({"kind": "sign_flip", "share": 0.1, "scale": float("inf")}, "scale: expected a finite number"),
     ],
 )
