@@ -70,7 +70,7 @@ class Crash(Aimed, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="c
 
 
 class Hang(Aimed, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="hang"):
-    """The daemon does nothing for so long, or until the watchdog bites."""
+    """The device does nothing for so long, or until its hardware's watchdog resets it."""
 
     for_s: Duration = 3600.0
 

@@ -25,27 +25,26 @@ from firmware_sim.firmware.slots import (
     SlotAction,
     SlotRecord,
 )
+from firmware_sim.firmware.watchdog import hang_end
 from fl_protocol.durable import Disk
 from fl_protocol.errors import LocalMisuseError
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirmwareTerms:
-    """How a profile's boot loader works.
+    """How a fleet's boot loaders work.
 
     Args:
         factory: version that both slots hold when the device is new.
         boot_s: from reset until the image is up.
         boot_limit: boots that an image on trial gets.
         confirm_after_s: up for so long, it is confirmed.
-        watchdog_timeout_s: from a hang until the watchdog bites.
     """
 
     factory: str
     boot_s: float = 20.0
     boot_limit: int = 3
     confirm_after_s: float = 300.0
-    watchdog_timeout_s: float = 60.0
 
 
 class FirmwareLife:
@@ -55,6 +54,7 @@ class FirmwareLife:
         images: all versions that may come to it.
         terms: of its boot loader.
         disk: its flash.
+        watchdog_timeout_s: from a hang until the watchdog bites.
 
     Raises:
         LocalMisuseError: the factory's version is not among the images.
@@ -63,10 +63,12 @@ class FirmwareLife:
         rolled_back: versions that were given up, in their order.
     """
 
-    def __init__(self, images: Mapping[str, FirmwareImage], *, terms: FirmwareTerms, disk: Disk) -> None:
+    def __init__(
+        self, images: Mapping[str, FirmwareImage], *, terms: FirmwareTerms, disk: Disk, watchdog_timeout_s: float
+    ) -> None:
         if terms.factory not in images:
             raise LocalMisuseError(f"factory: expected one of {sorted(images)}, got {terms.factory!r}")
-        self._images, self._terms = images, terms
+        self._images, self._terms, self._watchdog_timeout_s = images, terms, watchdog_timeout_s
         self._file = SlotFile(disk)
         record = self._file.load() or SlotRecord(active=0, versions=(terms.factory, terms.factory))
         self._slots = FirmwareSlots(record, boot_limit=terms.boot_limit, confirm_after_s=terms.confirm_after_s)
@@ -113,8 +115,7 @@ class FirmwareLife:
 
     def next_event_s(self) -> float:
         """When to call `advance`; infinity if never."""
-        confirms_s = self._slots.confirms_s
-        return min(self._resets_s, math.inf if confirms_s is None else confirms_s)
+        return min(self._resets_s, self._confirms_s)
 
     def advance(self, now_s: float) -> BootCause | None:
         """Let time pass; why the device resets now, if it does.
@@ -122,8 +123,8 @@ class FirmwareLife:
         Raises:
             OSError: the flash does not take the record.
         """
-        confirms_s = self._slots.confirms_s
-        if confirms_s is not None and confirms_s <= now_s and confirms_s < self._fails_s:
+        confirms_s = self._confirms_s
+        if confirms_s <= now_s:
             self._execute(self._slots.handle(Healthy(), confirms_s))
         if now_s < self._resets_s:
             return None
@@ -135,9 +136,17 @@ class FirmwareLife:
         return self._fails_s if self.image.defect == "hang" else math.inf
 
     @property
+    def _confirms_s(self) -> float:
+        """When the image is confirmed; infinity if it fails before, or is not on trial."""
+        confirms_s = self._slots.confirms_s
+        return confirms_s if confirms_s is not None and confirms_s < self._fails_s else math.inf
+
+    @property
     def _resets_s(self) -> float:
         """When the device resets because of its image."""
-        return self._fails_s + (self._terms.watchdog_timeout_s if self.image.defect == "hang" else 0.0)
+        if self.image.defect != "hang":
+            return self._fails_s
+        return hang_end(self._fails_s, watchdog_timeout_s=self._watchdog_timeout_s).at_s
 
     def _execute(self, actions: tuple[SlotAction, ...]) -> bool:
         """Do what the slots ask for; whether it is a reset."""

@@ -56,15 +56,16 @@ class DeviceFirmware:
         plan: of the fleet.
         record: the device's.
         now_s: when its daemon starts.
+        watchdog_timeout_s: of its hardware.
 
     Attributes:
         starts_s: when the daemon starts after a reset by the firmware; infinity if it never does.
     """
 
-    def __init__(self, plan: FirmwarePlan, record: DeviceRecord, *, now_s: float) -> None:
+    def __init__(self, plan: FirmwarePlan, record: DeviceRecord, *, now_s: float, watchdog_timeout_s: float) -> None:
         self._plan, self._record = plan, record
         self._disk = unpacked(record.slots)
-        self._life = FirmwareLife(plan.images, terms=plan.terms, disk=self._disk)
+        self._life = FirmwareLife(plan.images, terms=plan.terms, disk=self._disk, watchdog_timeout_s=watchdog_timeout_s)
         self._offered_s = plan.rollout.offered_s(seed=plan.seed, device=record.name)
         self.starts_s = now_s
         cause, record.boot_cause = BOOT_CAUSES.get(record.boot_cause), ""

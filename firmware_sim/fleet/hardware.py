@@ -16,6 +16,7 @@ from firmware_sim.faults.kinds import Crash, Hang, Packets, RebootLoop, SlowLori
 from firmware_sim.faults.packets import FaultyTransport
 from firmware_sim.faults.plan import Strike
 from firmware_sim.faults.trickling_edge import TricklingEdge
+from firmware_sim.firmware.watchdog import hang_end
 from firmware_sim.fleet.device_firmware import DeviceFirmware
 from firmware_sim.fleet.edge import ShardEdge
 from firmware_sim.fleet.flash_fate import FlashFate, is_for_good
@@ -36,8 +37,6 @@ from fl_protocol.transport import Transport
 HEARD_WITHIN_S = 5.0
 """How long a job that has nothing to do waits for the study's manifest before it ends; with the manifest it ends at
 once."""
-WATCHDOG_S = 60.0
-"""From a hang until the watchdog bites."""
 BOOT_S = 20.0
 """From a reset until the daemon runs again."""
 _SHORTEST_S = 1e-3
@@ -92,7 +91,12 @@ class HardwareSurroundings:
         self._flash_fate.tend(now_s)
         self.record.struck_until_s = now_s
         if self.terms.firmware is not None:
-            self._firmware = DeviceFirmware(self.terms.firmware, self.record, now_s=self._started_s)
+            self._firmware = DeviceFirmware(
+                self.terms.firmware,
+                self.record,
+                now_s=self._started_s,
+                watchdog_timeout_s=self.profile.watchdog_timeout_s,
+            )
             self._energy_factor = self._firmware.energy_factor
         self._start_up()
 
@@ -237,14 +241,21 @@ class HardwareSurroundings:
         if ending.kind == "brown_out":
             return self._charged_s() + BOOT_S
         if ending.kind == "hang":
-            hangs = self._schedule.active(Hang, true_s)
-            return now_s + min([WATCHDOG_S, *(fault.for_s for fault in hangs)]) + BOOT_S
+            return self._goes_on_s(now_s, true_s)
         starts, began_s = self._job_starts, self.terms.began_s
         if starts is None:
             return now_s + BOOT_S
         period_s = self.terms.job_period_s or starts.job.period_s
         earliest_s = self._started_s + period_s if ending.is_clean else now_s + BOOT_S
         return starts.next_s(began_s + max(now_s, earliest_s)) - began_s
+
+    def _goes_on_s(self, now_s: float, true_s: float) -> float:
+        """When a daemon that hangs goes on, seconds of the shard's time; a hang that ends by itself is no boot."""
+        lasts_s = min((one.for_s for one in self._schedule.active(Hang, true_s + _SHORTEST_S)), default=math.inf)
+        end = hang_end(now_s, watchdog_timeout_s=self.profile.watchdog_timeout_s, lasts_s=lasts_s)
+        if not end.is_reset:
+            self.record.boot_cause = ""
+        return end.at_s + (BOOT_S if end.is_reset else 0.0)
 
     def start_without_store_s(self) -> float | None:
         """After a full or read-only flash is well again; never, if it is damaged for good or worn out."""

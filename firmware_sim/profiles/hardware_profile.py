@@ -197,6 +197,7 @@ class HardwareProfile(_Part, frozen=True):
         name: as in the file's name.
         title: for people.
         memory_bytes: that Covey may use; a model whose training needs more cannot be trained.
+        watchdog_timeout_s: from a hang until the watchdog resets the device.
         home, away: radio links.
         battery: None on the mains.
     """
@@ -204,6 +205,7 @@ class HardwareProfile(_Part, frozen=True):
     name: str
     title: str
     memory_bytes: Bytes
+    watchdog_timeout_s: Above0
     thermal: Thermal
     processor: Processor
     flash: Flash

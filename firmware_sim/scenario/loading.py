@@ -182,7 +182,7 @@ def _profiles(path: Path, text: str, scenario: Scenario) -> dict[str, tuple[Hard
 
 
 def _profile(name: str, scenario: Scenario, path: Path) -> HardwareProfile:
-    """A profile with the scenario's network, its jobs waiting only for what the wearers' rules ask for.
+    """A profile with the scenario's network and watchdog, its jobs waiting only for what the wearers' rules ask for.
 
     Raises ProfileError.
     """
@@ -190,6 +190,8 @@ def _profile(name: str, scenario: Scenario, path: Path) -> HardwareProfile:
     profile = load_profile(name, own=relative_to_config(path, own) if own is not None else None)
     if scenario.population.network == "away":
         profile = msgspec.structs.replace(profile, home=profile.away)
+    if (timeout_s := scenario.population.watchdog_timeout_s) is not None:
+        profile = msgspec.structs.replace(profile, watchdog_timeout_s=timeout_s)
     if isinstance(profile.residency, Job) and not scenario.eligibility.require_unmetered:
         profile = msgspec.structs.replace(
             profile, residency=msgspec.structs.replace(profile.residency, unmetered=False)

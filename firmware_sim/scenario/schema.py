@@ -68,6 +68,7 @@ class Population(Section, frozen=True, kw_only=True):
             only network is cellular.
         own_profiles: a folder, relative to the file, with profiles of your own: ``NAME.toml`` as ``covey-fleet profiles
             smartwatch`` prints one, its ``name`` the file's. `profiles` may name them beside covey's.
+        watchdog_timeout_s: from a hang until the watchdog resets the device, instead of what the profiles say.
         traces: a CSV of real devices' states (docs/simulation-hardware.md), relative to the file; devices take its
             traces in turn, and ``[wearers]`` says nothing then.
     """
@@ -76,6 +77,7 @@ class Population(Section, frozen=True, kw_only=True):
     job_period_hours: Positive | None = None
     network: Literal["profile", "away"] = "profile"
     own_profiles: str | None = None
+    watchdog_timeout_s: Positive | None = None
     traces: str | None = None
 
 
@@ -90,7 +92,6 @@ class RolloutTable(Section, frozen=True, kw_only=True):
         boot_s: from reset until an image is up.
         boot_limit: failed boots that an update gets before the other slot boots again.
         confirm_after_s: up for so long, it is trusted.
-        watchdog_timeout_s: from a hang until the watchdog bites.
     """
 
     factory: Annotated[str, Meta(min_length=1, max_length=64)] = "1.0"
@@ -100,7 +101,6 @@ class RolloutTable(Section, frozen=True, kw_only=True):
     boot_s: Positive = 20.0
     boot_limit: Annotated[int, Meta(ge=1, le=100)] = 3
     confirm_after_s: Positive = 300.0
-    watchdog_timeout_s: Positive = 60.0
 
     def __post_init__(self) -> None:
         if self.image.version == self.factory:
@@ -120,7 +120,6 @@ class RolloutTable(Section, frozen=True, kw_only=True):
             boot_s=self.boot_s,
             boot_limit=self.boot_limit,
             confirm_after_s=self.confirm_after_s,
-            watchdog_timeout_s=self.watchdog_timeout_s,
         )
 
 

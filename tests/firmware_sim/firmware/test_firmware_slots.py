@@ -31,7 +31,7 @@ from tests.enrolments import broken_copy
 
 FACTORY = SlotRecord(active=0, versions=("1.0", "1.0"))
 GOOD = FirmwareImage(version="1.0")
-TERMS = FirmwareTerms(factory="1.0", boot_s=10, boot_limit=3, confirm_after_s=300, watchdog_timeout_s=60)
+TERMS = FirmwareTerms(factory="1.0", boot_s=10, boot_limit=3, confirm_after_s=300)
 
 
 def _on_trial(**options: Any) -> FirmwareSlots:
@@ -168,7 +168,7 @@ def test_a_flash_with_neither_record_starts_from_the_factory_s() -> None:
     flash = VirtualFlash()
     SlotFile(flash).save(_numbered(1))
     flash.write("firmware/slots.0", b"rubbish")
-    life = FirmwareLife({"1.0": GOOD}, terms=TERMS, disk=flash)
+    life = FirmwareLife({"1.0": GOOD}, terms=TERMS, disk=flash, watchdog_timeout_s=60)
     assert life.boot("power_on", 0.0) == GOOD
 
 
@@ -191,7 +191,8 @@ def _live(life: FirmwareLife, until_s: float) -> list[tuple[float, str]]:
 
 def _life(defect: Defect, flash: VirtualFlash | None = None, **options: Any) -> FirmwareLife:
     bad = FirmwareImage(version="2.0", defect=defect, **options)
-    return FirmwareLife({"1.0": GOOD, "2.0": bad}, terms=TERMS, disk=VirtualFlash() if flash is None else flash)
+    disk = VirtualFlash() if flash is None else flash
+    return FirmwareLife({"1.0": GOOD, "2.0": bad}, terms=TERMS, disk=disk, watchdog_timeout_s=60)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_a_bad_image_is_rolled_back(defect: Defect, options: dict[str, Any], res
     life = _life(defect, flash, **options)
     assert _live(life, 1e6) == resets
     assert (life.image, life.rolled_back) == (GOOD, ["2.0"])
-    assert FirmwareLife({"1.0": GOOD}, terms=TERMS, disk=flash).image == GOOD
+    assert FirmwareLife({"1.0": GOOD}, terms=TERMS, disk=flash, watchdog_timeout_s=60).image == GOOD
     assert life.next_event_s() == math.inf
 
 
@@ -235,6 +236,18 @@ def test_a_hang_lasts_until_the_watchdog_bites() -> None:
     assert life.advance(95.0) == "watchdog"
 
 
+def test_an_image_that_hangs_is_not_confirmed_while_the_watchdog_waits() -> None:
+    disk, bad = VirtualFlash(), FirmwareImage(version="2.0", defect="hang", after_s=5)
+    life = FirmwareLife({"1.0": GOOD, "2.0": bad}, terms=TERMS, disk=disk, watchdog_timeout_s=600)
+    life.boot("power_on", 0.0)
+    life.update(bad, 20.0)
+    life.boot("reset", 20.0)  # up at 30, hangs at 35; one that works would be confirmed at 330
+    assert life.next_event_s() == 635.0
+    assert life.advance(330.0) is None
+    assert life.is_on_trial
+    assert life.advance(635.0) == "watchdog"
+
+
 def test_waves_reach_their_shares_and_move_nobody() -> None:
     small = Rollout(image=GOOD, waves=(Wave(100, 0.1),), spread_s=50)
     whole = Rollout(image=GOOD, waves=(Wave(100, 0.1), Wave(500, 0.5), Wave(900, 1.0)), spread_s=50)
@@ -254,4 +267,4 @@ def test_impossible_images_and_waves_are_refused() -> None:
     with pytest.raises(LocalMisuseError, match=r"waves: expected times and shares to ascend, got 0.5 at 100 s"):
         Rollout(image=GOOD, waves=(Wave(100, 0.5), Wave(200, 0.5)))
     with pytest.raises(LocalMisuseError, match="factory: expected one of"):
-        FirmwareLife({}, terms=TERMS, disk=VirtualFlash())
+        FirmwareLife({}, terms=TERMS, disk=VirtualFlash(), watchdog_timeout_s=60)

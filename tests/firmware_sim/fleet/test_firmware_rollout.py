@@ -19,7 +19,6 @@ ROLLOUT: dict[str, Any] = {
     "spread_s": 2.0,
     "boot_s": 5.0,
     "confirm_after_s": 30.0,
-    "watchdog_timeout_s": 10.0,
 }
 SLOW: dict[str, Any] = HARDWARE | {"task": {**BASE["task"], "rounds": 14}, "days": 0.004, "checkpoint_hours": 24.0}
 """As many rounds as go on beside a rollout of some minutes."""

@@ -21,6 +21,7 @@ def test_the_documented_row_is_that_of_the_profile(name: str) -> None:
         f"{processor.flop_per_s / 1e9:g}",
         f"{processor.joule_per_flop * 1e9:.2g}",
         f"{profile.memory_bytes / 2**20:g}",
+        f"{profile.watchdog_timeout_s:g}",
         f"{heat.time_constant_s:g}",
         f"{heat.throttle_start_celsius:g}-{heat.throttle_end_celsius:g} °C × {heat.throttle_factor:g}",
         f"{profile.home.kind} / {profile.away.kind}",
