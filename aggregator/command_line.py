@@ -85,6 +85,14 @@ def say_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object
     plain_console().print(make_table(title, columns, rows))
 
 
+def say_list(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, as_json: bool) -> None:
+    """Print a list as a table, or as JSON: an object a row, with the columns as keys."""
+    if as_json:
+        say_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        say_table(title, columns, rows)
+
+
 def plain_console() -> Console:
     """Standard output, for tables; wide where no terminal shows them."""
     console = Console(markup=False, highlight=False, emoji=False)
