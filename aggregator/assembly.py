@@ -18,6 +18,7 @@ from aggregator.adapters.graph_judge import GraphJudge
 from aggregator.adapters.https_helper import HttpsHelper
 from aggregator.adapters.https_link import HttpsLink
 from aggregator.adapters.open_blobs import open_blobs
+from aggregator.alerts.alarms import Alarms
 from aggregator.announcer import Announcer
 from aggregator.answers import Answers
 from aggregator.audit.checkpoint_rows import Checkpoints
@@ -290,6 +291,7 @@ def make_service(
             pace=pace,
             cosigning=cosigning,
             fleet=fleet,
+            alarms=Alarms(store, now_s=now_s),
         )
     return AggregatorService(
         transport=transport,
