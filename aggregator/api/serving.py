@@ -8,10 +8,12 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from aggregator.accounts.account_store import Accounts
 from aggregator.accounts.verification import TokenVerifier
@@ -31,6 +33,7 @@ from fl_protocol.errors import ConfigError
 
 _BACKLOG = 256
 _LOOK_S = 0.1
+_LONGEST_MESSAGE_BYTES = 64 * 1024
 _MOST_AT_ONCE = 256
 """Connections; more are told to come again."""
 
@@ -73,7 +76,9 @@ def serve(store: AggregatorStore, section: ApiSection, *, tenant: str, config: P
         AggregatorError: the address cannot be listened on.
     """
     metrics = ApiMetrics()
-    api = make_api(services_for(store, section, tenant=tenant, journal=journal), counted=metrics)
+    services = services_for(store, section, tenant=tenant, journal=journal)
+    extend = _dashboard(services, metrics) if section.dashboard else None
+    api = make_api(services, counted=metrics, extend=extend)
     server = uvicorn.Server(_config(api, section, config))
     port = section.metrics_port
     scraped = closing(serve_metrics(metrics.registry, port)) if port is not None else nullcontext()
@@ -82,6 +87,15 @@ def serve(store: AggregatorStore, section: ApiSection, *, tenant: str, config: P
         journal.write("started", at_s=time.time(), api=where, tls=section.certificate is not None)
         _run(server, listener)
     journal.write("stopped", at_s=time.time())
+
+
+def _dashboard(services: ApiServices, metrics: ApiMetrics) -> Callable[[FastAPI], None]:
+    """What adds the dashboard to the API. Raises ConfigError: it is not installed."""
+    try:
+        from aggregator.dashboard.mounting import mount_dashboard  # noqa: PLC0415 - an optional dependency
+    except ImportError as error:
+        raise ConfigError(f"the dashboard needs pip install 'covey[dashboard]' ({error})") from error
+    return lambda api: mount_dashboard(api, services, counted=metrics)
 
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:
@@ -119,8 +133,9 @@ def _config(api: Shield, section: ApiSection, config: Path) -> uvicorn.Config:
         ssl_certfile=certificate,
         ssl_keyfile=key,
         http="h11",
-        ws="none",
-        lifespan="off",
+        ws="websockets-sansio" if section.dashboard else "none",
+        ws_max_size=_LONGEST_MESSAGE_BYTES,
+        lifespan="on" if section.dashboard else "off",
         server_header=False,
         access_log=False,
         log_config=None,
