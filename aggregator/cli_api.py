@@ -8,6 +8,7 @@ from aggregator.cli_options import Config, opened
 from aggregator.command_line import examples
 from fl_protocol.adapters.journal import JsonLines
 from fl_protocol.errors import ConfigError
+from fl_protocol.helper_config import pinned
 
 
 def register(app: typer.Typer) -> None:
@@ -27,4 +28,6 @@ def register(app: typer.Typer) -> None:
             section = files.config.api
             if section is None:
                 raise ConfigError(f"configuration {config}: expected a section [api]; see docs/operations.md")
-            serve(store, section, tenant=files.config.aggregator.tenant, config=config, journal=JsonLines())
+            helpers = {name: one.key for name, one in pinned(files.config.helpers).items()}
+            tenant = files.config.aggregator.tenant
+            serve(store, section, tenant=tenant, config=config, journal=JsonLines(), helpers=helpers)

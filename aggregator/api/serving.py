@@ -8,17 +8,19 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 
 import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fastapi import FastAPI
 
 from aggregator.accounts.account_store import Accounts
 from aggregator.accounts.verification import TokenVerifier
 from aggregator.adapters.prometheus import serve_metrics
 from aggregator.api.application import make_api
+from aggregator.api.audit_book import AuditBook
 from aggregator.api.guard import ApiServices, RequestLimits
 from aggregator.api.metrics import ApiMetrics
 from aggregator.api.privacy_book import PrivacyBook
@@ -30,6 +32,7 @@ from aggregator.store.aggregator_store import AggregatorStore
 from fl_protocol.adapters.config_files import relative_to_config
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import ConfigError
+from fl_protocol.signing import public_key_from_hex
 
 _BACKLOG = 256
 _LOOK_S = 0.1
@@ -38,9 +41,17 @@ _MOST_AT_ONCE = 256
 """Connections; more are told to come again."""
 
 
-def services_for(store: AggregatorStore, section: ApiSection, *, tenant: str, journal: Journal) -> ApiServices:
-    """What the routes work with, with this machine's clock and randomness."""
+def services_for(
+    store: AggregatorStore,
+    section: ApiSection,
+    *,
+    tenant: str,
+    journal: Journal,
+    helpers: Mapping[str, Ed25519PublicKey],
+) -> ApiServices:
+    """What the routes work with, with this machine's clock and randomness. Raises LocalMisuseError: a key is none."""
     accounts = Accounts(store.database)
+    key = None if section.aggregator_key is None else public_key_from_hex(section.aggregator_key)
     return ApiServices(
         store=store,
         tenant=tenant,
@@ -53,6 +64,7 @@ def services_for(store: AggregatorStore, section: ApiSection, *, tenant: str, jo
         ),
         privacy=PrivacyBook(store),
         rounds=RoundBook(store),
+        audit=AuditBook(store.database, tenant=tenant, aggregator=key, helpers=helpers, now_s=time.time),
         journal=journal,
         now_s=time.time,
         monotonic_s=time.monotonic,
@@ -61,7 +73,15 @@ def services_for(store: AggregatorStore, section: ApiSection, *, tenant: str, jo
     )
 
 
-def serve(store: AggregatorStore, section: ApiSection, *, tenant: str, config: Path, journal: Journal) -> None:
+def serve(
+    store: AggregatorStore,
+    section: ApiSection,
+    *,
+    tenant: str,
+    config: Path,
+    journal: Journal,
+    helpers: Mapping[str, Ed25519PublicKey],
+) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
@@ -70,14 +90,15 @@ def serve(store: AggregatorStore, section: ApiSection, *, tenant: str, config: P
         tenant: name on the wire.
         config: path of the configuration file, which the files are beside.
         journal: where events are told.
+        helpers: keys of those that co-sign the audit log, by name.
 
     Raises:
         ConfigError: the certificate or its key cannot be used.
         AggregatorError: the address cannot be listened on.
     """
     metrics = ApiMetrics()
-    services = services_for(store, section, tenant=tenant, journal=journal)
-    extend = _dashboard(services, metrics) if section.dashboard else None
+    services = services_for(store, section, tenant=tenant, journal=journal, helpers=helpers)
+    extend = _dashboard(services, section, metrics) if section.dashboard else None
     api = make_api(services, counted=metrics, extend=extend)
     server = uvicorn.Server(_config(api, section, config))
     port = section.metrics_port
@@ -89,13 +110,14 @@ def serve(store: AggregatorStore, section: ApiSection, *, tenant: str, config: P
     journal.write("stopped", at_s=time.time())
 
 
-def _dashboard(services: ApiServices, metrics: ApiMetrics) -> Callable[[FastAPI], None]:
+def _dashboard(services: ApiServices, section: ApiSection, metrics: ApiMetrics) -> Callable[[FastAPI], None]:
     """What adds the dashboard to the API. Raises ConfigError: it is not installed."""
     try:
         from aggregator.dashboard.mounting import mount_dashboard  # noqa: PLC0415 - an optional dependency
     except ImportError as error:
         raise ConfigError(f"the dashboard needs pip install 'covey[dashboard]' ({error})") from error
-    return lambda api: mount_dashboard(api, services, counted=metrics)
+    joules = section.joules_per_update
+    return lambda api: mount_dashboard(api, services, counted=metrics, joules_per_update=joules)
 
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:

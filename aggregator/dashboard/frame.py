@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 from fastapi import Request
@@ -20,6 +21,7 @@ from aggregator.dashboard.sessions import Session, Sessions
 from aggregator.dashboard.style import STYLE_PATH
 from aggregator.dashboard.tags import box, text
 
+T = TypeVar("T")
 PAGES: tuple[tuple[str, str, Scope], ...] = (
     ("", "Live", "tasks:read"),
     ("fleet", "Fleet", "devices:read"),
@@ -40,12 +42,14 @@ class Parts:
         own: the API's own routes.
         sessions: who is signed in.
         live: the study as it is now.
+        joules_per_update: what an update costs a device, if the operator has said so.
     """
 
     services: ApiServices
     own: OwnApi
     sessions: Sessions
     live: LiveStudy
+    joules_per_update: float | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,19 @@ class Visit:
     session: Session
     address: str
     client: Client
+
+    async def get(self, path: str, kind: type[T], *, query: dict[str, str | int | None] | None = None) -> T:
+        """What the API answers this user. Raises ApiProblemError."""
+        return await self.parts.own.get(path, kind, secret=self.secret(), address=self.address, query=query)
+
+    async def ask(self, method: str, path: str, kind: type[T], *, body: object = None, etag: str | None = None) -> T:
+        """Have the API do something for this user, whose role it asks after. Raises ApiProblemError."""
+        about: dict[str, Any] = {"secret": self.secret(), "address": self.address, "body": body, "etag": etag}
+        return await self.parts.own.ask(method, path, kind, **about)
+
+    def secret(self) -> str:
+        """The session's token, as long as it goes on; nothing that the API takes afterwards."""
+        return self.session.secret if self.parts.sessions.holds(self.session) else "over"
 
     def shows(self, update: Callable[[LiveState], None]) -> None:
         """Tell a part of the page of every reading, from now on."""

@@ -1,15 +1,15 @@
 """What all pages show of the study as it is now: read once for all of them, a few times a second, while anybody looks.
 
 A reading is the API's own overview (one to three milliseconds with 10,000 devices and 500 rounds); pages are told of
-each, and of a database that does not answer. When the audit log has grown, every session's token is asked after again, since
-whoever revokes a token or disables an account writes there in the same transaction.
+each, and of a database that does not answer. When the audit log has grown, every session's token is asked after again,
+since whoever revokes a token or disables an account writes there in the same transaction.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from fastapi.concurrency import run_in_threadpool
@@ -34,12 +34,14 @@ class LiveState:
         at_s: when it was read, Unix seconds.
         overview: None before the first reading that succeeded.
         entries: of the audit log.
+        refusals: so far, by task and reason.
         trouble: why nothing newer could be read; empty if it could.
     """
 
     at_s: float
     overview: Overview | None = None
     entries: int = 0
+    refusals: dict[str, dict[str, int]] = field(default_factory=dict)
     trouble: str = ""
 
 
@@ -109,12 +111,13 @@ class LiveStudy:
         services, now_s = self._services, self._services.now_s()
         try:
             found = overview(services.store, tenant=services.tenant, now_s=now_s)
+            refusals = services.store.refusals_by_task()
             with services.store.database.reading() as connection:
                 entries = log_size(connection)
         except AggregatorError:
             why = "The database does not answer. What you see is as it last was; orders wait until it is back."
-            return LiveState(self.now.at_s, self.now.overview, self.now.entries, why)
-        return LiveState(now_s, found, entries)
+            return replace(self.now, trouble=why)
+        return LiveState(now_s, found, entries, refusals)
 
     async def _end_sessions(self, found: LiveState) -> None:
         """End those whose time is over, and those whose token does not hold any more."""

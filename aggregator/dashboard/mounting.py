@@ -28,13 +28,16 @@ _LEAVING_S = 1.0
 """What a page has to go to the sign-in by itself, before its connection is ended."""
 
 
-def mount_dashboard(api: FastAPI, services: ApiServices, *, counted: Counted | None) -> None:
+def mount_dashboard(
+    api: FastAPI, services: ApiServices, *, counted: Counted | None, joules_per_update: float | None
+) -> None:
     """Add the dashboard to an API; once in a process, since NiceGUI has one application.
 
     Args:
         api: the application, with its routes.
         services: what they work with.
         counted: where requests are counted.
+        joules_per_update: what an update costs a device, if the operator has said so.
     """
     own = OwnApi(Shield(api, counted=counted, monotonic_s=services.monotonic_s))
     sessions = Sessions(now_s=services.now_s, entropy=services.entropy)
@@ -50,7 +53,7 @@ def mount_dashboard(api: FastAPI, services: ApiServices, *, counted: Counted | N
     sign_in.add_to(api)
     add_style_to(api)
     api.add_api_route("/", _to_dashboard, methods=["GET"], include_in_schema=False)
-    add_pages(Parts(services, own, sessions, live))
+    add_pages(Parts(services, own, sessions, live, joules_per_update))
     pages.add_middleware(Nonces)
     # Nothing on a page has Tailwind's classes: its compiler would take longer than all the rest.
     ui.run_with(

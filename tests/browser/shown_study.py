@@ -201,9 +201,12 @@ port = 1883
 port = 0
 dashboard = true
 joules_per_update = 3.2
+aggregator_key = "AGG"
 requests_a_minute = 100000
 address_requests_a_minute = 100000
-""".replace("KEY", HELPER.public_key().public_bytes_raw().hex())
+""".replace("KEY", HELPER.public_key().public_bytes_raw().hex()).replace(
+    "AGG", AGGREGATOR.public_key().public_bytes_raw().hex()
+)
 
 
 def _metrics(number: int, rounds: int) -> dict[str, float]:
