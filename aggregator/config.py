@@ -110,8 +110,8 @@ class ApiSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         unknown_tokens_a_minute: requests of one address with tokens that were not seen in the last five minutes, each
             of which costs a slow hash; default 30.
         metrics_port: loopback port for Prometheus; default none.
-        aggregator_key: the aggregator's public key, 64 hex digits, as ``covey-aggregator init`` printed it: for verifying
-            the audit log; default: that is left to ``covey-aggregator audit verify``.
+        aggregator_key: the aggregator's public key, 64 hex digits, as ``covey-aggregator init`` prints it: for
+            verifying the audit log; default: that is left to ``covey-aggregator audit verify``.
         dashboard: whether the dashboard is served as well, at /dashboard (`pip install 'covey[dashboard]'`).
         joules_per_update: what an update costs a device on average, as the operator has measured; the dashboard tells
             energy as an estimate from it, and nothing about energy without.

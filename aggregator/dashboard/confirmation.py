@@ -11,7 +11,7 @@ from aggregator.api.answers import AuditPage
 from aggregator.api_client import ApiProblemError
 from aggregator.audit.entries import AuditEntry
 from aggregator.dashboard.frame import Visit
-from aggregator.dashboard.tags import box, span, text
+from aggregator.dashboard.tags import attribute, box, span, text
 
 Act = Callable[[str], Awaitable[str]]
 """Does it, told a reason; says what was done. Raises ApiProblemError."""
@@ -36,7 +36,7 @@ class Confirmation:
             self._title = text("h2", id="confirmation")
             self._words = text("p")
             self._reason = ui.input("Reason, for the log and the device").classes("cv-reason")
-            self._reason.props("outlined autofocus maxlength=500").on("keydown.enter", self._confirm)
+            self._reason.props("outlined maxlength=500").on("keydown.enter", self._confirm)
             self._told = text("p", "", "cv-told", role="alert")
             with box("div", "cv-buttons"):
                 self._leave = text("button", "Cancel", "cv-button", type="button")
@@ -66,6 +66,8 @@ class Confirmation:
             for element, what in ((self._title, title), (self._words, words), (self._yes, label), (self._told, "")):
                 element.set_text(what)
             self._reason.set_visibility(with_reason)
+            self._reason.props(add="autofocus" if with_reason else "", remove="" if with_reason else "autofocus")
+            attribute(self._yes, "data-autofocus", None if with_reason else "")
             self._reason.set_value("" if with_reason else "-")
             self._yes.set_visibility(True)
             self._leave.set_text("Cancel")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
@@ -166,7 +167,7 @@ def _lines(curves: Curves, *, top: float | None = None, budget: float | None = N
         "yAxis": {
             **axis,
             "type": "value",
-            "max": top if top is not None else (max(largest, budget) * 1.1 if budget else None),
+            "max": top if budget is None else math.ceil(1.05 * max(largest, budget)),
             "scale": top is None and not budget,
         },
         "series": series,

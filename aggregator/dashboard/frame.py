@@ -105,7 +105,7 @@ def framed(parts: Parts, request: Request, *, at: str, title: str) -> Iterator[V
     _header(visit, at)
     banner = text("p", "", "cv-banner", role="alert")
     banner.set_visibility(False)
-    with box("main", "cv-main", id="content", tabindex="-1"):
+    with box("div", "cv-main", id="content", tabindex="-1"):  # within the main that Quasar makes
         text("h1", title)
         if session.may(needed):
             yield visit

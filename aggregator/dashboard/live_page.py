@@ -11,6 +11,8 @@ from aggregator.dashboard.live_state import LiveState
 from aggregator.dashboard.tags import attribute, box, count, span, text
 from aggregator.overview import Overview, TaskOverview, WorkerOverview
 
+_RUNS = {"open", "unmasking"}
+"""Phases of tasks that come first."""
 _PHASES = {
     "idle": "not begun",
     "open": "round open",
@@ -70,7 +72,7 @@ class _Parts:
                     text("li", sentence)
 
     def _show_tasks(self, found: Overview) -> None:
-        names = [one.name for one in found.tasks]
+        names = [one.name for one in sorted(found.tasks, key=lambda one: (one.phase not in _RUNS, one.name))]
         if self._cards is None or list(self._cards) != names:
             self._tasks.clear()
             with self._tasks:

@@ -64,7 +64,7 @@ class _Lineage:
             moment(one.created_s),
             f"{accuracy:.1%}" if isinstance(accuracy, float) else "–",
             f"ε ≤ {one.record_epsilon:.3g} at δ {one.delta:g}" if one.record_epsilon is not None else "cannot be told",
-            Cell(makes=lambda: _tags(one)),
+            Cell(makes=lambda: _tags(one)) if one.tags else "",
         )
         return (*cells, Cell(makes=lambda: self._buttons(one))) if self.may else cells
 
@@ -90,8 +90,8 @@ class _Lineage:
                     "Roll back",
                     about=f"to version {one.version}",
                     title=f"Roll {self._task} back to version {one.version}?",
-                    words="The open round is given up: its devices have charged their budgets for nothing. Rounds go on "
-                    "from a new version with these parameters.",
+                    words="The open round is given up: its devices have charged their budgets for nothing. Rounds go "
+                    "on from a new version with these parameters.",
                     act=lambda _reason: self._roll_back(one.version),
                     explain=self._explain,
                 )

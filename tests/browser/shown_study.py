@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import delete, func, insert, select, text, update
 
 from aggregator.accounts.account_store import Accounts, Actor
 from aggregator.accounts.roles import ROLES
@@ -23,7 +23,7 @@ from aggregator.store import schema
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.database import Database
 from aggregator.store.leases import COORDINATOR
-from tests.aggregator.api.seeded_study import OPEN, SeededStudy
+from tests.aggregator.api.seeded_study import MASKED, OPEN, SeededStudy
 
 AGGREGATOR, HELPER = (Ed25519PrivateKey.from_private_bytes(bytes([one]) * 32) for one in (5, 6))
 ROOT_ACTOR = Actor("local:root")
@@ -31,10 +31,10 @@ DAY_S = 86_400.0
 ARRIVED = 11
 """Updates in the open round at first."""
 OWNERS = ("anna", "st-mary", "uni-lab")
-REFUSED = {
-    "round_closed": 212, "second_update": 58, "unknown_device": 31, "quarantined": 17,
-    "bad_signature": 9, "throttled": 4,
-}  # fmt: skip
+REFUSED = (
+    ("round_closed", 212), ("second_update", 58), ("unknown_device", 31), ("quarantined", 17), ("bad_signature", 9),
+    ("throttled", 4),
+)  # fmt: skip
 
 
 class ShownStudy:
@@ -42,7 +42,7 @@ class ShownStudy:
 
     Args:
         folder: for the database, configuration and key.
-        devices: registered names; every tenth is enrolled.
+        devices: registered names; all but every tenth are enrolled.
         rounds: closed ones of each task.
         arrived: updates in each.
         is_empty: nothing but accounts.
@@ -59,11 +59,13 @@ class ShownStudy:
             ).store.close()
         blobs = open_blobs("memory://shown")
         self.store = AggregatorStore(Database(url, blobs=blobs), blobs)
+        if not is_empty:
+            self._bring_up_to_date(devices, rounds)
         self.accounts = Accounts(self.store.database)
         self.tokens = {role: self._account(f"{role}-ann", role) for role in ROLES}
         self.tokens["second"] = self._account("maria", "operator")
         if not is_empty:
-            self._bring_up_to_date(rounds)
+            self._checkpoint()
         self.config = folder / "aggregator.toml"
         self.config.write_text(_CONFIG)
         (folder / "signing.key").write_bytes(AGGREGATOR.private_bytes_raw())
@@ -91,6 +93,29 @@ class ShownStudy:
             here = update(schema.partials).where(partials.task == task, partials.counted_in == number)
             connection.execute(here.values(count=partials.count + count))
 
+    def put_away(self, table: str) -> None:
+        """Have the database fail where this table is read."""
+        with self.store.database.transaction() as connection:
+            connection.execute(text(f"ALTER TABLE {table} RENAME TO away_{table}"))
+
+    def bring_back(self, table: str) -> None:
+        """Have it answer again."""
+        with self.store.database.transaction() as connection:
+            connection.execute(text(f"ALTER TABLE away_{table} RENAME TO {table}"))
+
+    def close_round(self, task: str, *, accuracy: float) -> None:
+        """Commit the open round, with a model of this accuracy; and open the next one."""
+        with self.store.database.transaction() as connection:
+            tasks, rounds = schema.tasks.c, schema.rounds.c
+            number = connection.execute(select(tasks.number).where(tasks.task == task)).scalar_one()
+            row = {"outcome": "committed", "closed_s": time.time(), "secret": None}
+            metrics = msgspec.json.encode({**_metrics(number, number), "validation_accuracy": accuracy}).decode()
+            here = update(schema.rounds).where(rounds.task == task, rounds.number == number)
+            connection.execute(here.values(**row, metrics=metrics))
+            forward = {"committed": tasks.committed + 1, "number": number + 1}
+            connection.execute(update(schema.tasks).where(tasks.task == task).values(**forward))
+            self._open_round(connection, task, number + 1)
+
     def tell(self, action: str, subject: str, *, actor: str = "local:root", **detail: Any) -> None:
         """An entry of the audit log."""
         with self.store.database.transaction() as connection:
@@ -100,36 +125,44 @@ class ShownStudy:
         self.accounts.create(name, role, now_s=self.now_s, actor=ROOT_ACTOR)
         return self.add_token(name)
 
-    def _bring_up_to_date(self, rounds: int) -> None:
+    def _bring_up_to_date(self, devices: int, rounds: int) -> None:
         """Times around the present, curves as of a training, an open round, and processes."""
         with self.store.database.transaction() as connection:
+            for table in _MADE_ANEW:
+                connection.execute(delete(table))
             last = connection.execute(select(func.max(schema.rounds.c.closed_s))).scalar_one()
             shift_s = self.now_s - 40.0 - last
             for table, columns in _TIMES:
-                there = {one: table.c[one] + shift_s for one in columns}
-                connection.execute(update(table).values(**there))
+                connection.execute(update(table).values(**{one: table.c[one] + shift_s for one in columns}))
             for number in range(1, rounds + 1):
-                of_round = {"metrics": msgspec.json.encode(_metrics(number, rounds)).decode()}
-                rows = schema.rounds.c
-                connection.execute(
-                    update(schema.rounds).where(rows.task == OPEN, rows.number == number).values(**of_round)
-                )
+                metrics = msgspec.json.encode(_metrics(number, rounds)).decode()
+                for table, key in ((schema.rounds, "number"), (schema.models, "version")):
+                    row = update(table).where(table.c.task == OPEN, table.c[key] == number)
+                    connection.execute(row.values(metrics=metrics))
             self._open_round(connection, OPEN, rounds + 1)
-            connection.execute(
-                insert(schema.refusals), [{"task": "", "reason": one, "times": n} for one, n in REFUSED.items()]
-            )
+            refused = [
+                {"task": "" if one == "unknown_device" else OPEN, "reason": one, "times": n} for one, n in REFUSED
+            ]
+            connection.execute(insert(schema.refusals), refused)
             self._processes(connection)
-            for index, row in enumerate(connection.execute(select(schema.enrolments.c.enrolment)).scalars().all()):
-                state = "quarantined" if index % 5 == 3 else "revoked" if index % 7 == 6 else "active"
-                chosen = {
-                    "owner": OWNERS[index % 3],
-                    "state": state,
-                    "reason": "" if state == "active" else "odd updates",
-                }
-                connection.execute(
-                    update(schema.enrolments).where(schema.enrolments.c.enrolment == row).values(**chosen)
-                )
-        self._checkpoint()
+            _enrol(connection, devices, self.now_s)
+            self._write_log(connection, rounds)
+
+    def _write_log(self, connection: Any, rounds: int) -> None:
+        """The log of a study that has gone on for a while."""
+        began_s = self.now_s - 100.0 * rounds - 3600
+        events = [AuditEvent(began_s, "local:root", "task.created", one, {"kind": "train"}) for one in (OPEN, MASKED)]
+        for number in range(1, rounds + 1):
+            detail = {"outcome": "committed", "count": 16}
+            at_s = self.now_s - 40.0 - 100.0 * (rounds - number)
+            events.append(AuditEvent(at_s, "aggregator", "round.closed", f"{OPEN}/{number}", detail))
+        detail = {"owner": "anna", "task": OPEN, "before": "active", "reason": "sends the same update again and again"}
+        events.append(AuditEvent(self.now_s - 900, "maria", "device.quarantined", "e-00003", detail))
+        events.append(
+            AuditEvent(self.now_s - 300, "operator-ann", "model.tagged", OPEN, {"tag": "released", "version": 12})
+        )
+        for event in sorted(events, key=lambda one: one.at_s):
+            append(connection, event)
 
     def _open_round(self, connection: Any, task: str, number: int) -> None:
         where = schema.tasks.c.task == task
@@ -173,16 +206,18 @@ class ShownStudy:
         assert note is not None
         one = cosign(note.checkpoint, cosigner_name("patients", "helper-a"), HELPER, at_s=self.now_s - 55)
         checkpoints.add_cosignature(note.checkpoint.size, "helper-a", one)
-        self.tell("model.tagged", OPEN, actor="maria", tag="released", version=8)
+        self.tell("device.quarantined", "e-00008", actor="maria", owner="uni-lab", reason="worn by two people")
 
 
+_MADE_ANEW = (
+    schema.accounts, schema.access_tokens, schema.audit_entries, schema.audit_nodes, schema.enrolments,
+    schema.enrolment_names, schema.device_periods,
+)  # fmt: skip
 _TIMES = (
     (schema.rounds, ("opened_s", "deadline_s", "closed_s", "asked_s")),
     (schema.models, ("created_s",)),
     (schema.devices, ("added_s",)),
-    (schema.device_periods, ("not_before_s", "not_after_s")),
-    (schema.enrolment_names, ("not_after_s",)),
-    (schema.enrolments, ("enrolled_s", "changed_s", "lasts_until_s")),
+    (schema.updates, ("accepted_s",)),
     (schema.tasks, ("created_s",)),
 )
 _CONFIG = """
@@ -226,3 +261,27 @@ def _update(task: str, number: int, index: int) -> dict[str, Any]:
         "counted_in": number, "device": f"w-{index:05}", "sealed_digest": bytes(32), "accepted_s": time.time(),
         "bytes_up": 35_000,
     }  # fmt: skip
+
+
+def _enrol(connection: Any, devices: int, now_s: float) -> None:
+    """Enrolments `e-00000` and so on, with a name each; every tenth name was registered by hand."""
+    ends_s = now_s + 30 * DAY_S
+    enrolments, names = [], []
+    for index in range(devices):
+        if index % 10 == 9:
+            continue
+        state = {3: "quarantined", 8: "quarantined", 16: "revoked"}.get(index % 20, "active")
+        enrolments.append(
+            {
+                "enrolment": f"e-{index:05}", "task": OPEN, "owner": OWNERS[index % 3], "renewal_key": bytes(32),
+                "state": state, "reason": "" if state == "active" else "worn by two people",
+                "enrolled_s": now_s - 5 * DAY_S,
+                "changed_s": now_s - 900, "lasts_until_s": ends_s, "request_digest": bytes(32), "answer": b"",
+            }
+        )  # fmt: skip
+        period = {"device": f"w-{index:05}", "not_before_s": now_s - 5 * DAY_S, "not_after_s": ends_s}
+        names.append({**period, "enrolment": f"e-{index:05}", "serial": f"{index:x}"})
+    connection.execute(insert(schema.enrolments), enrolments)
+    connection.execute(insert(schema.enrolment_names), names)
+    periods = [{key: one[key] for key in ("device", "not_before_s", "not_after_s")} for one in names]
+    connection.execute(insert(schema.device_periods), periods)

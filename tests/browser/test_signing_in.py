@@ -54,7 +54,7 @@ def check_revoked(dashboard: Dashboard) -> None:
     visitor = dashboard.visitor(token)
     visitor.sees("of 16 updates")
     dashboard.study.revoke(token)
-    visitor.page.wait_for_url("**/sign-in**", timeout=8_000)
+    visitor.page.wait_for_url("**/sign-in**", timeout=5_000)
     visitor.sees("the token was revoked")
     visitor.go()
     assert "/sign-in" in visitor.page.url
