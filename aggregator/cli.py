@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import signal
 import time
 from contextlib import closing
@@ -27,9 +26,11 @@ from aggregator.cli_models import model_app
 from aggregator.cli_options import AsJson, Config, opened
 from aggregator.cli_privacy import privacy_app
 from aggregator.cli_tasks import task_app
-from aggregator.command_line import examples, make_app, moment, run_app, say_json, say_table, span
+from aggregator.cli_watch import register as register_watch
+from aggregator.command_line import examples, make_app, plain_console, run_app, say_json
 from aggregator.errors import DatabaseError
-from aggregator.overview import Overview, TaskOverview, WorkerOverview, overview
+from aggregator.overview import overview
+from aggregator.overview_screen import print_overview
 from aggregator.worker_files import worker_files
 from fl_protocol.adapters.journal import Journal, JsonLines
 from fl_protocol.errors import BundleError, ConfigError, CoveyError
@@ -54,6 +55,8 @@ Examples:
   covey-aggregator run --config aggregator.toml
 
   covey-aggregator status --config aggregator.toml
+
+  covey-aggregator watch --config aggregator.toml
 
   covey-aggregator task show exercises --config aggregator.toml
 
@@ -83,6 +86,7 @@ for _name, _group in (
     app.add_typer(_group, name=_name)
 register_backup(app)
 register_api(app)
+register_watch(app)
 
 
 def main() -> None:
@@ -140,7 +144,7 @@ def status(config: Config, as_json: AsJson = False) -> None:
     if as_json:
         say_json(found)
     else:
-        _show(found)
+        print_overview(found, plain_console())
 
 
 def _serve(files: AggregatorFiles, *, worker: str | None) -> None:
@@ -163,42 +167,6 @@ def _serve(files: AggregatorFiles, *, worker: str | None) -> None:
     counting = CountingJournal(journal)
     with closing(serve_metrics(counting.registry, port)):
         run(counting)
-
-
-def _show(found: Overview) -> None:
-    """Print an overview for people."""
-    columns = ("task", "kind", "phase", "round", "committed", "arrived", "deadline", "model", "p")
-    say_table(f"Tasks of {found.tenant}", columns, [_task_row(task, found.at_s) for task in found.tasks])
-    for task in found.tasks:
-        if task.reason:
-            typer.echo(f"{task.name} is {task.phase}: {task.reason}")
-    process_columns = ("process", "state", "shards", "last seen", "says")
-    say_table("Processes", process_columns, [_worker_row(worker, found.at_s) for worker in found.workers])
-    typer.echo(f"registered names: {found.devices}")
-    for reason, times in sorted(found.refused.items()):
-        typer.echo(f"refused: {re.sub('_', ' ', reason)}: {times}")
-    for problem in found.degraded:
-        typer.echo(f"degraded: {problem}")
-
-
-def _task_row(task: TaskOverview, now_s: float) -> tuple[object, ...]:
-    """A task's line."""
-    deadline = ""
-    if task.deadline_s is not None:
-        left_s = task.deadline_s - now_s
-        deadline = f"in {span(left_s)}" if left_s >= 0 else f"{span(-left_s)} ago"
-    phase = f"{task.phase}, pausing" if task.pausing else task.phase
-    arrived = f"{task.arrived} of {task.goal}" if task.deadline_s is not None else ""
-    committed = f"{task.committed} of {task.rounds}"
-    return task.name, task.kind, phase, task.round, committed, arrived, deadline, task.version, task.probability
-
-
-def _worker_row(worker: WorkerOverview, now_s: float) -> tuple[object, ...]:
-    """A process' line."""
-    is_alive = worker.state == "alive"
-    state = ("coordinates" if worker.coordinates else "takes uploads") if is_alive else worker.state
-    seen = f"{span(max(0.0, now_s - worker.seen_s))} ago" if is_alive else moment(worker.seen_s)
-    return worker.name, state, worker.shards, seen, worker.detail
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from typing import Any
 import msgspec
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from fl_protocol.adapters.software import software_version
 from fl_protocol.errors import CoveyError
@@ -80,17 +82,35 @@ def say_json(value: Any) -> None:
 
 def say_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; numbers stand to the right, and nothing in it is taken for markup."""
+    plain_console().print(make_table(title, columns, rows))
+
+
+def say_list(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, as_json: bool) -> None:
+    """Print a list as a table, or as JSON: an object a row, with the columns as keys."""
+    if as_json:
+        say_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        say_table(title, columns, rows)
+
+
+def plain_console() -> Console:
+    """Standard output, for tables; wide where no terminal shows them."""
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH_IN_FILES
+    return console
+
+
+def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table; numbers stand to the right, and what rich can draw is drawn as it is."""
     filled = [[_cell(value) for value in row] for row in rows]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     for number, name in enumerate(columns):
         is_text = any(_is_text(row[number]) for row in filled)
         table.add_column(name, justify="left" if is_text else "right", overflow="fold")
     for row in filled:
         table.add_row(*row)
-    console = Console(markup=False, highlight=False, emoji=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _WIDTH_IN_FILES
-    console.print(table)
+    return table
 
 
 def moment(at_s: float | None) -> str:
@@ -106,13 +126,16 @@ def span(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _cell(value: object) -> str:
-    """What a cell shows."""
+def _cell(value: object) -> RenderableType:
+    """What a cell shows; text stands there as it is."""
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, ProgressBar):
+        return value
+    return Text(f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
-def _is_text(cell: str) -> bool:
+def _is_text(cell: RenderableType) -> bool:
     """Whether a cell is no number."""
-    return bool(cell) and not cell[0].isdigit() and cell[0] not in "-+."
+    shown = str(cell) if isinstance(cell, Text) else ""
+    return bool(shown) and not shown[0].isdigit() and shown[0] not in "-+."

@@ -86,8 +86,13 @@ def _step_rdp(sampling_rate: float, noise_multiplier: float) -> Vector:
     return result
 
 
+def load_accounting() -> None:
+    """Import dp-accounting now, so that nobody who asks for an account waits for it. Raises AggregatorError."""
+    _dp_accounting()
+
+
 def _dp_accounting() -> tuple[Any, Any]:
-    """The library, imported when it is first needed: it brings SciPy, which takes a while."""
+    """The library, imported when it is first needed: it brings SciPy, which takes a second or two."""
     try:
         import dp_accounting  # noqa: PLC0415
         from dp_accounting import rdp  # noqa: PLC0415

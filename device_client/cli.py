@@ -129,6 +129,7 @@ def _pseudonym_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, help="request: file for the study's operator")
     sub.add_argument("--count", type=int, default=12, help="request: how many names (default 12)")
     sub.add_argument("--anew", action="store_true", help="request: forget a request that was not answered")
+    _json_argument(sub)
 
 
 def _consent_arguments(sub: argparse.ArgumentParser) -> None:

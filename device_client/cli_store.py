@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -80,7 +81,7 @@ def pseudonyms(files: DeviceFiles, arguments: argparse.Namespace) -> int:
         if arguments.action == "request" and kept is not None and kept.request is not None:
             raise ConfigError(f"{study.study}: its desk is being asked for names; go on with covey-device enroll")
         action(files, study, Pseudonyms(store, tenant=study.tenant, task=study.task), arguments)
-        if arguments.action == "list" and kept is not None and kept.membership is not None:
+        if arguments.action == "list" and kept is not None and kept.membership is not None and not arguments.json:
             print(f"{study.study}: enrolled as {kept.membership.enrolment}; the daemon renews its names by itself")
     return 0
 
@@ -113,9 +114,14 @@ def _install_names(files: DeviceFiles, study: StudyConfig, names: Pseudonyms, ar
     print(f"delete {arguments.file}: it tells which pseudonyms are this device's")
 
 
-def _list_names(_files: DeviceFiles, study: StudyConfig, names: Pseudonyms, _arguments: argparse.Namespace) -> None:
+def _list_names(_files: DeviceFiles, study: StudyConfig, names: Pseudonyms, arguments: argparse.Namespace) -> None:
     """One line for each, and what to do."""
     now_s = time.time()
+    if arguments.json:
+        periods = [(one.id, one.period) for one in names.installed()]
+        listed = [{"id": name, "begins_s": period.begins_s, "ends_s": period.ends_s} for name, period in periods]
+        print(json.dumps({"study": study.study, "waiting": names.waiting, "pseudonyms": listed}, indent=1))
+        return
     print("\n".join(map(visible, names.describe(now_s))))
     current, lasts_s = names.current(now_s), names.lasts_until_s()
     if isinstance(current, NoPseudonym):

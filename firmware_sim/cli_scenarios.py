@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from firmware_sim.profiles.hardware_profile import HardwareProfile
     from firmware_sim.scenario.loading import LoadedScenario
 
+_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 _STOPPED = 130
 _DAY_S = 86_400.0
 
@@ -160,21 +161,22 @@ def calibrate(folder: Annotated[Path, typer.Argument(help="Folder of a run with 
     )
 
 
-def scenarios_command() -> None:
+def scenarios_command(as_json: _AsJson = False) -> None:
     """List the scenarios that come with covey."""
-    from aggregator.command_line import say_table  # noqa: PLC0415 - as above
+    from aggregator.command_line import say_list  # noqa: PLC0415 - as above
     from firmware_sim.scenario.loading import load_scenario, shipped_scenarios  # noqa: PLC0415
 
     loaded = [load_scenario(path) for path in shipped_scenarios()]
     rows = [
-        (one.path.stem, one.scenario.devices, f"{one.scenario.days:g}", one.scenario.fidelity, one.scenario.about)
+        (one.path.stem, one.scenario.devices, one.scenario.days, one.scenario.fidelity, one.scenario.about)
         for one in loaded
     ]
-    say_table("Scenarios", ("name", "devices", "days", "fidelity", "about"), rows)
+    say_list("Scenarios", ("name", "devices", "days", "fidelity", "about"), rows, as_json=as_json)
 
 
 def profiles_command(
     name: Annotated[str | None, typer.Argument(help="Print this profile's TOML.")] = None,
+    as_json: _AsJson = False,
 ) -> None:
     """List the hardware profiles that come with covey, or print one, with the sources of its figures.
 
@@ -183,7 +185,7 @@ def profiles_command(
 
       covey-fleet profiles smartwatch     its TOML
     """
-    from aggregator.command_line import say_table  # noqa: PLC0415 - help needs none of it
+    from aggregator.command_line import say_list  # noqa: PLC0415 - help needs none of it
     from firmware_sim.profiles.catalogue import FOLDER, load_profile, profile_names  # noqa: PLC0415
 
     if name is not None:
@@ -199,7 +201,7 @@ def profiles_command(
         )
         for one in map(load_profile, profile_names())
     ]
-    say_table("Profiles", ("name", "battery", "speed", "daemon", "what it is"), rows)
+    say_list("Profiles", ("name", "battery", "speed", "daemon", "what it is"), rows, as_json=as_json)
 
 
 def _residency(profile: HardwareProfile) -> str:

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
@@ -75,8 +76,12 @@ def _options(
 
 
 @app.command("list")
-def list_models() -> None:
+def list_models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False) -> None:
     """The models that can be built."""
+    if as_json:
+        rows = [{"model": name, "what it is": text} for name, text in catalog.MODELS.items()]
+        typer.echo(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode())
+        return
     table = Table("model", "what it is")
     for name, text in catalog.MODELS.items():
         table.add_row(name, text)

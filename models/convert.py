@@ -81,7 +81,8 @@ def convert_signatures(signatures: Mapping[str, _Signature]) -> bytes:
         ConversionError: the converter refused, or an operator is not builtin.
     """
     concrete = {
-        name: tf.function(function).get_concrete_function(**tensors) for name, (function, tensors) in signatures.items()
+        name: tf.function(function, autograph=False).get_concrete_function(**tensors)
+        for name, (function, tensors) in signatures.items()
     }
     # The converter takes several signatures only from a saved model on disk.
     with tempfile.TemporaryDirectory() as folder:

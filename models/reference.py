@@ -34,7 +34,7 @@ class Reference:
         self._model.set_weights(network.spec.model.get_weights())
         self._masks = {mask.layer: mask.units for mask in network.dropout}
         self._target = _first_trained_input(self._model)
-        self._one = tf.function(self._loss_and_gradients)
+        self._one = tf.function(self._loss_and_gradients, autograph=False)
 
     def output(self, params: Floats, x: Floats) -> Floats:
         """What the model gives for x [B, ...], a final softmax or sigmoid that the loss contains undone: [B, K]."""

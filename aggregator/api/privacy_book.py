@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 from sqlalchemy import func, select
 
@@ -31,6 +31,7 @@ class PrivacyBook:
         self._store = store
         self._known: OrderedDict[str, tuple[_Known, Spent]] = OrderedDict()
         self._lock = threading.Lock()
+        self._accounting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def spent(self, task: str) -> Spent:
         """What a task has cost so far; it must exist. Raises DatabaseError."""
@@ -42,15 +43,29 @@ class PrivacyBook:
             )
             sums, length = connection.execute(asked).one()
         as_of = (row.spec, row.committed, sums)
-        with self._lock:  # one computes, the others wait for what it finds
-            known = self._known.get(task)
-            if known is None or known[0] != as_of:
+        with self._lock:
+            alone = self._accounting[task]
+        with alone:  # one accounts for a task, others that ask for it wait for what it finds
+            found = self._remembered(task, as_of)
+            if found is None:
                 found = self._account(task, row.spec, row.committed, sums=sums, update_length=length or 1)
-                known = self._known[task] = (as_of, found)
+                self._remember(task, as_of, found)
+        return found
+
+    def _remembered(self, task: str, as_of: _Known) -> Spent | None:
+        """What is known, if nothing has been added since."""
+        with self._lock:
+            known = self._known.get(task)
+            return known[1] if known is not None and known[0] == as_of else None
+
+    def _remember(self, task: str, as_of: _Known, found: Spent) -> None:
+        """Keep it, and forget what was found longest ago."""
+        with self._lock:
+            self._known[task] = (as_of, found)
             self._known.move_to_end(task)
             while len(self._known) > MOST_REMEMBERED:
-                self._known.popitem(last=False)
-        return known[1]
+                forgotten, _ = self._known.popitem(last=False)
+                self._accounting.pop(forgotten, None)
 
     def _account(self, task: str, spec: str, committed: int, *, sums: int, update_length: int) -> Spent:
         """Account everything that was committed or asked for."""

@@ -28,6 +28,7 @@ from aggregator.api.round_book import RoundBook
 from aggregator.api.shield import Shield
 from aggregator.config import ApiSection
 from aggregator.errors import AggregatorError
+from aggregator.record_privacy import load_accounting
 from aggregator.store.aggregator_store import AggregatorStore
 from fl_protocol.adapters.config_files import relative_to_config
 from fl_protocol.adapters.journal import Journal
@@ -94,8 +95,9 @@ def serve(
 
     Raises:
         ConfigError: the certificate or its key cannot be used.
-        AggregatorError: the address cannot be listened on.
+        AggregatorError: the address cannot be listened on, or dp-accounting is not installed.
     """
+    load_accounting()
     metrics = ApiMetrics()
     services = services_for(store, section, tenant=tenant, journal=journal, helpers=helpers)
     extend = _dashboard(services, section, metrics) if section.dashboard else None

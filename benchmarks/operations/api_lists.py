@@ -2,8 +2,10 @@
 
 The server is the real one, on loopback, in a process of its own, over SQLite; each list is asked for its first page, a
 page in the middle, and with filters where it has some, one request after the other on one connection. The time is from
-the request to the last byte of the answer; `api_p99_ms` is the largest p99 of all lists. What costs once in a while
-is told beside it: the first request of a token (a slow hash), and accounting a task's privacy anew.
+the request to the last byte of the answer; `api_p99_ms` is the largest p99 of all lists. Beside it rounds of 1,000
+real updates are ingested into the same database (`ingest_beside`), each over ten seconds, and only requests that fall
+into one are counted; `api_alone_p99_ms` is the same without them. What costs once in a while is told too: the first
+request of a token (a slow hash), and accounting a task's privacy anew.
 
     python -m benchmarks.operations.api_lists
     python -m benchmarks.operations.api_lists --json
@@ -20,16 +22,20 @@ import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aggregator.record_privacy import load_accounting
 from benchmarks.command import parser
+from benchmarks.operations.ingest_beside import ingesting
 from benchmarks.timing import cpu_name
 from tests.aggregator.api.seeded_study import OPEN, SeededStudy
 from tests.aggregator.api.served import Desk, served
 
+_NEXT_ROUND_S = 60.0
 LISTS = {
     "overview": "/v1/overview",
     "tasks": "/v1/tasks",
@@ -74,23 +80,40 @@ def main() -> None:
         print(
             f"{name:26} median {found['median_ms']:7.2f} ms   p99 {found['p99_ms']:7.2f} ms   {found['bytes']:7} bytes"
         )
-    print(
-        f"largest p99: {result['api_p99_ms']} ms; a token's first request {result['first_of_token_ms']} ms, later ones"
-    )
-    print(f"{result['later_of_token_ms']} ms; accounting privacy anew {result['privacy_anew_ms']} ms; {result['cpu']}")
+    print(f"largest p99: {result['api_p99_ms']} ms, without ingest {result['api_alone_p99_ms']} ms; {result['cpu']}")
+    print(f"a token's first request {result['first_of_token_ms']} ms, later ones {result['later_of_token_ms']} ms")
+    print(f"accounting privacy anew {result['privacy_anew_ms']} ms")
 
 
-def measure(devices: int, rounds: int, *, updates: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds for each list, as JSON."""
-    with tempfile.TemporaryDirectory() as folder, _server(Path(folder), devices, rounds, updates) as (port, token):
+def measure(
+    devices: int, rounds: int, *, updates: int, repeats: int, ingested: int = 1000, spread_s: float = 10.0
+) -> dict[str, Any]:
+    """Milliseconds for each list, as JSON.
+
+    Args:
+        devices: registered names.
+        rounds: of each of two tasks.
+        updates: in each of those rounds.
+        repeats: requests for each list, with and without ingest.
+        ingested: updates of each round that is ingested meanwhile.
+        spread_s: over how many seconds these are sent.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ingesting(Path(folder) / "load", updates=ingested, spread_s=spread_s) as (beside, database, came),
+        _server(f"sqlite:///{database}", devices, rounds, updates) as (port, token),
+    ):
         client = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
         first_ms = _asked(client, token, "/v1/whoami")[0]
         anew_ms = _asked(client, token, "/v1/privacy")[0]
         later_ms = [_asked(client, token, "/v1/whoami")[0] for _ in range(repeats)]
-        found = {name: _list(client, token, path, repeats) for name, path in LISTS.items()}
+        alone = _lists(client, token, repeats)
+        beside.begin()
+        found = _lists(client, token, repeats, during=beside.ingests)
         client.close()
     return {
         "api_p99_ms": max(one["p99_ms"] for one in found.values()),
+        "api_alone_p99_ms": max(one["p99_ms"] for one in alone.values()),
         "first_of_token_ms": round(first_ms, 2),
         "later_of_token_ms": round(float(np.median(later_ms)), 2),
         "privacy_anew_ms": round(anew_ms, 1),
@@ -98,17 +121,34 @@ def measure(devices: int, rounds: int, *, updates: int, repeats: int) -> dict[st
         "rounds": rounds,
         "updates_a_round": updates,
         "repeats": repeats,
+        "ingested": came,
         "lists": found,
+        "lists_alone": alone,
         "cpu": cpu_name(),
     }
 
 
-def _list(client: http.client.HTTPConnection, token: str, path: str, repeats: int) -> dict[str, Any]:
-    """One list, over and over; the first time is left out."""
-    size = _asked(client, token, path)[1]
-    taken = [_asked(client, token, path)[0] for _ in range(repeats)]
-    median, p99 = (round(float(np.percentile(taken, share)), 2) for share in (50, 99))
-    return {"median_ms": median, "p99_ms": p99, "bytes": size}
+def _lists(
+    client: http.client.HTTPConnection, token: str, repeats: int, *, during: Event | None = None
+) -> dict[str, dict[str, Any]]:
+    """All lists in turns, over and over, the first time left out; only while `during` is set if it is given."""
+    sizes = {name: _asked(client, token, path)[1] for name, path in LISTS.items()}
+    taken: dict[str, list[float]] = {name: [] for name in LISTS}
+    while min(map(len, taken.values())) < repeats:
+        for name, path in LISTS.items():
+            if during is not None and not during.wait(_NEXT_ROUND_S):
+                raise RuntimeError(f"no update was ingested for {_NEXT_ROUND_S:g} s")
+            took_ms = _asked(client, token, path)[0]
+            if during is None or during.is_set():
+                taken[name].append(took_ms)
+    return {
+        name: {
+            "median_ms": round(float(np.median(times)), 2),
+            "p99_ms": round(float(np.percentile(times, 99)), 2),
+            "bytes": sizes[name],
+        }
+        for name, times in taken.items()
+    }
 
 
 def _asked(client: http.client.HTTPConnection, token: str, path: str) -> tuple[float, int]:
@@ -124,11 +164,11 @@ def _asked(client: http.client.HTTPConnection, token: str, path: str) -> tuple[f
 
 
 @contextlib.contextmanager
-def _server(folder: Path, devices: int, rounds: int, updates: int) -> Iterator[tuple[int, str]]:
+def _server(url: str, devices: int, rounds: int, updates: int) -> Iterator[tuple[int, str]]:
     """A served study in a process of its own: its port, and an admin's token."""
     here, there = multiprocessing.Pipe()
     start = multiprocessing.get_context("spawn")
-    process = start.Process(target=_serve, args=(there, folder, devices, rounds, updates))
+    process = start.Process(target=_serve, args=(there, url, devices, rounds, updates))
     process.start()
     try:
         yield here.recv()
@@ -137,9 +177,10 @@ def _server(folder: Path, devices: int, rounds: int, updates: int) -> Iterator[t
         process.join()
 
 
-def _serve(told: Connection, folder: Path, devices: int, rounds: int, updates: int) -> None:
+def _serve(told: Connection, url: str, devices: int, rounds: int, updates: int) -> None:
     """The process."""
-    study = SeededStudy(f"sqlite:///{folder / 'study.db'}", devices=devices, rounds=rounds, arrived=updates)
+    load_accounting()  # as `aggregator.api.serving` does
+    study = SeededStudy(url, devices=devices, rounds=rounds, arrived=updates)
     with served(Desk(study)) as server:
         told.send((server.port, study.tokens["admin"]))
         told.recv()

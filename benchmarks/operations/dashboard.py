@@ -36,7 +36,7 @@ NUMBERS = "of 16 updates"
 PAGES = {
     "live": ("/", NUMBERS),
     "fleet": ("/fleet", "registered names"),
-    "device": ("/fleet/w-05000", "Updates that count"),
+    "device": ("/fleet/w-00050", "Updates that count"),
     "curves": ("/curves/watch", "on the validation set"),
     "refusals": ("/refusals", "since the study began"),
     "models": ("/models/watch", "Rounds train version"),

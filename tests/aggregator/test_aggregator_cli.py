@@ -25,9 +25,9 @@ from tests.enrolments import broken_copy
 __all__ = ["operator"]
 KEY = "ab" * 31 + "aa"
 COMMANDS = (
-    "init", "run", "worker", "status", "backup", "restore", "broker", "broker config", "broker check", "enrolment",
-    "enrolment init", "enrolment claim", "enrolment run", "enroll-token", "enroll-token create", "enroll-token list",
-    "enroll-token withdraw", "device show", "device revoke", "device quarantine", "device restore",
+    "init", "run", "worker", "status", "watch", "backup", "restore", "broker", "broker config", "broker check",
+    "enrolment", "enrolment init", "enrolment claim", "enrolment run", "enroll-token", "enroll-token create",
+    "enroll-token list", "enroll-token withdraw", "device show", "device revoke", "device quarantine", "device restore",
     "api",
     "task", "task create", "task list", "task show", "task pause", "task resume", "task abort",
     "model", "model list", "model show", "model tag", "model rollback", "model export",

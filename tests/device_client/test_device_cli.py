@@ -356,6 +356,9 @@ def test_pseudonyms_are_asked_for_and_listed(desk: Desk) -> None:
     assert "3 pseudonyms in clinic/watch" in out
     assert request.stat().st_size > 0
     assert desk.run("pseudonyms", "list")[0] == 0
+    assert json.loads(desk.run("pseudonyms", "list", "--json")[1]) == {
+        "study": "clinic/watch", "waiting": 3, "pseudonyms": []
+    }  # fmt: skip
     one_sentence(desk.run("pseudonyms", "request"), 2, "--out")
     one_sentence(desk.run("pseudonyms", "install"), 2, "answer")
     one_sentence(desk.run("pseudonyms", "install", "missing.json"), 2, "missing.json")

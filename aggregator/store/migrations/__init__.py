@@ -2,7 +2,8 @@
 
 Whoever comes first migrates; others that start meanwhile wait, and then find nothing to do. A crash in the middle
 leaves the database as it was, and blobs that no row names, which `aggregator.store.sweep` collects. A database from
-before there were versions is one whose tables exist without Alembic's: revision 0001 creates only what is missing.
+before there were versions is one whose tables exist without Alembic's: revision 0001 creates only what is missing. An
+empty one gets the newest schema at once, without the steps that led to it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, inspect
 
 from aggregator.errors import DatabaseError
+from aggregator.store import schema
 from aggregator.store.blobs import Blobs
 
 LOCK_KEY = 0x436F766579
@@ -61,6 +63,10 @@ def upgrade(engine: Engine, blobs: Blobs | None = None) -> None:
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
         if is_current(connection):
+            return
+        if not inspect(connection).get_table_names():
+            schema.metadata.create_all(connection, checkfirst=False)
+            MigrationContext.configure(connection).stamp(_scripts(), "head")
             return
         config = _config()
         config.attributes["connection"], config.attributes["blobs"] = connection, blobs

@@ -28,6 +28,7 @@ from aggregator.store.migrations.versions import r0001_everything_in_rows
 from aggregator.task_file import read_task, write_task
 from fl_protocol.errors import ConfigError
 from tests.aggregator.desk import task_config
+from tests.contracts.databases import new_url
 
 D = 5
 UPDATE_VALUES = b"THESE-ARE-THE-VALUES-OF-AN-UPDATE"
@@ -157,6 +158,32 @@ def test_a_fresh_database_has_the_schema_of_the_code(database: Database) -> None
     assert differences(database) == []
     with database.reading() as connection:
         assert MigrationContext.configure(connection).get_current_revision() == newest_revision()
+
+
+def reflected(database: Database) -> dict[str, object]:
+    """What the database says of each table: columns in any order, keys, constraints and indices."""
+    with database.reading() as connection:
+        found = inspect(connection)
+        return {
+            table: (
+                sorted((one["name"], str(one["type"]), one["nullable"]) for one in found.get_columns(table)),
+                found.get_pk_constraint(table)["constrained_columns"],
+                sorted(map(repr, found.get_unique_constraints(table))),
+                sorted((str(one["name"]), one["column_names"], one["unique"]) for one in found.get_indexes(table)),
+            )
+            for table in found.get_table_names()
+        }
+
+
+def test_a_fresh_database_is_what_one_revision_after_the_other_makes_of_an_old_one(
+    database: Database, request: pytest.FixtureRequest, tmp_path: Path, blobs: Blobs
+) -> None:
+    old = new_url(request, tmp_path, database.engine.dialect.name)
+    with plain_engine(old) as engine, engine.begin() as connection:
+        as_the_old_version_left_it(connection)
+    migrated = Database(old, blobs=blobs)
+    assert reflected(database) == reflected(migrated)
+    migrated.close()
 
 
 def test_a_migrated_database_has_the_schema_of_the_code(old_url: str, blobs: Blobs) -> None:
