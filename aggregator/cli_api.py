@@ -18,6 +18,8 @@ def register(app: typer.Typer) -> None:
     def api(config: Config) -> None:
         """Serve the HTTP API until stopped, as the section [api] says; one JSON line per event on standard output.
 
+        With `dashboard = true` the pages for browsers as well, at /dashboard (docs/operations.md).
+
         It needs the database and nothing else: no broker, no signing key. Any number of them may run.
         """
         try:

@@ -28,7 +28,7 @@ async def audit_page(visit: Visit, request: Request) -> None:
     chooser(PATH, choices)
     query: dict[str, str | int | None] = {one.name: one.value for one in choices}
     cursor = asked.get("cursor")
-    found = await visit.get("/v1/audit", AuditPage, query={**query, "cursor": cursor, "limit": 50})
+    found = await visit.get("/v1/audit", AuditPage, query={**query, "cursor": cursor, "limit": 25})
     if not found.items:
         empty("No such entry", "Nothing in the log is as chosen above.")
         return
@@ -69,7 +69,8 @@ class _Proof:
             )
         else:
             after = state.entries - state.checkpoint
-            rest = "all of them" if not after else f"all but the last {count(after)}, which the chain alone holds"
+            last = "entry" if after == 1 else count(after)
+            rest = "all of them" if not after else f"all but the last {last}, held by the chain alone"
             self._checkpoint.set_text(f"Under the aggregator's newest checkpoint: {rest}.")
         self._cosigned.set_text(_cosigned(state))
         self._found.set_text(_found(state))

@@ -20,6 +20,7 @@ from nicegui import Client
 from starlette.datastructures import Headers, MutableHeaders
 
 from aggregator.api.shield import App, Message, Receive, Send
+from aggregator.dashboard.assets import Assets
 from aggregator.dashboard.sessions import COOKIE, Session
 
 Scope = MutableMapping[str, Any]
@@ -27,8 +28,6 @@ SESSION_KEY, NONCE_KEY = "covey.session", "covey.nonce"
 ROOT = "/dashboard"
 SIGN_IN = f"{ROOT}/sign-in"
 _ASSETS, _SOCKETS = "/_nicegui/", "/_nicegui_ws/"
-_FOR_GOOD = "public, max-age=31536000, immutable"
-"""Assets have their version in their path."""
 _REFUSED = 4401
 OWN_REFERRER = "same-origin"
 """Without any, browsers would not say which origin a form comes from."""
@@ -55,7 +54,7 @@ class Gate:
         admit: Callable[[Request], Awaitable[Session | Response]],
         find: Callable[[str | None], Session | None],
     ) -> None:
-        self._app, self._admit, self._find = app, admit, find
+        self._app, self._admit, self._find, self._assets = app, admit, find, Assets(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -68,7 +67,7 @@ class Gate:
         if scope["type"] == "websocket":
             await self._socket(scope, receive, send, path)
         elif path.startswith(_ASSETS) and scope["method"] in {"GET", "HEAD"}:
-            await self._app(scope, receive, _with_header(send, "cache-control", _FOR_GOOD))
+            await self._assets(scope, receive, send)
         elif path.startswith(_SOCKETS) or scope["method"] != "GET":
             await Response(status_code=405)(scope, receive, send)
         else:

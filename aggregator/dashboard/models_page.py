@@ -22,7 +22,7 @@ async def models_page(visit: Visit, request: Request, task: str) -> None:
     """Make the page."""
     cursor = request.query_params.get("cursor")
     try:
-        found = await visit.get(f"/v1/tasks/{task}/models", ModelPage, query={"cursor": cursor, "limit": 25})
+        found = await visit.get(f"/v1/tasks/{task}/models", ModelPage, query={"cursor": cursor, "limit": 20})
     except ApiProblemError as error:
         if error.status not in {404, 422}:
             raise

@@ -11,6 +11,7 @@ from aggregator.api_client import ApiProblemError
 from aggregator.dashboard.audit_page import audit_page
 from aggregator.dashboard.curves_page import curves_page
 from aggregator.dashboard.device_page import device_page
+from aggregator.dashboard.fleet_book import FleetBook
 from aggregator.dashboard.fleet_page import fleet_page
 from aggregator.dashboard.frame import Parts, Visit, empty, framed
 from aggregator.dashboard.gate import ROOT
@@ -18,6 +19,7 @@ from aggregator.dashboard.history import HistoryBook
 from aggregator.dashboard.live_page import live_page
 from aggregator.dashboard.models_page import models_page
 from aggregator.dashboard.refusals_page import refusals_page
+from aggregator.errors import DatabaseError
 from aggregator.dashboard.tags import box, text
 
 Make = Callable[[Visit], Awaitable[None]]
@@ -25,7 +27,7 @@ Make = Callable[[Visit], Awaitable[None]]
 
 def add_pages(parts: Parts) -> None:
     """Register them with NiceGUI, once in a process."""
-    book = HistoryBook(parts.services)
+    book, fleet_book = HistoryBook(parts.services), FleetBook(parts.services)
 
     async def show(request: Request, at: str, title: str, make: Make) -> None:
         await parts.live.fresh()
@@ -36,6 +38,8 @@ def add_pages(parts: Parts) -> None:
                 await make(visit)
             except ApiProblemError as error:
                 empty("Not just now", f"{error.problem.detail}.")
+            except DatabaseError:
+                empty("Not just now", "The database does not answer; load this page again in a while.")
 
     async def of_a_task(request: Request, at: str, title: str, make: Make, task: str) -> None:
         found = parts.live.now.overview
@@ -54,7 +58,7 @@ def add_pages(parts: Parts) -> None:
 
     @ui.page("/fleet")
     async def fleet(request: Request) -> None:
-        await show(request, "fleet", "Fleet", lambda visit: fleet_page(visit, request))
+        await show(request, "fleet", "Fleet", lambda visit: fleet_page(visit, request, fleet_book))
 
     @ui.page("/fleet/{device}")
     async def one_device(request: Request, device: str) -> None:

@@ -31,6 +31,7 @@ DAY_S = 86_400.0
 ARRIVED = 11
 """Updates in the open round at first."""
 OWNERS = ("anna", "st-mary", "uni-lab")
+_BUDGETS = ("epsilon = 6.0", "epsilon = 8.0")
 REFUSED = (
     ("round_closed", 212), ("second_update", 58), ("unknown_device", 31), ("quarantined", 17), ("bad_signature", 9),
     ("throttled", 4),
@@ -137,8 +138,10 @@ class ShownStudy:
             for number in range(1, rounds + 1):
                 metrics = msgspec.json.encode(_metrics(number, rounds)).decode()
                 for table, key in ((schema.rounds, "number"), (schema.models, "version")):
-                    row = update(table).where(table.c.task == OPEN, table.c[key] == number)
-                    connection.execute(row.values(metrics=metrics))
+                    connection.execute(update(table).where(table.c[key] == number).values(metrics=metrics))
+            spec = func.replace(func.replace(schema.tasks.c.spec, "rounds = 3", f"rounds = {2 * rounds}"), *_BUDGETS)
+            connection.execute(update(schema.tasks).values(spec=spec))
+            connection.execute(update(schema.model_tags).values(version=max(1, rounds - 4)))
             self._open_round(connection, OPEN, rounds + 1)
             refused = [
                 {"task": "" if one == "unknown_device" else OPEN, "reason": one, "times": n} for one, n in REFUSED
@@ -159,7 +162,9 @@ class ShownStudy:
         detail = {"owner": "anna", "task": OPEN, "before": "active", "reason": "sends the same update again and again"}
         events.append(AuditEvent(self.now_s - 900, "maria", "device.quarantined", "e-00003", detail))
         events.append(
-            AuditEvent(self.now_s - 300, "operator-ann", "model.tagged", OPEN, {"tag": "released", "version": 12})
+            AuditEvent(
+                self.now_s - 300, "operator-ann", "model.tagged", OPEN, {"tag": "released", "version": rounds - 4}
+            )
         )
         for event in sorted(events, key=lambda one: one.at_s):
             append(connection, event)
@@ -167,7 +172,7 @@ class ShownStudy:
     def _open_round(self, connection: Any, task: str, number: int) -> None:
         where = schema.tasks.c.task == task
         spec = connection.execute(select(schema.tasks.c.spec).where(where)).scalar_one()
-        spec = spec.replace("goal = 3", "goal = 16").replace("rounds = 3", f"rounds = {max(60, number + 10)}")
+        spec = spec.replace("goal = 3", "goal = 16")
         now = {"phase": "open", "number": number, "reason": "", "spec": spec}
         connection.execute(update(schema.tasks).where(where).values(**now))
         row = {

@@ -89,8 +89,8 @@ def test_the_second_of_two_operators_is_told_who_was_first(dashboard: Dashboard)
 
 def test_a_release_and_a_rollback_are_those_of_the_api(dashboard: Dashboard) -> None:
     one, other = (at(dashboard, who, "/models/watch") for who in ("operator", "second"))
-    one.page.get_by_role("button", name="Release: version 20", exact=True).click()
-    assert confirm(one, "Release") == "Done: version 20 is released."
+    one.page.get_by_role("button", name="Release: version 22", exact=True).click()
+    assert confirm(one, "Release") == "Done: version 22 is released."
     other.page.get_by_role("button", name="Roll back: to version 19", exact=True).click()
     outcome = confirm(other, "Roll back")
     assert outcome.startswith("Changed since you looked: operator-ann did model.tagged"), outcome
