@@ -19,8 +19,8 @@ from aggregator.dashboard.history import HistoryBook
 from aggregator.dashboard.live_page import live_page
 from aggregator.dashboard.models_page import models_page
 from aggregator.dashboard.refusals_page import refusals_page
-from aggregator.errors import DatabaseError
 from aggregator.dashboard.tags import box, text
+from aggregator.errors import DatabaseError
 
 Make = Callable[[Visit], Awaitable[None]]
 
