@@ -111,6 +111,11 @@ class ApiSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         unknown_tokens_a_minute: requests of one address with tokens that were not seen in the last five minutes, each
             of which costs a slow hash; default 30.
         metrics_port: loopback port for Prometheus; default none.
+        aggregator_key: the aggregator's public key, 64 hex digits, as ``covey-aggregator init`` prints it: for
+            verifying the audit log; default: that is left to ``covey-aggregator audit verify``.
+        dashboard: whether the dashboard is served as well, at /dashboard (`pip install 'covey[dashboard]'`).
+        joules_per_update: what an update costs a device on average, as the operator has measured; the dashboard tells
+            energy as an estimate from it, and nothing about energy without.
     """
 
     host: str = "127.0.0.1"
@@ -121,6 +126,9 @@ class ApiSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     address_requests_a_minute: Annotated[int, Meta(ge=1)] = 1200
     unknown_tokens_a_minute: Annotated[int, Meta(ge=1)] = 30
     metrics_port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
+    aggregator_key: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
+    dashboard: bool = False
+    joules_per_update: Annotated[float, Meta(gt=0)] | None = None
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):

@@ -58,6 +58,14 @@ class AggregatorStore:
             rows = connection.execute(select(schema.refusals).where(schema.refusals.c.task == task))
             return {row.reason: row.times for row in rows}
 
+    def refusals_by_task(self) -> dict[str, dict[str, int]]:
+        """Refusals so far, by task (empty where none is known) and reason."""
+        found: dict[str, dict[str, int]] = {}
+        with self.database.reading() as connection:
+            for row in connection.execute(select(schema.refusals)):
+                found.setdefault(row.task, {})[row.reason] = row.times
+        return found
+
     def close(self) -> None:
         """Close all connections."""
         self.database.close()
