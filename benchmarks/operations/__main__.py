@@ -1,8 +1,8 @@
 """What operating a study costs, each beside the bare primitive where there is one.
 
     audit_verify_per_s   entries of the audit log verified in a second, of a million (`audit_log`)
-    api_p99_ms           the slowest list of the HTTP API, with 10,000 devices and 500 rounds, while rounds of 1,000 updates
-                         are ingested beside it (`api_lists`)
+    api_p99_ms           the slowest list of the HTTP API, with 10,000 devices and 500 rounds, while rounds of 1,000
+                         updates are ingested beside it (`api_lists`)
     enrol_per_s          devices that the desk enrols in a second, over two real mosquittos (`identities`)
     revoke_s             from a revocation to the end of the device's connection, the longest of some
 
