@@ -7,7 +7,7 @@ of its own, so that a fleet that was switched on at once is spread out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -17,13 +17,15 @@ from aggregator.enrolment.enforcement import LOOK_EVERY_S, Enforcement
 from aggregator.errors import DatabaseError
 from aggregator.outage import Outage
 from fl_protocol.adapters.journal import Journal
-from fl_protocol.errors import ProtocolError
-from fl_protocol.joining import EnrolmentAnswerMsg, EnrolmentRequestMsg, opened_request, sealed_answer
+from fl_protocol.errors import ConfigError, ProtocolError
+from fl_protocol.joining import EnrolmentAnswerMsg, EnrolmentRequestMsg, StudyPins, opened_request, sealed_answer
 from fl_protocol.recency import happened_within
 from fl_protocol.sealing import RoundKey
 from fl_protocol.topics import enrolment_request_filter, enrolment_topic, parse_enrolment_topic
 from fl_protocol.transport import Connected, Disconnected, Received, Transport
 
+LOOK_FOR_STUDIES_EVERY_S = 2.0
+"""How often it is looked whether there is a study that was not there before."""
 LONGEST_WAIT_S = 0.2
 """How long one wait for events may take, so that stop requests are noticed soon."""
 ANSWER_EXPIRES_S = 600
@@ -74,6 +76,8 @@ class DeskService:
         pacing: of requests.
         wait: waits so many seconds at most for events of any transport; in virtual time it does nothing.
         enforcement: tells the broker who was revoked; None where nobody does.
+        studies: what devices of each study pin, as it is now; raises DatabaseError, or ConfigError for a task file that
+            cannot be read. None where no study is taken up that the desk was not made with.
     """
 
     def __init__(
@@ -88,7 +92,9 @@ class DeskService:
         pacing: Pacing,
         wait: Callable[[float], None],
         enforcement: Enforcement | None = None,
+        studies: Callable[[], Mapping[str, StudyPins]] | None = None,
     ) -> None:
+        self._studies, self._looked_for_studies_s, self._unreadable = studies, float("-inf"), ""
         self._enforcement, self._looked_s = enforcement, float("-inf")
         self._desk, self._tenant, self._keys, self._transports = desk, tenant, keys, transports
         self._journal, self._now_s, self._pacing, self._wait = journal, now_s, pacing, wait
@@ -111,6 +117,7 @@ class DeskService:
     def step(self) -> int:
         """Act on what has come, and on who was revoked; how many events that were."""
         self._enforce()
+        self._look_for_studies()
         return sum(self._take(transport) for transport in self._transports)
 
     def stop(self) -> None:
@@ -129,6 +136,28 @@ class DeskService:
             self._outage.over()
         except DatabaseError as error:
             self._outage.failed(str(error))
+
+    def _look_for_studies(self) -> None:
+        """Take up studies that were created since the last look, now and then; those that it has, it keeps."""
+        now_s = self._now_s()
+        if self._studies is None or happened_within(LOOK_FOR_STUDIES_EVERY_S, self._looked_for_studies_s, now_s):
+            return
+        self._looked_for_studies_s = now_s
+        try:
+            found = self._studies()
+        except DatabaseError as error:
+            self._outage.failed(str(error))
+            return
+        except ConfigError as error:
+            if str(error) != self._unreadable:
+                self._unreadable = str(error)
+                self._note("study_unreadable", reason=self._unreadable[:200])
+            return
+        self._outage.over()
+        self._unreadable = ""
+        for task in sorted(found.keys() - self._desk.pins.keys()):
+            self._desk.pins[task] = found[task]
+            self._note("study_taken_up", task=task)
 
     def _take(self, transport: Transport) -> int:
         """What one transport has."""

@@ -4,6 +4,7 @@ real commands and the desk's process, all on this machine.
 
 from __future__ import annotations
 
+import re
 import statistics
 import tempfile
 import threading
@@ -12,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from aggregator.assembly import AggregatorFiles
 from aggregator.certificates import certify, make_ca
 from aggregator.enrolment.revocation import change_state
+from benchmarks.process_tree import PROC, parse_stat
 from fl_protocol.transport import Disconnected
 from tests.contracts.brokers import await_event
 from tests.system.clinic import Clinic, Watch, running_clinic
@@ -29,15 +31,19 @@ AT_ONCE = 32
 Told = Callable[[str, int, int], None]
 
 
-def identities(*, devices: int, revocations: int, told: Told) -> dict[str, Any]:
+def identities(*, devices: int, revocations: int, requests_a_minute: int, told: Told) -> dict[str, Any]:
     """Both measurements.
 
     Args:
         devices: that are enrolled, each with `NAMES` names, over a connection of its own.
         revocations: how many times one is revoked.
+        requests_a_minute: that the desk takes; whoever is told "busy" comes again when told to.
         told: of progress: what, how many are done, of how many.
     """
-    with tempfile.TemporaryDirectory() as folder, running_clinic(Path(folder)) as clinic:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_clinic(Path(folder), requests_a_minute=requests_a_minute) as clinic,
+    ):
         return {**_enrolment(clinic, devices, told), **_revocation(clinic, revocations, told)}
 
 
@@ -55,24 +61,44 @@ def _enrolment(clinic: Clinic, devices: int, told: Told) -> dict[str, Any]:
 
     def ask(watch: Watch, signed: bytes) -> None:
         begun_s = time.perf_counter()
-        outcome = watch.ask_with(signed).outcome
+        while (answer := watch.ask_with(signed)).outcome == "busy":
+            with lock:
+                outcomes["busy"] += 1
+            time.sleep(answer.retry_after_s)
         with lock:
             took_s.append(time.perf_counter() - begun_s)
-            outcomes[outcome] += 1
+            outcomes[answer.outcome] += 1
             told("enrolled", len(took_s), devices)
 
-    begun_s = time.perf_counter()
+    before, begun_s = _desk(clinic), time.perf_counter()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(ask, watches, requests))
-    seconds = time.perf_counter() - begun_s
+    seconds, after = time.perf_counter() - begun_s, _desk(clinic)
     return {
         "enrol_per_s": devices / seconds,
         "enrol_outcomes": dict(outcomes),
         "enrol_seconds": seconds,
         "enrol_p50_s": statistics.median(took_s),
         "enrol_p99_s": sorted(took_s)[int(0.99 * (len(took_s) - 1))],
+        "desk_cpu_s": after.cpu_s - before.cpu_s,
+        "desk_mb_before": before.high_water_mb,
+        "desk_mb_most": after.high_water_mb,
+        "database_mb": sum(one.stat().st_size for one in clinic.folder.glob("aggregator.db*")) / 2**20,
         "certificates_alone_per_s": _certificates_alone(),
     }
+
+
+class _Desk(NamedTuple):
+    """What the desk's process has taken so far: processor time, and the most resident memory, MB of 2^20 bytes."""
+
+    cpu_s: float
+    high_water_mb: float
+
+
+def _desk(clinic: Clinic) -> _Desk:
+    process = PROC / str(clinic.desk_pid)
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())
+    return _Desk(parse_stat((process / "stat").read_text()).cpu_s, int(peak) / 1024)
 
 
 def _certificates_alone() -> float:
