@@ -58,6 +58,7 @@ key = "keys/aggregator.key"
 ca = "ca"
 key = "keys/desk.key"
 crl = "broker/crl.pem"
+requests_a_minute = {requests_a_minute}
 reload = ["sh", "-c", "kill -HUP $(cat broker.pid)"]
 
 [enrolment.broker]
@@ -76,7 +77,9 @@ class Clinic:
     folder: Path
     port: int
     claims_port: int
+    requests_a_minute: int = 3000
     clients: list[MqttTransport] = field(default_factory=list)
+    desk_pid: int = 0
 
     def command(self, *arguments: str, code: int = 0) -> str:
         """What a command of the aggregator's says."""
@@ -95,7 +98,9 @@ class Clinic:
         """As docs/operations.md has it."""
         (self.folder / "model.covey").write_bytes((BUNDLES / "watch_features.covey").read_bytes())
         (self.folder / "watch.toml").write_text(TRAINING)
-        (self.folder / "aggregator.toml").write_text(CONFIG.format(port=self.port, claims=self.claims_port))
+        (self.folder / "aggregator.toml").write_text(
+            CONFIG.format(port=self.port, claims=self.claims_port, requests_a_minute=self.requests_a_minute)
+        )
         at = ("--config", "aggregator.toml")
         self.command("ca", "init", "--ca", "ca")
         self.command("ca", "server", "--ca", "ca", "--host", HOST, "--out", "broker")
@@ -248,9 +253,9 @@ def await_line(journal: Path, process: subprocess.Popen[str], event: str, count:
 
 
 @contextmanager
-def running_clinic(folder: Path) -> Iterator[Clinic]:
+def running_clinic(folder: Path, *, requests_a_minute: int = 3000) -> Iterator[Clinic]:
     """A clinic with everything running."""
-    clinic = Clinic(folder, free_port(), free_port())
+    clinic = Clinic(folder, free_port(), free_port(), requests_a_minute)
     clinic.set_up()
     with ExitStack() as stack:
         for name, port in (("mosquitto", clinic.port), ("claims", clinic.claims_port)):
@@ -260,5 +265,5 @@ def running_clinic(folder: Path) -> Iterator[Clinic]:
             stack.callback(broker.stop)
             if name == "mosquitto":
                 (folder / "broker.pid").write_text(str(broker.pid))
-        stack.enter_context(desk_process(folder))
+        clinic.desk_pid = stack.enter_context(desk_process(folder)).pid
         yield clinic
