@@ -33,8 +33,8 @@ def main() -> None:
     command.add_argument("--only", choices=PARTS, action="append", help="this part; repeatable (default: all)")
     command.add_argument("--entries", type=int, default=1_000_000, help="of the audit log (default 1000000)")
     command.add_argument("--devices", type=int, default=200, help="that are enrolled (default 200)")
-    command.add_argument("--revocations", type=int, default=10, help="(default 10)")
     command.add_argument("--requests-a-minute", type=int, default=3000, help="that the desk takes (default 3000)")
+    command.add_argument("--revocations", type=int, default=10, help="(default 10)")
     arguments = command.parse_args()
     if min(arguments.entries, arguments.devices, arguments.revocations, arguments.requests_a_minute) < 1:
         command.error("--entries, --devices, --revocations, --requests-a-minute: at least 1")

@@ -4,7 +4,7 @@ real commands and the desk's process, all on this machine.
 
 from __future__ import annotations
 
-import re
+import heapq
 import statistics
 import tempfile
 import threading
@@ -13,15 +13,14 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from aggregator.assembly import AggregatorFiles
 from aggregator.certificates import certify, make_ca
 from aggregator.enrolment.revocation import change_state
-from benchmarks.process_tree import PROC, parse_stat
-from fl_protocol.joining import EnrolmentAnswerMsg
+from benchmarks.process_tree import cpu_s, memory
 from fl_protocol.transport import Disconnected
 from tests.contracts.brokers import await_event
 from tests.system.clinic import Clinic, Watch, running_clinic
@@ -38,7 +37,7 @@ def identities(*, devices: int, revocations: int, requests_a_minute: int, told: 
     Args:
         devices: that are enrolled, each with `NAMES` names, over a connection of its own.
         revocations: how many times one is revoked.
-        requests_a_minute: that the desk takes; whoever is told "busy" comes again when told to.
+        requests_a_minute: that the desk takes; who is told to wait waits and asks again, as devices do.
         told: of progress: what, how many are done, of how many.
     """
     with (
@@ -56,58 +55,57 @@ def _enrolment(clinic: Clinic, devices: int, told: Told) -> dict[str, Any]:
     for watch, token in zip(watches, tokens, strict=True):
         requests.append(watch.prepared(token, count=NAMES))
         told("requests", len(requests), devices)
-    outcomes: Counter[str] = Counter()
-    took_s: list[float] = []
-    lock = threading.Lock()
-
-    def ask(watch: Watch, signed: bytes) -> None:
-        begun_s = time.perf_counter()
-        while (answer := _answer(watch, signed)) is None or answer.outcome == "busy":
-            with lock:
-                outcomes["no answer in 20 s" if answer is None else "busy"] += 1
-            time.sleep(0.0 if answer is None else answer.retry_after_s)
-        with lock:
-            took_s.append(time.perf_counter() - begun_s)
-            outcomes[answer.outcome] += 1
-            told("enrolled", len(took_s), devices)
-
-    before, begun_s = _desk(clinic), time.perf_counter()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(ask, watches, requests))
-    seconds, after = time.perf_counter() - begun_s, _desk(clinic)
+    before_s = cpu_s(clinic.desk_pid)
+    begun_s = time.perf_counter()
+    outcomes, took_s = _ask_all(list(zip(watches, requests, strict=True)), told)
+    seconds, desk_s = time.perf_counter() - begun_s, cpu_s(clinic.desk_pid) - before_s
     return {
+        "enrol_devices": devices,
+        "desk_cpu_s": desk_s,
+        "desk_peak_mb": memory(clinic.desk_pid).high_water_mb,
         "enrol_per_s": devices / seconds,
         "enrol_outcomes": dict(outcomes),
         "enrol_seconds": seconds,
         "enrol_p50_s": statistics.median(took_s),
         "enrol_p99_s": sorted(took_s)[int(0.99 * (len(took_s) - 1))],
-        "desk_cpu_s": after.cpu_s - before.cpu_s,
-        "desk_mb_before": before.high_water_mb,
-        "desk_mb_most": after.high_water_mb,
-        "database_mb": sum(one.stat().st_size for one in clinic.folder.glob("aggregator.db*")) / 2**20,
         "certificates_alone_per_s": _certificates_alone(),
     }
 
 
-def _answer(watch: Watch, signed: bytes) -> EnrolmentAnswerMsg | None:
-    """The desk's answer; None for none in time, after which a device asks again, with the same bytes."""
-    try:
-        return watch.ask_with(signed)
-    except AssertionError:
-        return None
+def _ask_all(asked: list[tuple[Watch, bytes]], told: Told) -> tuple[Counter[str], list[float]]:
+    """Ask for all of them, `AT_ONCE` at a time; who is told that the desk is busy comes again when it was told to.
 
+    Returns:
+        How often each outcome came, and how long each asking took.
+    """
+    outcomes: Counter[str] = Counter()
+    took_s: list[float] = []
+    waiting = [(0.0, number) for number in range(len(asked))]
+    lock = threading.Condition()
 
-class _Desk(NamedTuple):
-    """What the desk's process has taken so far: processor time, and the most resident memory, MB of 2^20 bytes."""
+    def next_one() -> int | None:
+        with lock:
+            while waiting and waiting[0][0] > time.perf_counter():
+                lock.wait(waiting[0][0] - time.perf_counter())
+            return heapq.heappop(waiting)[1] if waiting else None
 
-    cpu_s: float
-    high_water_mb: float
+    def ask() -> None:
+        while (number := next_one()) is not None:
+            begun_s = time.perf_counter()
+            watch, signed = asked[number]
+            answer = watch.ask_with(signed)
+            with lock:
+                took_s.append(time.perf_counter() - begun_s)
+                outcomes[answer.outcome] += 1
+                if answer.outcome == "busy":
+                    heapq.heappush(waiting, (time.perf_counter() + answer.retry_after_s, number))
+                lock.notify_all()
+                told("enrolled", outcomes["enrolled"], len(asked))
 
-
-def _desk(clinic: Clinic) -> _Desk:
-    process = PROC / str(clinic.desk_pid)
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())
-    return _Desk(parse_stat((process / "stat").read_text()).cpu_s, int(peak) / 1024)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for thread in [pool.submit(ask) for _ in range(AT_ONCE)]:
+            thread.result()
+    return outcomes, took_s
 
 
 def _certificates_alone() -> float:

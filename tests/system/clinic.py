@@ -58,8 +58,8 @@ key = "keys/aggregator.key"
 ca = "ca"
 key = "keys/desk.key"
 crl = "broker/crl.pem"
-reload = ["sh", "-c", "kill -HUP $(cat broker.pid)"]
 requests_a_minute = {requests_a_minute}
+reload = ["sh", "-c", "kill -HUP $(cat broker.pid)"]
 
 [enrolment.broker]
 host = "127.0.0.1"
