@@ -184,7 +184,6 @@ def assemble(files: AggregatorFiles, *, journal: Journal, worker: str | None = N
         helpers=pinned(files.config.helpers),
         links=files.helper_links() if worker is None else None,
         commits=CommitProcess(partial(_commits, files.path, worker or section.client_id)),
-        cosigns=section.cosign,
         watches_fleet=True,
     )
 
@@ -207,7 +206,6 @@ def make_service(
     commits: Commits | None = None,
     leases: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
     pace: Pace = Pace(),  # noqa: B008 - frozen
-    cosigns: bool = True,
     watches_fleet: bool = False,
     opener: Opener = OPENER,
 ) -> AggregatorService:
@@ -230,7 +228,6 @@ def make_service(
         commits: whole updates; None to do so in this process.
         opener: verifies headers and opens seals in this process.
         leases: how long they are taken for.
-        cosigns: whether helpers are asked to co-sign the audit log.
         watches_fleet: whether devices' presence is listened to.
         pace: how often orders, new tasks and what can be tidied are looked for.
     """
@@ -274,7 +271,7 @@ def make_service(
             tenant=tenant,
             checkpoints=Checkpoints(store.database, origin_of(tenant)),
             signing_key=signing_key,
-            helpers=helpers if helpers and cosigns else {},
+            helpers=helpers or {},
             line=calls,
             note=partial(_noted, journal, now_s),
             now_s=now_s,

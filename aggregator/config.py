@@ -31,8 +31,6 @@ class AggregatorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         device_bytes_a_minute: what one device may send before it is throttled; default 48 MiB.
         device_transfers_a_minute: updates one device may begin before it is throttled; default 60.
         metrics_port: loopback port for Prometheus; default none.
-        cosign: whether helpers are asked to co-sign the audit log's checkpoints. Not over rumqttd (iotcore), which ends
-            a connection whose acknowledgements come in another order than its messages (measured).
     """
 
     tenant: Name
@@ -44,7 +42,6 @@ class AggregatorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     device_bytes_a_minute: Annotated[int, Meta(ge=2**16)] = 48 * 2**20
     device_transfers_a_minute: Annotated[int, Meta(ge=1)] = 60
     metrics_port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
-    cosign: bool = True
 
 
 class HelperSection(HelperPin, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
