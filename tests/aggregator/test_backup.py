@@ -212,6 +212,21 @@ def test_a_restore_that_leaves_tokens_good_is_caught(
     assert found == [(None, None), (7.0, None), (None, 8.0)]
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_brokers_list_of_revoked_certificates_is_written_anew_on_another_machine(
+    full: Database, blobs: Blobs, empty: Database, tmp_path: Path, broken: bool
+) -> None:
+    """One that was revoked and enforced before the backup; the broken copy of `restore` takes it for enforced here."""
+    row = {"serial": "ab12", "device": "w-1", "revoked_s": 5.0, "not_before_s": 1.0, "not_after_s": 1e12}
+    with full.transaction() as connection:
+        connection.execute(insert(schema.revoked_certificates).values(**row, enforced_s=6.0))
+    backup(full, blobs, tmp_path / "covey.backup", now_s=NOW_S)
+    way = broken_copy("aggregator.restore", ('{"enforced_s": None}', "{}")).restore if broken else restore
+    way(tmp_path / "covey.backup", empty, LocalBlobs(tmp_path / "restored"), now_s=LATER_S)
+    (found,) = rows(empty, schema.revoked_certificates)
+    assert (found["serial"], found["enforced_s"] is None) == ("ab12", not broken)
+
+
 def test_a_backup_shows_one_moment_while_the_service_goes_on(
     full: Database, blobs: Blobs, empty: Database, tmp_path: Path
 ) -> None:
