@@ -174,6 +174,16 @@ class ApiClient:
         path = f"/v1/tasks/{quote(task, safe='')}/models/{version}/tags/{quote(tag, safe='')}"
         return self._ask("PUT", path, answers.ModelDetail, etag=etag)
 
+    def approve(self, task: str, version: int, *, etag: str | None = None) -> answers.ModelDetail:
+        """Agree that a version may be released."""
+        path = f"/v1/tasks/{quote(task, safe='')}/models/{version}/approval"
+        return self._ask("POST", path, answers.ModelDetail, etag=etag)
+
+    def withdraw_approval(self, task: str, version: int, *, etag: str | None = None) -> answers.ModelDetail:
+        """Take one's approval back."""
+        path = f"/v1/tasks/{quote(task, safe='')}/models/{version}/approval"
+        return self._ask("DELETE", path, answers.ModelDetail, etag=etag)
+
     def privacy(self, **query: str | int | None) -> answers.SpentPage:
         """A page of what tasks have cost; `cursor`, `limit`."""
         return self._get("/v1/privacy", answers.SpentPage, query)

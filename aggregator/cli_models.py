@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from aggregator import releases
+from aggregator.accounts.account_store import Actor
 from aggregator.assembly import bundle_of
 from aggregator.audit.log import AuditEvent, append, local_actor
 from aggregator.cli_options import AsJson, Config, Out, Task, opened, write_files
@@ -85,10 +87,15 @@ def model_tag(
     tag: Annotated[str, typer.Argument(help="Such as candidate or released.")],
     config: Config,
 ) -> None:
-    """Put a tag on a version, and take it from any other; tagged versions are never pruned."""
+    """Put a tag on a version, and take it from any other; tagged versions are never pruned.
+
+    The tag released may need approvals (`[release]` of the task), which are given over the HTTP API.
+    """
     with opened(config) as (_, store):
         number = version_of(store, task, version)
-        store.models.tag(task, checked_tag(tag), number, now_s=time.time(), actor=local_actor())
+        with store.database.transaction() as connection:
+            who = Actor(local_actor())
+            releases.tag(connection, task, checked_tag(tag), number, who=who, now_s=time.time())
     typer.echo(f"version {number} of {task} has the tag {tag}")
 
 

@@ -200,6 +200,16 @@ class Validation(Section, frozen=True, kw_only=True):
     margin: Annotated[float, Meta(ge=0)] = 0.1
 
 
+class Release(Section, frozen=True, kw_only=True):
+    """``[release]``: who has to agree before a version gets the tag `released` (`aggregator.releases`).
+
+    Args:
+        approvals: different accounts of the HTTP API; default 0, when one operator alone may release.
+    """
+
+    approvals: Annotated[int, Meta(ge=0, le=20)] = 0
+
+
 class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """One task.
 
@@ -221,9 +231,9 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         population: devices that may take part, needed for the plan's `control_variates` (N in `aggregator.scaffold`).
             It is not counted from the registered names, since one device has a row of pseudonyms. It need not be exact:
             a value a few times too large or too small changes how fast training gets to the optimum, not which.
-        plan, server, rule, asynchronous, participation, updates, validation, secure, device_privacy: the tables of the
-            file; `plan` must be there, and `secure` with its engine. `asynchronous`, `validation` and `device_privacy`
-            are off unless they are.
+        plan, server, rule, asynchronous, participation, updates, validation, secure, device_privacy, release: the
+            tables of the file; `plan` must be there, and `secure` with its engine. `asynchronous`, `validation` and
+            `device_privacy` are off unless they are.
     """
 
     name: Name
@@ -246,6 +256,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     validation: Validation | None = None
     secure: Secure | None = None
     device_privacy: DevicePrivacy | None = None
+    release: Release = Release()
 
     def __post_init__(self) -> None:
         self._check_engine()

@@ -15,6 +15,7 @@ from aggregator.accounts.roles import Role, Scope
 from aggregator.audit.entries import AuditEntry
 from aggregator.model_report import ModelReport
 from aggregator.overview import TaskOverview
+from aggregator.releases import Approvals
 from aggregator.task_report import OrderReport, RoundReport
 
 MOST_LISTED = 200
@@ -195,10 +196,13 @@ class ModelPage(_Answer, frozen=True):
 
 
 class ModelDetail(_Answer, frozen=True):
-    """A version; `lineage` is itself, the one it came from, and so on, at most 200; `etag` as in the list."""
+    """A version; `lineage` is itself, the one it came from, and so on, at most 200; `approvals`: of releasing it; `etag`
+    as in the list.
+    """
 
     model: ModelReport
     lineage: list[int]
+    approvals: Approvals
     etag: str
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
+from sqlalchemy import Connection
 
+from aggregator import releases
 from aggregator.api.answers import ModelDetail, ModelPage
 from aggregator.api.guard import GuardedRoute, actor_of, needs, services_of
 from aggregator.api.problems import ProblemError, missing
@@ -20,10 +24,9 @@ from aggregator.api.requests import (
     fresh,
     models_etag,
 )
-from aggregator.audit.log import append
 from aggregator.lineage_privacy import lineage_of
 from aggregator.model_report import model_of
-from aggregator.store.operator_views import params_of, put_tag
+from aggregator.store.operator_views import params_of
 
 router = APIRouter(route_class=GuardedRoute, tags=["models"])
 _LINE = 200
@@ -56,18 +59,48 @@ def tag_model(request: Request, task: TaskName, version: NumberInPath, tag: Tag,
     with services.store.database.transaction() as connection:
         now = existing(connection, task, alone=True)
         fresh(if_match, models_etag(connection, task, now))
-        is_there, is_kept = params_of(connection, task, version)
-        if not is_there:
-            raise missing(f"version {version} of task {task}")
-        if not is_kept:
-            raise ProblemError(
-                409, "pruned", f"the parameters of version {version} were pruned; choose another version"
-            )
-        put_tag(connection, task, tag, version)
-        model = services.store.models.digest(connection, task, version).hex()
-        told = actor_of(request).told("model.tagged", task, services.now_s(), tag=tag, version=version, model=model)
-        append(connection, told)
+        _there(connection, task, version)
+        with _as_problem():
+            releases.tag(connection, task, tag, version, who=actor_of(request), now_s=services.now_s())
     return _shown(request, task, version)
+
+
+@router.post("/v1/tasks/{task}/models/{version}/approval", **needs("models:write", ModelDetail, 404, 409, 412))
+def approve_model(request: Request, task: TaskName, version: NumberInPath, if_match: IfMatch = None) -> Response:
+    """Agree, as the token's account, that a version may be released; it stands for these very parameters."""
+    return _decide(request, task, version, if_match, releases.approve)
+
+
+@router.delete("/v1/tasks/{task}/models/{version}/approval", **needs("models:write", ModelDetail, 404, 409, 412))
+def withdraw_approval(request: Request, task: TaskName, version: NumberInPath, if_match: IfMatch = None) -> Response:
+    """Take the account's approval back; what was released with it stays released."""
+    return _decide(request, task, version, if_match, releases.withdraw)
+
+
+def _decide(request: Request, task: str, version: int, if_match: IfMatch, decision: Callable[..., None]) -> Response:
+    """An account's word on a version."""
+    services = services_of(request)
+    with services.store.database.transaction() as connection:
+        fresh(if_match, models_etag(connection, task, existing(connection, task, alone=True)))
+        _there(connection, task, version)
+        with _as_problem():
+            decision(connection, task, version, who=actor_of(request), now_s=services.now_s())
+    return _shown(request, task, version)
+
+
+def _there(connection: Connection, task: str, version: int) -> None:
+    """Raise ProblemError: there is no such version."""
+    if not params_of(connection, task, version)[0]:
+        raise missing(f"version {version} of task {task}")
+
+
+@contextmanager
+def _as_problem() -> Iterator[None]:
+    """What keeps a version from being released, as an answer."""
+    try:
+        yield
+    except releases.ReleaseError as error:
+        raise ProblemError(409, error.code, str(error)) from error
 
 
 def _shown(request: Request, task: str, version: int) -> Response:
@@ -75,9 +108,11 @@ def _shown(request: Request, task: str, version: int) -> Response:
     store = services_of(request).store
     with store.database.reading() as connection:
         etag = models_etag(connection, task, existing(connection, task))
+        _there(connection, task, version)
+        approvals = releases.approvals_of(connection, task, version)
     found = store.models.page(task, before=version + 1, limit=1)
-    if not found or found[0].version != version:
-        raise missing(f"version {version} of task {task}")
     lineage = lineage_of(store, task)
-    detail = ModelDetail(model=model_of(found[0], lineage), lineage=lineage.line(version)[:_LINE], etag=etag)
+    detail = ModelDetail(
+        model=model_of(found[0], lineage), lineage=lineage.line(version)[:_LINE], approvals=approvals, etag=etag
+    )
     return answer(detail, etag=etag)

@@ -13,7 +13,7 @@ from aggregator.api.answers import MOST_INTEGER, MOST_LISTED, Fault
 from aggregator.api.problems import ProblemError, missing
 from aggregator.api.shield import BODY_KEY
 from aggregator.enrolment.register import EnrolmentRecord
-from aggregator.store.operator_views import DeviceRow, Standing, standing, tags_of
+from aggregator.store.operator_views import DeviceRow, Standing, approved, standing, tags_of
 
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 TaskName = Annotated[str, Path(pattern=_NAME, description="Name of the task.")]
@@ -65,8 +65,8 @@ def task_etag(now: Standing) -> str:
 
 
 def models_etag(connection: Connection, task: str, now: Standing) -> str:
-    """Changes with every order, with the version in force, and with every tag."""
-    return _digest(now.is_over, now.version, now.last_order, *tags_of(connection, task))
+    """Changes with every order, with the version in force, with every tag and every approval."""
+    return _digest(now.is_over, now.version, now.last_order, *tags_of(connection, task), *approved(connection, task))
 
 
 def device_etag(row: DeviceRow | EnrolmentRecord) -> str:

@@ -13,10 +13,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, select, update
 
-from aggregator.audit.entries import Detail
-from aggregator.audit.log import AuditEvent, append
 from aggregator.errors import DatabaseError, LostModelError
 from aggregator.store import schema
 from aggregator.store.blobs import Blobs
@@ -182,25 +180,6 @@ class Models:
     def delta(self, record: ModelRecord) -> bytes:
         """What takes the parent's parameters to this version's; empty for none."""
         return b"" if record.delta is None else self._blobs.get(record.delta)
-
-    def tag(self, task: str, tag: str, version: int, *, now_s: float, actor: str = "aggregator") -> None:
-        """Put a tag on a version; each tag is on one version of a task at most. Raises DatabaseError if none.
-
-        Args:
-            task: name.
-            tag: such as released.
-            version: that gets it.
-            now_s: Unix seconds.
-            actor: as the audit log names them.
-        """
-        self.record(task, version)
-        table = schema.model_tags
-        with self._database.transaction() as connection:
-            connection.execute(delete(table).where(table.c.task == task, table.c.tag == tag))
-            connection.execute(insert(table).values(task=task, tag=tag, version=version))
-            digest = self.digest(connection, task, version).hex()
-            detail: dict[str, Detail] = {"tag": tag, "version": version, "model": digest}
-            append(connection, AuditEvent(now_s, actor, "model.tagged", task, detail))
 
     def tagged(self, task: str, tag: str) -> int:
         """The version that has a tag. Raises DatabaseError also when none has."""

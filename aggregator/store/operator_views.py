@@ -138,10 +138,12 @@ def tags_of(connection: Connection, task: str) -> list[tuple[str, int]]:
     return [(row.tag, row.version) for row in connection.execute(query)]
 
 
-def put_tag(connection: Connection, task: str, tag: str, version: int) -> None:
-    """Put a tag on a version, and take it from any other."""
-    connection.execute(delete(schema.model_tags).where(_TAGS.task == task, _TAGS.tag == tag))
-    connection.execute(insert(schema.model_tags).values(task=task, tag=tag, version=version))
+def approved(connection: Connection, task: str) -> list[tuple[int, str]]:
+    """Versions of a task and the accounts that approved them, in order."""
+    approvals = schema.approvals.c
+    query = select(approvals.version, approvals.account).where(approvals.task == task)
+    rows = connection.execute(query.order_by(approvals.version, approvals.account))
+    return [(row.version, row.account) for row in rows]
 
 
 def params_of(connection: Connection, task: str, version: int) -> tuple[bool, bool]:

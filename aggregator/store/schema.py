@@ -291,6 +291,7 @@ approvals = Table(
     Column("version", Integer, primary_key=True),
     Column("account", String(64), primary_key=True),
     Column("approved_s", Float, nullable=False),
+    Column("digest", LargeBinary(32), nullable=False),  # of the parameters that were approved
 )
 # What devices last said of themselves, as the broker tells it.
 presence = Table(

@@ -29,6 +29,7 @@ from tests.aggregator.desk import (
     a_desk,
     task_config,
 )
+from tests.aggregator.tagging import tag
 from tests.fl_protocol.examples import TASK
 
 
@@ -247,13 +248,12 @@ def test_a_tag_is_on_one_version_at_most(tmp_path: Path) -> None:
     models = desk.store.models
     with desk.store.database.transaction() as connection:
         models.add(connection, TASK, models.prepare(NewModel(1, PARAMS, "round", parent=0)), now_s=1.0)
-    models.tag(TASK, "released", 0, now_s=1.0)
-    models.tag(TASK, "candidate", 1, now_s=1.0)
-    models.tag(TASK, "released", 1, now_s=1.0)
+    for name, version in (("released", 0), ("candidate", 1), ("released", 1)):
+        tag(desk.store, TASK, name, version)
     assert [one.tags for one in models.records(TASK)] == [(), ("candidate", "released")]
     assert models.tagged(TASK, "released") == 1
     with pytest.raises(DatabaseError, match="has no model version 9"):
-        models.tag(TASK, "released", 9, now_s=1.0)
+        models.record(TASK, 9)
     with pytest.raises(DatabaseError, match="no model of task watch has the tag gone"):
         models.tagged(TASK, "gone")
 

@@ -18,6 +18,7 @@ from fl_protocol.errors import BundleError, ConfigError
 from fl_protocol.signing import public_key_hex
 from tests.aggregator.desk import D, Desk, pack_small_bundle, task_config
 from tests.aggregator.small_study import plain_study
+from tests.aggregator.tagging import tag
 from tests.fl_protocol.examples import TASK
 
 
@@ -102,7 +103,7 @@ def test_a_task_can_begin_where_another_one_is(tmp_path: Path, where: str, expec
     study = plain_study(tmp_path)
     study.plain_round([0.5] * 3)
     study.plain_round([0.25] * 3)
-    study.store.models.tag(TASK, "released", 1, now_s=1.0)
+    tag(study.store, TASK, "released", 1)
     bundle = pack_small_bundle(np.zeros(40, np.float32))
     create_task(study.store, write(tmp_path, new(start_from=where), bundle), now_s=5.0)
     np.testing.assert_array_equal(study.params(0, task="new"), np.full(40, expected, np.float32))

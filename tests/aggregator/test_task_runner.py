@@ -20,6 +20,7 @@ from fl_protocol.errors import GraphError, RefusalReason
 from fl_protocol.messages import NackMsg
 from tests.aggregator.desk import judged_by
 from tests.aggregator.small_study import AGGREGATOR, SmallStudy, digest_of, plain_study, small_task
+from tests.aggregator.tagging import tag
 from tests.enrolments import broken_copy
 from tests.fl_protocol.examples import TASK
 
@@ -422,7 +423,7 @@ def test_old_versions_are_pruned_but_for_tagged_ones_and_the_first(tmp_path: Pat
         study.settle(seconds=0.3)
         assert study.state.version == version
         if version == 2:
-            study.store.models.tag(TASK, "released", 2, now_s=1.0)
+            tag(study.store, TASK, "released", 2)
     kept = [one.version for one in study.store.models.records(TASK) if one.params is not None]
     newest = KEEP_VERSIONS + 5
     assert kept == [0, 2, *range(newest - KEEP_VERSIONS + 1, newest + 1)]

@@ -16,6 +16,7 @@ from aggregator.task_file import (
     Asynchronous,
     EvaluationPlan,
     Participation,
+    Release,
     Rule,
     Server,
     StatisticsPlan,
@@ -40,6 +41,7 @@ TABLES: dict[str, type] = {
     "`[participation]`": Participation,
     "`[updates]`": Updates,
     "`[validation]`": Validation,
+    "`[release]`": Release,
 }
 SECTIONS = {
     "plan",
@@ -51,6 +53,7 @@ SECTIONS = {
     "validation",
     "secure",
     "device_privacy",
+    "release",
 }
 IN_WORDS = {"norm_bound": None, "memory_bytes": 2**30, "start_from": None, "population": None, "delta": None}
 IN_WORDS |= {"step": None, "adaptive_clipping": None, "most_updates": None, "most_participations": None}

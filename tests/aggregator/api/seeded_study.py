@@ -87,9 +87,9 @@ class SeededStudy:
         )
         return made.text
 
-    def add_task(self, name: str, count: int) -> None:
-        """One more open task with so many rounds."""
-        self._add_task(name, TRAINING.replace('name = "watch"', f'name = "{name}"'), count)
+    def add_task(self, name: str, count: int, more: str = "") -> None:
+        """One more open task with so many rounds, and more tables in its file."""
+        self._add_task(name, TRAINING.replace('name = "watch"', f'name = "{name}"') + more, count)
 
     def add_enrolled(self, name: str, state: str) -> None:
         """One more device, enrolled, with one name."""

@@ -75,6 +75,12 @@ TABLE = {
     ("put", "/v1/tasks/{task}/models/{version}/tags/{tag}"): Row(
         f"/v1/tasks/{OPEN}/models/2/tags/good", RUNS, "models:write"
     ),
+    ("post", "/v1/tasks/{task}/models/{version}/approval"): Row(
+        "/v1/tasks/asks-N/models/1/approval", RUNS, "models:write"
+    ),
+    ("delete", "/v1/tasks/{task}/models/{version}/approval"): Row(
+        "/v1/tasks/asks-N/models/1/approval", RUNS, "models:write"
+    ),
     ("delete", "/v1/devices/{device}"): Row("/v1/devices/w-0000N", RUNS, "devices:write"),
     ("post", "/v1/devices/{device}/quarantine"): Row(
         "/v1/devices/here-N/quarantine", RUNS, "devices:write", {"reason": "odd"}
@@ -126,6 +132,7 @@ class Matrix:
     def _add_things(self, study: SeededStudy, number: int) -> None:
         """What is changed once."""
         study.add_task(f"task-{number}", 2)
+        study.add_task(f"asks-{number}", 1, more="[release]\napprovals = 2\n")
         study.add_enrolled(f"here-{number}", "active")
         study.add_enrolled(f"aside-{number}", "quarantined")
         study.add_enrolled(f"out-{number}", "active")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alembic import op
-from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
+from sqlalchemy import Column, Float, Integer, LargeBinary, MetaData, String, Table, Text
 
 revision = "0006"
 down_revision = "0005"
@@ -31,8 +31,18 @@ Table(
     Column("due_s", Float, nullable=False),
     Column("problem", Text, nullable=False),
 )
+Table(
+    "approvals",
+    metadata,
+    Column("task", String(64), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("account", String(64), primary_key=True),
+    Column("approved_s", Float, nullable=False),
+    Column("digest", LargeBinary(32), nullable=False),
+)
 
 
 def upgrade() -> None:
-    """Add the tables."""
+    """Add the tables. That of approvals had no user, so it is empty."""
+    op.drop_table("approvals")
     metadata.create_all(op.get_bind())
