@@ -28,6 +28,7 @@ from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator, Pace
 from aggregator.cosigning import Cosigning
 from aggregator.errors import DatabaseError
+from aggregator.fleet_watch import FleetWatch
 from aggregator.helper_calls import HelperCalls, HelperLink
 from aggregator.in_force import config_of, tasks_in_force
 from aggregator.ingest import OPENER, Opener
@@ -183,6 +184,7 @@ def assemble(files: AggregatorFiles, *, journal: Journal, worker: str | None = N
         links=files.helper_links() if worker is None else None,
         commits=CommitProcess(partial(_commits, files.path, worker or section.client_id)),
         cosigns=section.cosign,
+        watches_fleet=True,
     )
 
 
@@ -205,6 +207,7 @@ def make_service(
     leases: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
     pace: Pace = Pace(),  # noqa: B008 - frozen
     cosigns: bool = True,
+    watches_fleet: bool = False,
     opener: Opener = OPENER,
 ) -> AggregatorService:
     """The parts of one process, connected; a simulation passes its own transport, time and randomness.
@@ -227,6 +230,7 @@ def make_service(
         opener: verifies headers and opens seals in this process.
         leases: how long they are taken for.
         cosigns: whether helpers are asked to co-sign the audit log.
+        watches_fleet: whether devices' presence is listened to.
         pace: how often orders, new tasks and what can be tidied are looked for.
     """
     committer = Committer(tenant=tenant, worker=name, store=store, entropy=entropy, now_s=now_s, opener=opener)
@@ -275,6 +279,7 @@ def make_service(
             now_s=now_s,
         )
         calls.listen(cosigning.hear)
+        fleet = FleetWatch(tenant=tenant, store=store, transport=transport, now_s=now_s) if watches_fleet else None
         ports = RunnerPorts(tenant, store, announcer, journal, entropy, now_s, name, calls)
         coordinator = Coordinator(
             name=name,
@@ -284,6 +289,7 @@ def make_service(
             terms=leases,
             pace=pace,
             cosigning=cosigning,
+            fleet=fleet,
         )
     return AggregatorService(
         transport=transport,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from aggregator.cosigning import Cosigning
 from aggregator.errors import AggregatorError, BlobError, DatabaseError, LostModelError
+from aggregator.fleet_watch import FleetWatch
 from aggregator.outage import Outage
 from aggregator.round_events import (
     AbortAsked,
@@ -59,6 +60,7 @@ class Coordinator:
         terms: of its lease.
         pace: how often it looks for what.
         cosigning: looks after the audit log's checkpoints; None to leave that.
+        fleet: listens to devices' presence; None to leave that.
     """
 
     def __init__(
@@ -71,8 +73,9 @@ class Coordinator:
         terms: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
         pace: Pace = Pace(),  # noqa: B008 - frozen
         cosigning: Cosigning | None = None,
+        fleet: FleetWatch | None = None,
     ) -> None:
-        self._cosigning, self._moved = cosigning, False
+        self._cosigning, self._fleet, self._moved = cosigning, fleet, False
         self._terms, self._pace = terms, pace
         self.name, self._ports, self._load, self._monotonic_s = name, ports, load, monotonic_s
         self._runners: dict[str, TaskRunner] = {}
@@ -97,8 +100,9 @@ class Coordinator:
         return self._outage.reason
 
     def take(self, events: Sequence[TransportEvent]) -> list[TransportEvent]:
-        """Take what helpers of secure rounds say; the other events."""
-        return self._ports.calls.take(events)
+        """Take what helpers of secure rounds say, and devices of their presence; the other events."""
+        others = self._ports.calls.take(events)
+        return others if self._fleet is None else self._fleet.take(others)
 
     def handle(self, events: Sequence[TransportEvent], *, arrived: bool) -> None:
         """Take connections made and lost, and do what is due.
@@ -145,6 +149,8 @@ class Coordinator:
         if not happened_within(self._terms.renew_every_s, self._renewed_s, now_s):
             self._lead(now_s)
             self._renewed_s = now_s
+        if self._fleet is not None and self._connected:
+            self._fleet.look_after(leads=self._leads)
         if not self._leads:
             return
         looks = arrived or self._ports.calls.has_news or not happened_within(LOOK_EVERY_S, self._looked_s, now_s)

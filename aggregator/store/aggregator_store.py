@@ -19,10 +19,9 @@ from aggregator.store.models import Models
 from aggregator.store.rounds import Rounds
 from aggregator.store.tasks import Tasks
 from aggregator.store.updates import Updates
-from fl_protocol.errors import RefusalReason
 
-RefusalCounts = Counter[tuple[str, RefusalReason]]
-"""Refusals by task (empty where none is known) and reason."""
+RefusalCounts = Counter[tuple[str, str]]
+"""Refusals by task (empty where none is known) and reason: of a `RefusalReason`, or why presence was refused."""
 
 
 class AggregatorStore:
@@ -48,10 +47,10 @@ class AggregatorStore:
         """Add to the counts of refusals, as part of a transaction."""
         table = schema.refusals
         for (task, reason), times in sorted(counts.items()):
-            here = (table.c.task == task) & (table.c.reason == reason.value)
+            here = (table.c.task == task) & (table.c.reason == reason)
             changed = connection.execute(update(table).where(here).values(times=table.c.times + times))
             if changed.rowcount == 0:
-                connection.execute(insert(table).values(task=task, reason=reason.value, times=times))
+                connection.execute(insert(table).values(task=task, reason=reason, times=times))
 
     def refusals(self, task: str) -> dict[str, int]:
         """Refusals so far, by reason."""

@@ -292,3 +292,14 @@ approvals = Table(
     Column("account", String(64), primary_key=True),
     Column("approved_s", Float, nullable=False),
 )
+# What devices last said of themselves, as the broker tells it.
+presence = Table(
+    "presence",
+    metadata,
+    Column("device", String(64), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("reason", String(16), nullable=False),
+    Column("software", String(64), nullable=False),
+    Column("since_s", Float, nullable=False),
+    Column("seen_s", Float, nullable=False),
+)
