@@ -164,5 +164,6 @@ def _keep_up(visit: Visit, banner: TextElement) -> None:
         client.open(where)
 
     shows(live.now)
-    live.look(client.id, visit.session, shows, ends)
+    # What goes wrong on one page is told in NiceGUI's log, and keeps no other from being shown.
+    live.look(client.id, visit.session, lambda state: client.safe_invoke(lambda: shows(state)), ends)
     client.on_delete(lambda: live.leave(client.id))

@@ -156,6 +156,7 @@ def assemble_desk(files: DeskFiles, store: AggregatorStore, *, journal: Journal)
         pacing=Pacing(section.requests_a_minute),
         wait=wait,
         enforcement=_enforcement(files, store, ca, journal),
+        pins=lambda: files.pins(store),
     )
 
 

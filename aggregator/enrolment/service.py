@@ -2,23 +2,25 @@
 
 Claims come from the claim broker, renewals from the study's own. What cannot be opened is dropped without a word:
 whoever sent it holds no key to read an answer with. More than so many a minute are told to come again, each at a time
-of its own, so that a fleet that was switched on at once is spread out.
+of its own, so that a fleet that was switched on at once is spread out. A task that is created while the desk runs is
+taken up within seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator.enrolment.desk import Desk
 from aggregator.enrolment.enforcement import LOOK_EVERY_S, Enforcement
-from aggregator.errors import DatabaseError
+from aggregator.errors import AggregatorError, DatabaseError
 from aggregator.outage import Outage
 from fl_protocol.adapters.journal import Journal
-from fl_protocol.errors import ProtocolError
-from fl_protocol.joining import EnrolmentAnswerMsg, EnrolmentRequestMsg, opened_request, sealed_answer
+from fl_protocol.errors import ConfigError, ProtocolError
+from fl_protocol.joining import EnrolmentAnswerMsg, EnrolmentRequestMsg, StudyPins, opened_request, sealed_answer
 from fl_protocol.recency import happened_within
 from fl_protocol.sealing import RoundKey
 from fl_protocol.topics import enrolment_request_filter, enrolment_topic, parse_enrolment_topic
@@ -26,6 +28,8 @@ from fl_protocol.transport import Connected, Disconnected, Received, Transport
 
 LONGEST_WAIT_S = 0.2
 """How long one wait for events may take, so that stop requests are noticed soon."""
+TASKS_EVERY_S = 5.0
+"""How often it is looked whether there are other tasks; a device that was too early asks again after four seconds."""
 ANSWER_EXPIRES_S = 600
 """After which the broker need not keep an answer that was not fetched: the device asks again, and gets the same."""
 
@@ -74,6 +78,7 @@ class DeskService:
         pacing: of requests.
         wait: waits so many seconds at most for events of any transport; in virtual time it does nothing.
         enforcement: tells the broker who was revoked; None where nobody does.
+        pins: what devices of each task pin, as the database has it now; None where the tasks never change.
     """
 
     def __init__(
@@ -88,7 +93,9 @@ class DeskService:
         pacing: Pacing,
         wait: Callable[[float], None],
         enforcement: Enforcement | None = None,
+        pins: Callable[[], Mapping[str, StudyPins]] | None = None,
     ) -> None:
+        self._pins, self._tasks_s = pins, float("-inf")
         self._enforcement, self._looked_s = enforcement, float("-inf")
         self._desk, self._tenant, self._keys, self._transports = desk, tenant, keys, transports
         self._journal, self._now_s, self._pacing, self._wait = journal, now_s, pacing, wait
@@ -109,8 +116,9 @@ class DeskService:
             transport.open()
 
     def step(self) -> int:
-        """Act on what has come, and on who was revoked; how many events that were."""
+        """Act on what has come, on who was revoked and on new tasks; how many events that were."""
         self._enforce()
+        self._take_up_tasks()
         return sum(self._take(transport) for transport in self._transports)
 
     def stop(self) -> None:
@@ -129,6 +137,23 @@ class DeskService:
             self._outage.over()
         except DatabaseError as error:
             self._outage.failed(str(error))
+
+    def _take_up_tasks(self) -> None:
+        """Serve the tasks that there are by now."""
+        if self._pins is None or happened_within(TASKS_EVERY_S, self._tasks_s, self._now_s()):
+            return
+        self._tasks_s = self._now_s()
+        try:
+            pins = dict(self._pins())
+        except DatabaseError as error:
+            self._outage.failed(str(error))
+            return
+        except (AggregatorError, ConfigError) as error:
+            self._note("tasks_failed", reason=str(error))
+            return
+        if pins != self._desk.pins:
+            self._note("tasks", tasks=sorted(pins))
+            self._desk = replace(self._desk, pins=pins)
 
     def _take(self, transport: Transport) -> int:
         """What one transport has."""

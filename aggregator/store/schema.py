@@ -303,3 +303,16 @@ presence = Table(
     Column("since_s", Float, nullable=False),
     Column("seen_s", Float, nullable=False),
 )
+# How far each webhook has been told what the audit log says.
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("webhook", String(64), primary_key=True),
+    Column("position", Integer, nullable=False),  # number of the entry that it is told of next
+    Column("delivered", Integer, nullable=False),
+    Column("delivered_s", Float),
+    Column("failures", Integer, nullable=False),  # in a row
+    Column("failing_s", Float),
+    Column("due_s", Float, nullable=False),
+    Column("problem", Text, nullable=False),
+)

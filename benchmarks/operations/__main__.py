@@ -35,10 +35,11 @@ def main() -> None:
     command.add_argument("--only", choices=PARTS, action="append", help="this part; repeatable (default: all)")
     command.add_argument("--entries", type=int, default=1_000_000, help="of the audit log (default 1000000)")
     command.add_argument("--devices", type=int, default=200, help="that are enrolled (default 200)")
+    command.add_argument("--requests-a-minute", type=int, default=3000, help="that the desk takes (default 3000)")
     command.add_argument("--revocations", type=int, default=10, help="(default 10)")
     arguments = command.parse_args()
-    if min(arguments.entries, arguments.devices, arguments.revocations) < 1:
-        command.error("--entries, --devices, --revocations: at least 1")
+    if min(arguments.entries, arguments.devices, arguments.revocations, arguments.requests_a_minute) < 1:
+        command.error("--entries, --devices, --revocations, --requests-a-minute: at least 1")
     with Progress(console=Console(stderr=True)) as bar:
         tasks: dict[str, Any] = {}
 
@@ -51,7 +52,12 @@ def main() -> None:
             "audit_log": lambda: audit_log.measure(arguments.entries),
             "api_lists": lambda: api_lists.measure(10_000, 500, updates=1000, repeats=300),
             "dashboard": _dashboard,
-            "identities": lambda: identities(devices=arguments.devices, revocations=arguments.revocations, told=told),
+            "identities": lambda: identities(
+                devices=arguments.devices,
+                revocations=arguments.revocations,
+                requests_a_minute=arguments.requests_a_minute,
+                told=told,
+            ),
         }
         result: dict[str, Any] = {}
         for name in arguments.only or PARTS:

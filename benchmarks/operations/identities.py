@@ -4,6 +4,7 @@ real commands and the desk's process, all on this machine.
 
 from __future__ import annotations
 
+import heapq
 import statistics
 import tempfile
 import threading
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from aggregator.assembly import AggregatorFiles
 from aggregator.certificates import certify, make_ca
 from aggregator.enrolment.revocation import change_state
+from benchmarks.process_tree import cpu_s, memory
 from fl_protocol.transport import Disconnected
 from tests.contracts.brokers import await_event
 from tests.system.clinic import Clinic, Watch, running_clinic
@@ -29,15 +31,19 @@ AT_ONCE = 32
 Told = Callable[[str, int, int], None]
 
 
-def identities(*, devices: int, revocations: int, told: Told) -> dict[str, Any]:
+def identities(*, devices: int, revocations: int, requests_a_minute: int, told: Told) -> dict[str, Any]:
     """Both measurements.
 
     Args:
         devices: that are enrolled, each with `NAMES` names, over a connection of its own.
         revocations: how many times one is revoked.
+        requests_a_minute: that the desk takes; who is told to wait waits and asks again, as devices do.
         told: of progress: what, how many are done, of how many.
     """
-    with tempfile.TemporaryDirectory() as folder, running_clinic(Path(folder)) as clinic:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_clinic(Path(folder), requests_a_minute=requests_a_minute) as clinic,
+    ):
         return {**_enrolment(clinic, devices, told), **_revocation(clinic, revocations, told)}
 
 
@@ -49,23 +55,14 @@ def _enrolment(clinic: Clinic, devices: int, told: Told) -> dict[str, Any]:
     for watch, token in zip(watches, tokens, strict=True):
         requests.append(watch.prepared(token, count=NAMES))
         told("requests", len(requests), devices)
-    outcomes: Counter[str] = Counter()
-    took_s: list[float] = []
-    lock = threading.Lock()
-
-    def ask(watch: Watch, signed: bytes) -> None:
-        begun_s = time.perf_counter()
-        outcome = watch.ask_with(signed).outcome
-        with lock:
-            took_s.append(time.perf_counter() - begun_s)
-            outcomes[outcome] += 1
-            told("enrolled", len(took_s), devices)
-
+    before_s = cpu_s(clinic.desk_pid)
     begun_s = time.perf_counter()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(ask, watches, requests))
-    seconds = time.perf_counter() - begun_s
+    outcomes, took_s = _ask_all(list(zip(watches, requests, strict=True)), told)
+    seconds, desk_s = time.perf_counter() - begun_s, cpu_s(clinic.desk_pid) - before_s
     return {
+        "enrol_devices": devices,
+        "desk_cpu_s": desk_s,
+        "desk_peak_mb": memory(clinic.desk_pid).high_water_mb,
         "enrol_per_s": devices / seconds,
         "enrol_outcomes": dict(outcomes),
         "enrol_seconds": seconds,
@@ -73,6 +70,42 @@ def _enrolment(clinic: Clinic, devices: int, told: Told) -> dict[str, Any]:
         "enrol_p99_s": sorted(took_s)[int(0.99 * (len(took_s) - 1))],
         "certificates_alone_per_s": _certificates_alone(),
     }
+
+
+def _ask_all(asked: list[tuple[Watch, bytes]], told: Told) -> tuple[Counter[str], list[float]]:
+    """Ask for all of them, `AT_ONCE` at a time; who is told that the desk is busy comes again when it was told to.
+
+    Returns:
+        How often each outcome came, and how long each asking took.
+    """
+    outcomes: Counter[str] = Counter()
+    took_s: list[float] = []
+    waiting = [(0.0, number) for number in range(len(asked))]
+    lock = threading.Condition()
+
+    def next_one() -> int | None:
+        with lock:
+            while waiting and waiting[0][0] > time.perf_counter():
+                lock.wait(waiting[0][0] - time.perf_counter())
+            return heapq.heappop(waiting)[1] if waiting else None
+
+    def ask() -> None:
+        while (number := next_one()) is not None:
+            begun_s = time.perf_counter()
+            watch, signed = asked[number]
+            answer = watch.ask_with(signed)
+            with lock:
+                took_s.append(time.perf_counter() - begun_s)
+                outcomes[answer.outcome] += 1
+                if answer.outcome == "busy":
+                    heapq.heappush(waiting, (time.perf_counter() + answer.retry_after_s, number))
+                lock.notify_all()
+                told("enrolled", outcomes["enrolled"], len(asked))
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for thread in [pool.submit(ask) for _ in range(AT_ONCE)]:
+            thread.result()
+    return outcomes, took_s
 
 
 def _certificates_alone() -> float:

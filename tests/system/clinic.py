@@ -58,6 +58,7 @@ key = "keys/aggregator.key"
 ca = "ca"
 key = "keys/desk.key"
 crl = "broker/crl.pem"
+requests_a_minute = {requests_a_minute}
 reload = ["sh", "-c", "kill -HUP $(cat broker.pid)"]
 
 [enrolment.broker]
@@ -76,7 +77,9 @@ class Clinic:
     folder: Path
     port: int
     claims_port: int
+    requests_a_minute: int = 3000
     clients: list[MqttTransport] = field(default_factory=list)
+    desk_pid: int = 0
 
     def command(self, *arguments: str, code: int = 0) -> str:
         """What a command of the aggregator's says."""
@@ -95,7 +98,9 @@ class Clinic:
         """As docs/operations.md has it."""
         (self.folder / "model.covey").write_bytes((BUNDLES / "watch_features.covey").read_bytes())
         (self.folder / "watch.toml").write_text(TRAINING)
-        (self.folder / "aggregator.toml").write_text(CONFIG.format(port=self.port, claims=self.claims_port))
+        (self.folder / "aggregator.toml").write_text(
+            CONFIG.format(port=self.port, claims=self.claims_port, requests_a_minute=self.requests_a_minute)
+        )
         at = ("--config", "aggregator.toml")
         self.command("ca", "init", "--ca", "ca")
         self.command("ca", "server", "--ca", "ca", "--host", HOST, "--out", "broker")
@@ -169,14 +174,14 @@ class Watch:
         """The desk's answer."""
         return self.ask_with(self.prepared(token))
 
-    def prepared(self, token: bytes, *, count: int = 3) -> bytes:
-        """A signed request."""
+    def prepared(self, token: bytes | None, *, count: int = 3, client: str | None = None) -> bytes:
+        """A signed request, by default of a client of the claim broker; without a token, to be renewed."""
         request = EnrolmentRequestMsg(
             tenant=TENANT,
             task=TASK,
-            client=self.client,
+            client=client or self.client,
             token=token,
-            enrolment=None,
+            enrolment=None if token is not None else self.enrolment,
             renewal_key=self.renewal.public_key().public_bytes_raw(),
             answer_to=self.answers.recipient(),
             names=self.names.prepare(count=count, entropy=os.urandom),
@@ -184,28 +189,31 @@ class Watch:
         return signed_request(request, self.renewal)
 
     def ask_with(self, signed: bytes) -> EnrolmentAnswerMsg:
-        """The answer to a request."""
-        claim = self.clinic.claim
+        """The answer to a request at the claim broker."""
         line = self.clinic.claimant(self.client)
         try:
-            subscribed(line, enrolment_topic(TENANT, self.client, "answer"))
-            sealed = sealed_request(signed, claim.recipient, tenant=TENANT, task=TASK, client=self.client)
-            line.publish(enrolment_topic(TENANT, self.client, "request"), sealed)
-            received = await_event(line, Received)
+            return self.ask_over(line, signed, self.client)
         finally:
             line.close()
             self.clinic.clients.remove(line)
+
+    def ask_over(self, line: MqttTransport, signed: bytes, client: str) -> EnrolmentAnswerMsg:
+        """The answer to a request of this client, over its connection."""
+        claim = self.clinic.claim
+        subscribed(line, enrolment_topic(TENANT, client, "answer"))
+        sealed = sealed_request(signed, claim.recipient, tenant=TENANT, task=TASK, client=client)
+        line.publish(enrolment_topic(TENANT, client, "request"), sealed)
         return opened_answer(
-            received.payload,
+            await_event(line, Received).payload,
             self.answers,
-            client=self.client,
+            client=client,
             request_digest=sha256(signed).digest(),
             aggregator=public_key_from_hex(claim.aggregator_key),
         )
 
-    def join(self) -> Pseudonym:
-        """Join, and the name for now."""
-        answer = self.ask(self.clinic.token())
+    def join(self, *, count: int = 3) -> Pseudonym:
+        """Join with so many names, and the one for now."""
+        answer = self.ask_with(self.prepared(self.clinic.token(), count=count))
         assert answer.outcome == "enrolled", answer
         self.enrolment = answer.enrolment
         self.names.install(answer.names, aggregator_key=public_key_from_hex(self.clinic.claim.aggregator_key))
@@ -248,9 +256,9 @@ def await_line(journal: Path, process: subprocess.Popen[str], event: str, count:
 
 
 @contextmanager
-def running_clinic(folder: Path) -> Iterator[Clinic]:
+def running_clinic(folder: Path, *, requests_a_minute: int = 3000) -> Iterator[Clinic]:
     """A clinic with everything running."""
-    clinic = Clinic(folder, free_port(), free_port())
+    clinic = Clinic(folder, free_port(), free_port(), requests_a_minute)
     clinic.set_up()
     with ExitStack() as stack:
         for name, port in (("mosquitto", clinic.port), ("claims", clinic.claims_port)):
@@ -260,5 +268,5 @@ def running_clinic(folder: Path) -> Iterator[Clinic]:
             stack.callback(broker.stop)
             if name == "mosquitto":
                 (folder / "broker.pid").write_text(str(broker.pid))
-        stack.enter_context(desk_process(folder))
+        clinic.desk_pid = stack.enter_context(desk_process(folder)).pid
         yield clinic

@@ -10,7 +10,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator.certificates import KeyPair, issue
-from aggregator.enrolment.service import DeskKeys, DeskService, Pacing
+from aggregator.enrolment import service as service_module
+from aggregator.enrolment.service import DeskKeys, Pacing
 from device_client.events import Tick
 from device_client.joining import joiner as joiner_module
 from device_client.joining import session as session_module
@@ -23,7 +24,7 @@ from firmware_sim.seeded_entropy import SeededEntropy
 from firmware_sim.virtual_broker import VirtualBroker, VirtualTransport
 from firmware_sim.virtual_device import VirtualClock
 from fl_protocol.enrolment import DAY_S
-from fl_protocol.joining import Address, Claim, Token, parse_token, token_text
+from fl_protocol.joining import Address, Claim, StudyPins, Token, parse_token, token_text
 from fl_protocol.sealing import RoundKey
 from fl_protocol.transport import Connected, Disconnected, Received, Transport
 from tests.aggregator.enrolment.desks import DeskOffice
@@ -75,6 +76,8 @@ class DeskRig:
         others: brokers of the study itself.
         signs: the aggregator's key.
         pacing: of the desk, made for so many requests a minute.
+        service: module with the desk's process.
+        pins: what devices of each task pin; None: it stays as the office has it.
     """
 
     def __init__(
@@ -88,13 +91,15 @@ class DeskRig:
         others: tuple[VirtualBroker, ...] = (),
         signs: Ed25519PrivateKey = AGGREGATOR,
         pacing: Callable[[int], Pacing] = Pacing,
+        service: ModuleType = service_module,
+        pins: Callable[[], dict[str, StudyPins]] | None = None,
     ) -> None:
         self.office = office if office is not None else DeskOffice()
         self.clock = clock if clock is not None else VirtualClock(NOW_S)
         self.broker = broker if broker is not None else VirtualBroker()
         self.faults = faults if faults is not None else PacketRates()
         self.journal, self.claim = MemoryJournal(), claim_of()
-        self.service = DeskService(
+        self.service = service.DeskService(
             self.office.desk,
             tenant=TENANT,
             keys=DeskKeys(DESK_KEY, signs),
@@ -103,6 +108,7 @@ class DeskRig:
             now_s=self.clock.now_s,
             pacing=pacing(a_minute),
             wait=lambda _s: None,
+            pins=pins,
         )
         self.service.start()
         self.service.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alembic import op
-from sqlalchemy import Column, Float, MetaData, String, Table
+from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
 
 revision = "0006"
 down_revision = "0005"
@@ -18,6 +18,18 @@ Table(
     Column("software", String(64), nullable=False),
     Column("since_s", Float, nullable=False),
     Column("seen_s", Float, nullable=False),
+)
+Table(
+    "webhooks",
+    metadata,
+    Column("webhook", String(64), primary_key=True),
+    Column("position", Integer, nullable=False),
+    Column("delivered", Integer, nullable=False),
+    Column("delivered_s", Float),
+    Column("failures", Integer, nullable=False),
+    Column("failing_s", Float),
+    Column("due_s", Float, nullable=False),
+    Column("problem", Text, nullable=False),
 )
 
 
