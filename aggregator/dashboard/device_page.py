@@ -5,11 +5,12 @@ from __future__ import annotations
 from aggregator.api.answers import AuditPage, Device, DeviceDetail, StateBody
 from aggregator.api_client import ApiProblemError
 from aggregator.dashboard.confirmation import Confirmation, newest_entry, told_by
-from aggregator.dashboard.fleet_page import PATH
+from aggregator.dashboard.fleet_page import PATH, REASONS
 from aggregator.dashboard.frame import Visit, empty
 from aggregator.dashboard.tables import table
 from aggregator.dashboard.tags import box, moment, size, text
 from aggregator.enrolment.register import names_of
+from aggregator.store.presence import PresenceRow, presence_of
 
 _ACTIONS = {
     "quarantine": ("Quarantine", "Its updates are refused, and it keeps them. It can be restored."),
@@ -29,7 +30,7 @@ async def device_page(visit: Visit, device: str) -> None:
             raise
         empty("No such device", f"Nothing is registered under the name {device}; it may have been removed.")
         return
-    _facts(found.device)
+    _facts(visit, found.device)
     _buttons(visit, found)
     if found.device.enrolment is not None:
         _names(visit, found.device.enrolment)
@@ -43,8 +44,10 @@ async def device_page(visit: Visit, device: str) -> None:
             text("p", "None in the last 50 rounds of any task, under this name.", "cv-quiet")
 
 
-def _facts(one: Device) -> None:
+def _facts(visit: Visit, one: Device) -> None:
     """What is known about it."""
+    with visit.parts.services.store.database.reading() as connection:
+        heard = presence_of(connection, one.device)
     with box("section", "cv-panel"), box("dl", "cv-facts"):
         for label, value in (
             ("Owner", one.owner or "registered by hand"),
@@ -52,6 +55,7 @@ def _facts(one: Device) -> None:
             ("Valid from", moment(one.not_before_s)),
             ("Valid until", moment(one.not_after_s) if one.not_after_s is not None else "for good"),
             ("Enrolment", one.enrolment or "–"),
+            ("As it last said", _said(heard)),
             ("Public key", f"{one.public_key[:16]}…"),
         ):
             with box("div"):
@@ -61,6 +65,15 @@ def _facts(one: Device) -> None:
             text("dt", "State")
             with box("dd"):
                 text("span", one.state, "cv-chip", data_state=one.state)
+
+
+def _said(heard: PresenceRow | None) -> str:
+    """What the name last said of itself: hearsay."""
+    if heard is None:
+        return "nothing"
+    why = f", not training: {REASONS.get(heard.reason, heard.reason)}" if heard.reason else ""
+    software = f", software {heard.software}" if heard.software else ""
+    return f"{heard.state} since {moment(heard.since_s)}{why}{software}"
 
 
 def _buttons(visit: Visit, seen: DeviceDetail) -> None:

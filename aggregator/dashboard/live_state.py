@@ -17,6 +17,7 @@ from fastapi.concurrency import run_in_threadpool
 from aggregator.accounts.verification import RejectedTokenError
 from aggregator.api.guard import ApiServices
 from aggregator.audit.log import log_size
+from aggregator.dashboard.fleet_book import FleetBook
 from aggregator.dashboard.sessions import Session, Sessions
 from aggregator.errors import AggregatorError
 from aggregator.overview import Overview, overview
@@ -64,6 +65,7 @@ class LiveStudy:
 
     def __init__(self, services: ApiServices, sessions: Sessions, leave: Callable[[Session], object]) -> None:
         self._services, self._sessions, self._leave = services, sessions, leave
+        self._fleet = FleetBook(services)
         self._lookers: dict[str, _Looker] = {}
         self._asked: tuple[int, float] = (-1, 0.0)
         self._reading = asyncio.Lock()
@@ -110,7 +112,7 @@ class LiveStudy:
         """One reading; the last one with the reason where the database does not answer."""
         services, now_s = self._services, self._services.now_s()
         try:
-            found = overview(services.store, tenant=services.tenant, now_s=now_s)
+            found = overview(services.store, tenant=services.tenant, now_s=now_s, fleet=self._fleet.counts())
             refusals = services.store.refusals_by_task()
             with services.store.database.reading() as connection:
                 entries = log_size(connection)

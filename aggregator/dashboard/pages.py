@@ -11,7 +11,6 @@ from aggregator.api_client import ApiProblemError
 from aggregator.dashboard.audit_page import audit_page
 from aggregator.dashboard.curves_page import curves_page
 from aggregator.dashboard.device_page import device_page
-from aggregator.dashboard.fleet_book import FleetBook
 from aggregator.dashboard.fleet_page import fleet_page
 from aggregator.dashboard.frame import Parts, Visit, empty, framed
 from aggregator.dashboard.gate import ROOT
@@ -27,7 +26,7 @@ Make = Callable[[Visit], Awaitable[None]]
 
 def add_pages(parts: Parts) -> None:
     """Register them with NiceGUI, once in a process."""
-    book, fleet_book = HistoryBook(parts.services), FleetBook(parts.services)
+    book = HistoryBook(parts.services)
 
     async def show(request: Request, at: str, title: str, make: Make) -> None:
         await parts.live.fresh()
@@ -58,7 +57,7 @@ def add_pages(parts: Parts) -> None:
 
     @ui.page("/fleet")
     async def fleet(request: Request) -> None:
-        await show(request, "fleet", "Fleet", lambda visit: fleet_page(visit, request, fleet_book))
+        await show(request, "fleet", "Fleet", lambda visit: fleet_page(visit, request))
 
     @ui.page("/fleet/{device}")
     async def one_device(request: Request, device: str) -> None:

@@ -25,6 +25,10 @@ _MEANS = {
     "second_update": "The device had sent one for this round already.",
     "throttled": "The device sends too much; quarantine one that goes on.",
     "quarantined": "The device was put aside by an operator.",
+    "presence_unknown": "A presence, no update: under a name that nobody registered.",
+    "presence_oversized": "A presence, no update: too long.",
+    "presence_misplaced": "A presence, no update: of another name than the topic's.",
+    "presence_malformed": "A presence, no update: it could not be read.",
 }
 
 

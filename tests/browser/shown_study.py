@@ -23,6 +23,8 @@ from aggregator.store import schema
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.database import Database
 from aggregator.store.leases import COORDINATOR
+from aggregator.store.presence import PresenceBook
+from fl_protocol.messages import PresenceMsg
 from tests.aggregator.api.seeded_study import MASKED, OPEN, SeededStudy
 
 AGGREGATOR, HELPER = (Ed25519PrivateKey.from_private_bytes(bytes([one]) * 32) for one in (5, 6))
@@ -93,6 +95,11 @@ class ShownStudy:
             partials = schema.partials.c
             here = update(schema.partials).where(partials.task == task, partials.counted_in == number)
             connection.execute(here.values(count=partials.count + count))
+
+    def say(self, device: str, *, reason: str) -> None:
+        """A device says why it is not training."""
+        message = PresenceMsg(state="online", software="0.1.0", reason=reason)
+        PresenceBook(self.store.database).write({device: message}, now_s=time.time())
 
     def put_away(self, table: str) -> None:
         """Have the database fail where this table is read."""
@@ -288,5 +295,17 @@ def _enrol(connection: Any, devices: int, now_s: float) -> None:
         names.append({**period, "enrolment": f"e-{index:05}", "serial": f"{index:x}"})
     connection.execute(insert(schema.enrolments), enrolments)
     connection.execute(insert(schema.enrolment_names), names)
+    heard = [_presence(index, now_s) for index in range(devices) if index % 12]
+    connection.execute(insert(schema.presence), heard)
     periods = [{key: one[key] for key in ("device", "not_before_s", "not_after_s")} for one in names]
     connection.execute(insert(schema.device_periods), periods)
+
+
+def _presence(index: int, now_s: float) -> dict[str, Any]:
+    """What a name says of itself: most are there, and many are not on the charger."""
+    state = "offline" if index % 7 == 0 else "online"
+    reason = (
+        ("charger", "", "charger", "battery", "", "hours", "charger", "idle")[index % 8] if state == "online" else ""
+    )
+    name = {"device": f"w-{index:05}", "state": state, "reason": reason, "software": "0.1.0"}
+    return {**name, "since_s": now_s - 60.0 * index, "seen_s": now_s}

@@ -69,6 +69,23 @@ def test_a_database_that_is_away_is_said_so_and_comes_back(serve: Serve) -> None
     visitor.page.get_by_text("Connection lost").wait_for()
 
 
+def test_the_fleet_is_told_by_state_and_by_what_keeps_it_from_training(dashboard: Dashboard) -> None:
+    visitor = dashboard.visitor(dashboard.study.tokens["viewer"])
+    visitor.go("/fleet")
+    reasons = visitor.page.get_by_label("Why devices are not training")
+    expect(reasons.get_by_text("not on the charger")).to_be_visible()
+    expect(reasons.get_by_text("battery too low")).to_be_visible()
+    expect(reasons.get_by_text("too hot or too cold")).to_be_hidden()
+    states = visitor.page.get_by_label("The fleet by state")
+    before = states.inner_text()
+    dashboard.study.say("w-00002", reason="temperature")
+    expect(reasons.get_by_text("too hot or too cold")).to_be_visible()
+    assert states.inner_text() == before
+    visitor.page.get_by_role("link", name="quarantined").click()
+    visitor.page.wait_for_url("**state=quarantined")
+    assert set(visitor.page.locator("tbody .cv-chip").all_inner_texts()) == {"quarantined"}
+
+
 def test_nothing_is_cut_off_on_a_phone(dashboard: Dashboard) -> None:
     for scheme in ("light", "dark"):
         options = {"viewport": {"width": 390, "height": 844}, "color_scheme": scheme}
