@@ -68,6 +68,21 @@ def approvals_of(connection: Connection, task: str, version: int) -> Approvals:
     return Approvals(needed=_needed(connection, task), accounts=list(connection.execute(query).scalars()))
 
 
+def approved_versions(connection: Connection, task: str) -> tuple[int, dict[int, list[str]]]:
+    """How many accounts a task asks for, and who has agreed to which version, as in `approvals_of`."""
+    query = (
+        select(_APPROVALS.c.version, _APPROVALS.c.account)
+        .join(schema.accounts, _APPROVALS.c.account == _ACCOUNTS.account)
+        .join(schema.models, (_APPROVALS.c.task == _MODELS.task) & (_APPROVALS.c.version == _MODELS.version))
+        .where(_APPROVALS.c.task == task, _APPROVALS.c.digest == _MODELS.digest, _ACCOUNTS.disabled_s.is_(None))
+        .order_by(_APPROVALS.c.version, _APPROVALS.c.account)
+    )
+    found: dict[int, list[str]] = {}
+    for row in connection.execute(query):
+        found.setdefault(row.version, []).append(row.account)
+    return _needed(connection, task), found
+
+
 def approve(connection: Connection, task: str, version: int, *, who: Actor, now_s: float) -> None:
     """An account agrees that a version may be released.
 

@@ -187,18 +187,23 @@ class DeviceDetail(_Answer, frozen=True):
 
 
 class ModelPage(_Answer, frozen=True):
-    """Versions, newest first; rounds train the one `in_force`, `etag` is for `If-Match` of a rollback or tag."""
+    """Versions, newest first; rounds train the one `in_force`, `etag` is for `If-Match` of a rollback or tag.
+
+    Args:
+        approvals_needed: different accounts that have to approve a version before it is released.
+        approved: who has approved which version of the task.
+    """
 
     items: list[ModelReport]
     in_force: int
+    approvals_needed: int
+    approved: dict[int, list[str]]
     etag: str
     next: int | None
 
 
 class ModelDetail(_Answer, frozen=True):
-    """A version; `lineage` is itself, the one it came from, and so on, at most 200; `approvals`: of releasing it; `etag`
-    as in the list.
-    """
+    """A version; `lineage` is itself, the one it came from, and so on, at most 200; `etag` as in the list."""
 
     model: ModelReport
     lineage: list[int]

@@ -40,10 +40,14 @@ def list_models(request: Request, task: TaskName, cursor: NumberCursor = None, l
     with store.database.reading() as connection:
         now = existing(connection, task)
         etag = models_etag(connection, task, now)
+        needed, approved = releases.approved_versions(connection, task)
     found, lineage = store.models.page(task, before=cursor, limit=limit + 1), lineage_of(store, task)
     items = [model_of(one, lineage) for one in found[:limit]]
     more = items[-1].version if len(found) > limit else None
-    return answer(ModelPage(items=items, in_force=now.version, etag=etag, next=more), etag=etag)
+    page = ModelPage(
+        items=items, in_force=now.version, approvals_needed=needed, approved=approved, etag=etag, next=more
+    )
+    return answer(page, etag=etag)
 
 
 @router.get("/v1/tasks/{task}/models/{version}", **needs("models:read", ModelDetail, 404))

@@ -12,8 +12,8 @@ from aggregator.dashboard.gate import ROOT
 from aggregator.dashboard.tables import Cell, onwards, table
 from aggregator.dashboard.tags import box, moment, text
 from aggregator.model_report import ModelReport
+from aggregator.releases import RELEASED
 
-RELEASED = "released"
 PATH = f"{ROOT}/models"
 _COLUMNS = ("Version", "Came from", "Made", "Validation", "Privacy spent", "Tags")
 
@@ -76,7 +76,9 @@ class _Lineage:
         if self._confirmation is None:
             return
         with box("div", "cv-buttons"):
-            if RELEASED not in one.tags:
+            if self._missing(one.version):
+                self._approval(one.version, self._confirmation)
+            elif RELEASED not in one.tags:
                 self._confirmation.button(
                     "Release",
                     about=f"version {one.version}",
@@ -95,6 +97,29 @@ class _Lineage:
                     act=lambda _reason: self._roll_back(one.version),
                     explain=self._explain,
                 )
+
+    def _missing(self, version: int) -> int:
+        """How many more accounts have to approve a version before it can be released."""
+        return max(0, self._seen.approvals_needed - len(self._seen.approved.get(version, [])))
+
+    def _approval(self, version: int, confirmation: Confirmation) -> None:
+        """Who has approved a version so far, and this account's word on it."""
+        by = self._seen.approved.get(version, [])
+        text("span", f"{len(by)} of {self._seen.approvals_needed} approved" + (f": {', '.join(by)}" if by else ""))
+        withdraws = self._visit.session.who.account in by
+        confirmation.button(
+            "Withdraw approval" if withdraws else "Approve",
+            about=f"version {version}",
+            title=f"{'Withdraw your approval of' if withdraws else 'Approve'} version {version} of {self._task}?",
+            words=f"{self._seen.approvals_needed} accounts have to approve it before it can be released.",
+            act=lambda _reason: self._approve(version, withdraws=withdraws),
+            explain=self._explain,
+        )
+
+    async def _approve(self, version: int, *, withdraws: bool) -> str:
+        path = f"/v1/tasks/{self._task}/models/{version}/approval"
+        await self._visit.ask("DELETE" if withdraws else "POST", path, ModelDetail, etag=self._seen.etag)
+        return f"Done: version {version} is {'approved by you no more' if withdraws else 'approved by you'}."
 
     async def _release(self, version: int) -> str:
         path = f"/v1/tasks/{self._task}/models/{version}/tags/{RELEASED}"

@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 from playwright.sync_api import Error, expect
+from sqlalchemy import update
 
+from aggregator.store import schema
+from tests.aggregator.api.seeded_study import MASKED
 from tests.browser.visits import Dashboard, Visitor
 
 Serve = Callable[..., Dashboard]
@@ -93,7 +96,7 @@ def test_a_release_and_a_rollback_are_those_of_the_api(dashboard: Dashboard) -> 
     assert confirm(one, "Release") == "Done: version 22 is released."
     other.page.get_by_role("button", name="Roll back: to version 19", exact=True).click()
     outcome = confirm(other, "Roll back")
-    assert outcome.startswith("Changed since you looked: operator-ann did model.tagged"), outcome
+    assert outcome.startswith("Changed since you looked: operator-ann did model.released"), outcome
     other.page.get_by_role("button", name="Look again").click()
     other.page.get_by_role("button", name="Roll back: to version 19", exact=True).click()
     assert confirm(other, "Roll back").startswith("Asked, as order ")
@@ -101,6 +104,26 @@ def test_a_release_and_a_rollback_are_those_of_the_api(dashboard: Dashboard) -> 
     entry = other.page.locator("tbody tr").first.inner_text()
     assert "maria" in entry
     assert "argument 19" in entry
+
+
+def test_a_version_that_needs_two_is_released_by_two(dashboard: Dashboard) -> None:
+    tasks = schema.tasks
+    with dashboard.study.store.database.transaction() as connection:
+        asks = tasks.c.spec + "\n[release]\napprovals = 2\n"
+        connection.execute(update(tasks).where(tasks.c.task == MASKED).values(spec=asks))
+    one, other = (at(dashboard, who, f"/models/{MASKED}") for who in ("operator", "second"))
+    expect(one.page.get_by_role("button", name="Release: version 20", exact=True)).to_have_count(0)
+    one.page.get_by_role("button", name="Approve: version 20", exact=True).click()
+    assert confirm(one, "Approve") == "Done: version 20 is approved by you."
+    other.page.get_by_role("button", name="Approve: version 20", exact=True).click()
+    assert confirm(other, "Approve").startswith("Changed since you looked: operator-ann did model.approved")
+    other.page.get_by_role("button", name="Look again").click()
+    other.sees("1 of 2 approved: operator-ann")
+    other.page.get_by_role("button", name="Approve: version 20", exact=True).click()
+    assert confirm(other, "Approve") == "Done: version 20 is approved by you."
+    one.page.get_by_role("button", name="Look again").click()
+    one.page.get_by_role("button", name="Release: version 20", exact=True).click()
+    assert confirm(one, "Release") == "Done: version 20 is released."
 
 
 def test_a_stale_page_changes_nothing(dashboard: Dashboard) -> None:
