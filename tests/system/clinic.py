@@ -174,14 +174,14 @@ class Watch:
         """The desk's answer."""
         return self.ask_with(self.prepared(token))
 
-    def prepared(self, token: bytes, *, count: int = 3) -> bytes:
-        """A signed request."""
+    def prepared(self, token: bytes | None, *, count: int = 3) -> bytes:
+        """A signed request; without a token, for further names."""
         request = EnrolmentRequestMsg(
             tenant=TENANT,
             task=TASK,
             client=self.client,
             token=token,
-            enrolment=None,
+            enrolment=None if token is not None else self.enrolment,
             renewal_key=self.renewal.public_key().public_bytes_raw(),
             answer_to=self.answers.recipient(),
             names=self.names.prepare(count=count, entropy=os.urandom),
@@ -189,31 +189,46 @@ class Watch:
         return signed_request(request, self.renewal)
 
     def ask_with(self, signed: bytes) -> EnrolmentAnswerMsg:
-        """The answer to a request."""
-        claim = self.clinic.claim
+        """The answer to a request, at the claim broker."""
         line = self.clinic.claimant(self.client)
         try:
-            subscribed(line, enrolment_topic(TENANT, self.client, "answer"))
-            sealed = sealed_request(signed, claim.recipient, tenant=TENANT, task=TASK, client=self.client)
-            line.publish(enrolment_topic(TENANT, self.client, "request"), sealed)
-            received = await_event(line, Received)
+            return self.ask_on(line, signed)
         finally:
             line.close()
             self.clinic.clients.remove(line)
+
+    def ask_on(self, line: MqttTransport, signed: bytes) -> EnrolmentAnswerMsg:
+        """The answer to a request over a connection under its client id."""
+        claim = self.clinic.claim
+        subscribed(line, enrolment_topic(TENANT, self.client, "answer"))
+        sealed = sealed_request(signed, claim.recipient, tenant=TENANT, task=TASK, client=self.client)
+        line.publish(enrolment_topic(TENANT, self.client, "request"), sealed)
         return opened_answer(
-            received.payload,
+            await_event(line, Received).payload,
             self.answers,
             client=self.client,
             request_digest=sha256(signed).digest(),
             aggregator=public_key_from_hex(claim.aggregator_key),
         )
 
-    def join(self) -> Pseudonym:
+    def renew(self, line: MqttTransport, name: Pseudonym) -> EnrolmentAnswerMsg:
+        """Ask for further names over the study's own connection, under its present name."""
+        self.client = name.id
+        answer = self.ask_on(line, self.prepared(None))
+        self._install(answer)
+        return answer
+
+    def _install(self, answer: EnrolmentAnswerMsg) -> None:
+        """Take what was granted, if anything was."""
+        if answer.is_granted:
+            self.names.install(answer.names, aggregator_key=public_key_from_hex(self.clinic.claim.aggregator_key))
+
+    def join(self, *, count: int = 3) -> Pseudonym:
         """Join, and the name for now."""
-        answer = self.ask(self.clinic.token())
+        answer = self.ask_with(self.prepared(self.clinic.token(), count=count))
         assert answer.outcome == "enrolled", answer
         self.enrolment = answer.enrolment
-        self.names.install(answer.names, aggregator_key=public_key_from_hex(self.clinic.claim.aggregator_key))
+        self._install(answer)
         current = self.names.current(time.time())
         assert isinstance(current, Pseudonym)
         return current

@@ -103,6 +103,28 @@ def test_a_revoked_device_loses_its_connection_at_once_and_does_not_come_back(cl
     assert "lost on a train" in answer.detail
 
 
+def test_while_a_list_is_in_force_others_are_renewed_and_who_is_on_it_stays_out(clinic: Clinic) -> None:
+    """Two names end so soon that further ones are due at once."""
+    watch, lost = Watch(clinic), Watch(clinic)
+    name, gone = watch.join(count=2), lost.join(count=2)
+    line, other = clinic.device(name), clinic.device(gone)
+    clinic.command("device", "revoke", lost.enrolment, "--reason", "lost", "--yes", "--config", "aggregator.toml")
+    await_event(other, Disconnected)
+    other.close()
+    crl = x509.load_pem_x509_crl((clinic.folder / "broker" / "crl.pem").read_bytes())
+    serial = x509.load_pem_x509_certificate(gone.certificate).serial_number
+    assert crl.get_revoked_certificate_by_serial_number(serial) is not None
+    assert watch.renew(line, name).outcome == "renewed"
+    assert len(watch.names.installed()) == 5
+    line.close()
+    clinic.device(name)  # its present name is as good as before
+    with pytest.raises(AssertionError, match="no Connected"):
+        clinic.device(gone, within_s=2.0)
+    lost.client = "c" + os.urandom(16).hex()
+    assert lost.ask_with(lost.prepared(None)).outcome == "revoked"
+    assert len(lost.names.installed()) == 2
+
+
 def test_the_list_alone_keeps_a_device_from_coming_back_and_leaves_its_connection_up(clinic: Clinic) -> None:
     """Why the desk takes connections over."""
     watch = Watch(clinic)
