@@ -155,11 +155,11 @@ class ApiClient:
         return self._ask("DELETE", f"/v1/devices/{quote(device, safe='')}", answers.Device)
 
     def put_device(
-        self, device: str, action: Literal["quarantine", "restore", "revoke"], *, reason: str
+        self, device: str, action: Literal["quarantine", "restore", "revoke"], *, reason: str, etag: str | None = None
     ) -> answers.Device:
         """Put an enrolled device aside, take it back, or throw it out for good."""
         path = f"/v1/devices/{quote(device, safe='')}/{action}"
-        return self._ask("POST", path, answers.Device, body={"reason": reason})
+        return self._ask("POST", path, answers.Device, body={"reason": reason}, etag=etag)
 
     def models(self, task: str, **query: str | int | None) -> answers.ModelPage:
         """A page of versions, newest first; `cursor`, `limit`."""

@@ -18,6 +18,7 @@ from aggregator.adapters.graph_judge import GraphJudge
 from aggregator.adapters.https_helper import HttpsHelper
 from aggregator.adapters.https_link import HttpsLink
 from aggregator.adapters.open_blobs import open_blobs
+from aggregator.alerts.alarms import Alarms
 from aggregator.announcer import Announcer
 from aggregator.answers import Answers
 from aggregator.audit.checkpoint_rows import Checkpoints
@@ -28,6 +29,7 @@ from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator, Pace
 from aggregator.cosigning import Cosigning
 from aggregator.errors import DatabaseError
+from aggregator.fleet_watch import FleetWatch
 from aggregator.helper_calls import HelperCalls, HelperLink
 from aggregator.in_force import config_of, tasks_in_force
 from aggregator.ingest import OPENER, Opener
@@ -182,7 +184,7 @@ def assemble(files: AggregatorFiles, *, journal: Journal, worker: str | None = N
         helpers=pinned(files.config.helpers),
         links=files.helper_links() if worker is None else None,
         commits=CommitProcess(partial(_commits, files.path, worker or section.client_id)),
-        cosigns=section.cosign,
+        watches_fleet=True,
     )
 
 
@@ -204,7 +206,7 @@ def make_service(
     commits: Commits | None = None,
     leases: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
     pace: Pace = Pace(),  # noqa: B008 - frozen
-    cosigns: bool = True,
+    watches_fleet: bool = False,
     opener: Opener = OPENER,
 ) -> AggregatorService:
     """The parts of one process, connected; a simulation passes its own transport, time and randomness.
@@ -226,7 +228,7 @@ def make_service(
         commits: whole updates; None to do so in this process.
         opener: verifies headers and opens seals in this process.
         leases: how long they are taken for.
-        cosigns: whether helpers are asked to co-sign the audit log.
+        watches_fleet: whether devices' presence is listened to.
         pace: how often orders, new tasks and what can be tidied are looked for.
     """
     committer = Committer(tenant=tenant, worker=name, store=store, entropy=entropy, now_s=now_s, opener=opener)
@@ -269,12 +271,13 @@ def make_service(
             tenant=tenant,
             checkpoints=Checkpoints(store.database, origin_of(tenant)),
             signing_key=signing_key,
-            helpers=helpers if helpers and cosigns else {},
+            helpers=helpers or {},
             line=calls,
             note=partial(_noted, journal, now_s),
             now_s=now_s,
         )
         calls.listen(cosigning.hear)
+        fleet = FleetWatch(tenant=tenant, store=store, transport=transport, now_s=now_s) if watches_fleet else None
         ports = RunnerPorts(tenant, store, announcer, journal, entropy, now_s, name, calls)
         coordinator = Coordinator(
             name=name,
@@ -284,6 +287,8 @@ def make_service(
             terms=leases,
             pace=pace,
             cosigning=cosigning,
+            fleet=fleet,
+            alarms=Alarms(store, now_s=now_s),
         )
     return AggregatorService(
         transport=transport,

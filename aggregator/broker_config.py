@@ -138,7 +138,7 @@ def mosquitto_acl(*, tenant: str, aggregator: str, workers: tuple[str, ...] = ()
     return f"""# written by covey; %u is the name in the client's certificate
 user {aggregator}
 topic read {root}/up/#
-topic read {root}/state/#
+topic read {root}/state/+
 topic write {root}/round/#
 topic write {root}/model/#
 topic write {root}/down/#

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from aggregator.adapters.prometheus import CountingJournal, serve_metrics
+from aggregator.alerts.assembly import telling, webhooks_of
 from aggregator.assembly import AggregatorFiles, assemble
 from aggregator.cli_accounts import account_app, token_app
 from aggregator.cli_api import register as register_api
@@ -27,6 +28,7 @@ from aggregator.cli_options import AsJson, Config, opened
 from aggregator.cli_privacy import privacy_app
 from aggregator.cli_tasks import task_app
 from aggregator.cli_watch import register as register_watch
+from aggregator.cli_webhooks import webhook_app
 from aggregator.command_line import examples, make_app, plain_console, run_app, say_json
 from aggregator.errors import DatabaseError
 from aggregator.overview import overview
@@ -82,6 +84,7 @@ for _name, _group in (
     ("audit", audit_app),
     ("account", account_app),
     ("token", token_app),
+    ("webhook", webhook_app),
 ):
     app.add_typer(_group, name=_name)
 register_backup(app)
@@ -153,12 +156,15 @@ def _serve(files: AggregatorFiles, *, worker: str | None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda signum, _frame: stop.append(signum))
 
+    hooks = webhooks_of(files) if worker is None else []
+
     def run(journal: Journal) -> None:
         service = assemble(files, journal=journal, worker=worker)
         # What is there now stays: left out of every later collection, which took a sixth of this process's time.
         gc.collect()
         gc.freeze()
-        service.run(lambda: bool(stop))
+        with telling(files, hooks, journal=journal):
+            service.run(lambda: bool(stop))
 
     journal, port = JsonLines(), files.config.aggregator.metrics_port
     if port is None:

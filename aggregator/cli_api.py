@@ -8,6 +8,7 @@ from aggregator.cli_options import Config, opened
 from aggregator.command_line import examples
 from fl_protocol.adapters.journal import JsonLines
 from fl_protocol.errors import ConfigError
+from fl_protocol.helper_config import pinned
 
 
 def register(app: typer.Typer) -> None:
@@ -16,6 +17,8 @@ def register(app: typer.Typer) -> None:
     @app.command(epilog=examples("api --config aggregator.toml"))
     def api(config: Config) -> None:
         """Serve the HTTP API until stopped, as the section [api] says; one JSON line per event on standard output.
+
+        With `dashboard = true` the pages for browsers as well, at /dashboard (docs/operations.md).
 
         It needs the database and nothing else: no broker, no signing key. Any number of them may run.
         """
@@ -27,4 +30,6 @@ def register(app: typer.Typer) -> None:
             section = files.config.api
             if section is None:
                 raise ConfigError(f"configuration {config}: expected a section [api]; see docs/operations.md")
-            serve(store, section, tenant=files.config.aggregator.tenant, config=config, journal=JsonLines())
+            helpers = {name: one.key for name, one in pinned(files.config.helpers).items()}
+            tenant = files.config.aggregator.tenant
+            serve(store, section, tenant=tenant, config=config, journal=JsonLines(), helpers=helpers)

@@ -142,7 +142,7 @@ class Committer:
 
     def count_refusal(self, task: str, reason: RefusalReason) -> None:
         """Count a refusal; it is stored with the next commit."""
-        self._refused[task, reason] += 1
+        self._refused[task, reason.value] += 1
 
     def store_counts(self) -> None:
         """Store the refusals that were counted since the last commit. Raises DatabaseError."""

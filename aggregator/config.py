@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from aggregator.alerts.events import EVENTS, WebhookEvent
 from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.helper_config import HelperPin, pinned
 from fl_protocol.joining import Address
@@ -30,8 +31,6 @@ class AggregatorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         device_bytes_a_minute: what one device may send before it is throttled; default 48 MiB.
         device_transfers_a_minute: updates one device may begin before it is throttled; default 60.
         metrics_port: loopback port for Prometheus; default none.
-        cosign: whether helpers are asked to co-sign the audit log's checkpoints. Not over rumqttd (iotcore), which ends
-            a connection whose acknowledgements come in another order than its messages (measured).
     """
 
     tenant: Name
@@ -43,7 +42,6 @@ class AggregatorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     device_bytes_a_minute: Annotated[int, Meta(ge=2**16)] = 48 * 2**20
     device_transfers_a_minute: Annotated[int, Meta(ge=1)] = 60
     metrics_port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
-    cosign: bool = True
 
 
 class HelperSection(HelperPin, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -110,6 +108,11 @@ class ApiSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         unknown_tokens_a_minute: requests of one address with tokens that were not seen in the last five minutes, each
             of which costs a slow hash; default 30.
         metrics_port: loopback port for Prometheus; default none.
+        aggregator_key: the aggregator's public key, 64 hex digits, as ``covey-aggregator init`` prints it: for
+            verifying the audit log; default: that is left to ``covey-aggregator audit verify``.
+        dashboard: whether the dashboard is served as well, at /dashboard (`pip install 'covey[dashboard]'`).
+        joules_per_update: what an update costs a device on average, as the operator has measured; the dashboard tells
+            energy as an estimate from it, and nothing about energy without.
     """
 
     host: str = "127.0.0.1"
@@ -120,6 +123,9 @@ class ApiSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     address_requests_a_minute: Annotated[int, Meta(ge=1)] = 1200
     unknown_tokens_a_minute: Annotated[int, Meta(ge=1)] = 30
     metrics_port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
+    aggregator_key: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
+    dashboard: bool = False
+    joules_per_update: Annotated[float, Meta(gt=0)] | None = None
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
@@ -127,6 +133,26 @@ class ApiSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         # Security: a token that travels in the clear is everybody's.
         if self.certificate is None and self.host not in {"127.0.0.1", "::1", "localhost"}:
             raise ValueError(f"api: without certificate and key only loopback is listened on, got host {self.host}")
+
+
+class WebhookSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where an operator is told what happens (``[[webhook]]``).
+
+    Args:
+        name: of the operator's choice.
+        url: ``https://host/path``; ``http://`` on loopback alone.
+        secret: file with the shared secret (``covey-aggregator webhook secret``), readable by its owner only.
+        events: that are told; default all.
+        ca: PEM file of the CA that certified the receiver; default: those that the system trusts.
+        timeout_s: longest wait for its answer.
+    """
+
+    name: Name
+    url: str
+    secret: str
+    events: tuple[WebhookEvent, ...] = EVENTS
+    ca: str | None = None
+    timeout_s: Annotated[float, Meta(gt=0, le=60)] = 10.0
 
 
 class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -137,6 +163,7 @@ class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             those that they name.
         enrolment: how devices join by themselves; by default they do not.
         api: the HTTP API; None without.
+        webhook: where an operator is told what happens.
     """
 
     aggregator: AggregatorSection
@@ -144,6 +171,10 @@ class AggregatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     helpers: tuple[HelperSection, ...] = ()
     enrolment: EnrolmentSection | None = None
     api: ApiSection | None = None
+    webhook: tuple[WebhookSection, ...] = ()
 
     def __post_init__(self) -> None:
         pinned(self.helpers)
+        names = [one.name for one in self.webhook]
+        if len(set(names)) < len(names):
+            raise ValueError(f"webhook: expected each name once, got {', '.join(names)}")

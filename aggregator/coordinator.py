@@ -10,8 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from aggregator.alerts.alarms import Alarms
 from aggregator.cosigning import Cosigning
 from aggregator.errors import AggregatorError, BlobError, DatabaseError, LostModelError
+from aggregator.fleet_watch import FleetWatch
 from aggregator.outage import Outage
 from aggregator.round_events import (
     AbortAsked,
@@ -59,6 +61,8 @@ class Coordinator:
         terms: of its lease.
         pace: how often it looks for what.
         cosigning: looks after the audit log's checkpoints; None to leave that.
+        fleet: listens to devices' presence; None to leave that.
+        alarms: looked for when a round has closed; None to leave that.
     """
 
     def __init__(
@@ -71,8 +75,11 @@ class Coordinator:
         terms: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
         pace: Pace = Pace(),  # noqa: B008 - frozen
         cosigning: Cosigning | None = None,
+        fleet: FleetWatch | None = None,
+        alarms: Alarms | None = None,
     ) -> None:
-        self._cosigning, self._moved = cosigning, False
+        self._cosigning, self._fleet, self._alarms = cosigning, fleet, alarms
+        self._moved: set[str] = set()  # tasks whose rounds closed since the log was looked after
         self._terms, self._pace = terms, pace
         self.name, self._ports, self._load, self._monotonic_s = name, ports, load, monotonic_s
         self._runners: dict[str, TaskRunner] = {}
@@ -97,8 +104,9 @@ class Coordinator:
         return self._outage.reason
 
     def take(self, events: Sequence[TransportEvent]) -> list[TransportEvent]:
-        """Take what helpers of secure rounds say; the other events."""
-        return self._ports.calls.take(events)
+        """Take what helpers of secure rounds say, and devices of their presence; the other events."""
+        others = self._ports.calls.take(events)
+        return others if self._fleet is None else self._fleet.take(others)
 
     def handle(self, events: Sequence[TransportEvent], *, arrived: bool) -> None:
         """Take connections made and lost, and do what is due.
@@ -145,6 +153,8 @@ class Coordinator:
         if not happened_within(self._terms.renew_every_s, self._renewed_s, now_s):
             self._lead(now_s)
             self._renewed_s = now_s
+        if self._fleet is not None and self._connected:
+            self._fleet.look_after(leads=self._leads)
         if not self._leads:
             return
         looks = arrived or self._ports.calls.has_news or not happened_within(LOOK_EVERY_S, self._looked_s, now_s)
@@ -168,10 +178,13 @@ class Coordinator:
             raise failed[0]
 
     def _look_after_log(self) -> None:
-        """A checkpoint of the audit log after each round, and helpers' co-signatures."""
+        """Alarms, a checkpoint of the audit log after each round, and helpers' co-signatures."""
+        if self._alarms is not None:
+            for event, fields in self._alarms.look(sorted(self._moved)):
+                self._note(event, **fields)
         if self._cosigning is not None:
-            self._cosigning.look_after(round_closed=self._moved)
-            self._moved = False
+            self._cosigning.look_after(round_closed=bool(self._moved))
+        self._moved.clear()
 
     def _lead(self, now_s: float) -> None:
         """Take or renew the lease; say so when that changes."""
@@ -232,7 +245,8 @@ class Coordinator:
             self._unerased = True  # it may have become durable
             raise
         self._unerased |= before != _what_keys_depend_on(runner)
-        self._moved |= before != _what_keys_depend_on(runner)
+        if before != _what_keys_depend_on(runner):
+            self._moved.add(runner.name)
 
     def _carry_out_orders(self) -> None:
         """Do what operators asked for, or say why not."""

@@ -107,6 +107,16 @@ class TaskBudget:
         adversary = adversary_of(self._config.device_privacy, name)
         return device_epsilon(self.events(), delta=delta, adversary=adversary, limits=self.limits)
 
+    def course(self, name: str, *, delta: float = DELTA, most: int = 100) -> list[tuple[int, float]]:
+        """What it had cost after each round, as `epsilon`; after every few rounds where there are more than `most`."""
+        events, adversary = self.events(), adversary_of(self._config.device_privacy, name)
+        step = max(1, -(-len(events) // most))
+        ends = [*range(step, len(events), step), len(events)] if events else []
+        return [
+            (events[end - 1].round, device_epsilon(events[:end], delta=delta, adversary=adversary, limits=self.limits))
+            for end in ends
+        ]
+
     def _event(self, asked: AskedRound) -> SecureSum:
         """What happened in a round."""
         manifest = decode(asked.manifest, RoundManifestMsg)

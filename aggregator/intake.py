@@ -45,6 +45,9 @@ MOST_ANSWERS = 64
 """Answers that are sent before the next messages are looked at."""
 MOST_HELD_MESSAGES = 200
 """Unacknowledged messages of updates that are not whole, of the thousand that the broker sends before it waits."""
+MOST_MESSAGES_BEHIND = 400
+"""Messages that may have come after the first of an update that is not whole; acknowledgements go out in order, and a
+slow device's would keep all others' back until the broker sends no more."""
 MOST_HELD_MESSAGES_OF_WHOLE = 500
 """And of whole updates that are not decided yet."""
 MOST_MESSAGES_OF_ONE = 8
@@ -98,7 +101,8 @@ class Intake:
         self._transport, self._journal, self._now_s = transport, journal, now_s
         self.batches = Batches(commits, now_s)
         self._register = RegisterCache(store.devices)
-        self._transfers, self._held = Transfers(limits.reassembly_bytes), HeldMessages(MOST_HELD_MESSAGES)
+        self._transfers = Transfers(limits.reassembly_bytes)
+        self._held = HeldMessages(MOST_HELD_MESSAGES, most_behind=MOST_MESSAGES_BEHIND)
         self._held_whole = HeldMessages(MOST_HELD_MESSAGES_OF_WHOLE)
         self._throttle = Throttle(
             bytes_a_minute=limits.device_bytes_a_minute, transfers_a_minute=limits.device_transfers_a_minute
@@ -133,6 +137,7 @@ class Intake:
                 taken += 1
         finally:
             self.drop(messages[taken:])
+            self._acknowledge(self._held.passed_by(len(messages)))
 
     def drop(self, messages: Iterable[Received]) -> None:
         """Take nothing: their devices send them again."""

@@ -15,6 +15,7 @@ from aggregator.rounds import Phase
 from aggregator.shards import ALL_SHARDS, LEASE_S, Lease
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.leases import COORDINATOR, STOPPED, WorkerRecord
+from aggregator.store.presence import FleetCounts, counts
 from aggregator.store.rounds import LiveRound
 from aggregator.store.tasks import StoredTask
 from aggregator.worker import NOT_CONNECTED
@@ -79,6 +80,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
         tenant: name on the wire.
         at_s: Unix seconds.
         devices: registered names; a device with pseudonyms has several.
+        fleet: devices by state, and why they are not training, as they say.
         refused: updates refused so far, by reason.
         degraded: what does not work as it should, a sentence each.
     """
@@ -88,6 +90,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     tasks: list[TaskOverview]
     workers: list[WorkerOverview]
     devices: int
+    fleet: FleetCounts
     refused: dict[str, int]
     degraded: list[str]
 
@@ -113,6 +116,7 @@ def overview(store: AggregatorStore, *, tenant: str, now_s: float) -> Overview:
         tasks=tasks,
         workers=workers,
         devices=store.devices.count(),
+        fleet=fleet_counts(store, now_s=now_s),
         refused=store.refusals(""),
         degraded=[
             *_problems_of_nobody(tasks, leases, now_s),
@@ -122,6 +126,12 @@ def overview(store: AggregatorStore, *, tenant: str, now_s: float) -> Overview:
             *_problems_of_helpers(tasks, store.rounds.live()),
         ],
     )
+
+
+def fleet_counts(store: AggregatorStore, *, now_s: float) -> FleetCounts:
+    """How many devices are in which state. Raises DatabaseError."""
+    with store.database.reading() as connection:
+        return counts(connection, now_s=now_s)
 
 
 def task_overview(task: StoredTask) -> TaskOverview:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from aggregator.command_line import make_table, moment, span
 from aggregator.overview import Overview, TaskOverview, WorkerOverview
+from aggregator.store.presence import FleetCounts
 
 _TASK_COLUMNS = ("task", "kind", "phase", "round", "committed", "arrived", "deadline", "model", "p")
 _PROCESS_COLUMNS = ("process", "state", "shards", "last seen", "says")
@@ -32,7 +33,7 @@ def print_overview(found: Overview, console: Console) -> None:
         console.print(Text(line), soft_wrap=True)
     rows = [_worker_row(worker, found.at_s) for worker in found.workers]
     console.print(make_table("Processes", _PROCESS_COLUMNS, rows))
-    for line in (f"registered names: {found.devices}", *_refused(found), *_degraded(found)):
+    for line in (f"registered names: {found.devices}", *_fleet(found.fleet), *_refused(found), *_degraded(found)):
         console.print(Text(line), soft_wrap=True)
 
 
@@ -53,6 +54,7 @@ def screen(found: Overview | None, *, width: int, trouble: str | None = None) ->
     stood = "stood" if trouble is not None else "stands"
     parts.append(Text(f"{found.tenant}, as it {stood} at {moment(found.at_s)}; {found.devices} registered names"))
     parts += [_tasks(found, width), *(Text(line) for line in _reasons(found)), _processes(found, width)]
+    parts += [Text(line) for line in _fleet(found.fleet)]
     parts += [Text(line, style="yellow") for line in _refused(found)]
     problems = [Text(line, style="bold red") for line in _degraded(found)]
     parts += problems or [Text("nothing is degraded", style="green")]
@@ -93,6 +95,14 @@ def _picked(
 ) -> tuple[list[str], list[list[object]]]:
     """Some columns of a table."""
     return [columns[n] for n in numbers], [[row[n] for n in numbers] for row in rows]
+
+
+def _fleet(fleet: FleetCounts) -> list[str]:
+    """Devices by state, and what keeps those that are there from training."""
+    states = f"devices: {fleet.active} active ({fleet.online} online, {fleet.offline} offline, {fleet.unheard} unheard)"
+    lines = [f"{states}, {fleet.quarantined} quarantined, {fleet.revoked} revoked"]
+    waiting = [f"{count} for {reason}" for reason, count in sorted(fleet.reasons.items()) if count]
+    return lines + ([f"not training: {', '.join(waiting)}"] if waiting else [])
 
 
 def _reasons(found: Overview) -> list[str]:

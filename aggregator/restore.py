@@ -7,6 +7,7 @@ service takes no step twice, it does not go on where the backup stopped:
 - round numbers go on far above the backup's, because devices refuse rounds older than one they have seen as replays,
   and so that no update made for a round after the backup can count in another of the same number;
 - receipts of before the backup are kept: what was accepted is not accepted twice;
+- enrolment tokens that were unused are withdrawn, since nobody can know whether one was used after the backup;
 - orders that were not carried out are dropped, and every task that was going on is paused until its operator resumes
 it.
 """
@@ -117,6 +118,11 @@ def _insert(connection: Connection, table: Table, rows: Iterable[dict[str, Any]]
     return count
 
 
+def _not_enforced(_row: dict[str, Any]) -> dict[str, Any]:
+    """The list that the broker looks at is written anew, since on this machine there may be none."""
+    return {"enforced_s": None}
+
+
 class _Settled:
     """What becomes of rows, given that time went on since they were backed up."""
 
@@ -134,7 +140,13 @@ class _Settled:
                 row[column.name] = self._renamed(row[column.name])
         if table is schema.orders:
             del row["id"]  # PostgreSQL would give it to the next order too
-        changes = {schema.tasks: self._task, schema.rounds: self._round, schema.orders: self._order}
+        changes = {
+            schema.tasks: self._task,
+            schema.rounds: self._round,
+            schema.orders: self._order,
+            schema.enrolment_tokens: self._enrolment_token,
+            schema.revoked_certificates: _not_enforced,
+        }
         return {**row, **changes[table](row)} if table in changes else row
 
     def _renamed(self, name: str) -> str | None:
@@ -173,3 +185,9 @@ class _Settled:
             "done_s": self._now_s,
             "outcome": f"dropped when {self._backup} was restored; ask again if it still holds",
         }
+
+    def _enrolment_token(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Security: a token that was unused may have been used since, and would be good for a second device."""
+        if row["used_s"] is not None or row["withdrawn_s"] is not None:
+            return {}
+        return {"withdrawn_s": self._now_s}

@@ -73,30 +73,45 @@ class Transfers:
 class HeldMessages:
     """Messages that the broker is not told yet to forget: their update is not committed.
 
-    A broker sends only so many messages before it wants some acknowledged, so the oldest are given up when there are
-    too many: the receipt is what proves delivery, and a device without one sends again.
+    A broker sends only so many messages before it wants some acknowledged, and acknowledgements go out in the order in
+    which messages came. So the oldest are given up when too many are held, or too many have come behind one: the
+    receipt is what proves delivery, and a device without one sends again.
 
     Args:
         most: messages that are held.
+        most_behind: messages, held or not, that may come after the first one of an update.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, *, most_behind: int | None = None) -> None:
+        self._most, self._most_behind = most, most_behind
         self._held: OrderedDict[Key, list[Received]] = OrderedDict()
-        self._count = 0
+        self._begun: dict[Key, int] = {}
+        self._count = self._came = 0
 
     def hold(self, key: Key, message: Received) -> list[Received]:
         """Hold one; what has to be acknowledged in its place."""
         self._held.setdefault(key, []).append(message)
+        self._begun.setdefault(key, self._came)
         self._count += 1
         given_up: list[Received] = []
         while self._count > self._most:
             given_up += self._pop_oldest()
         return given_up
 
+    def passed_by(self, messages: int) -> list[Received]:
+        """So many more have come; what has to be acknowledged, so that they are not held up by it."""
+        self._came += messages
+        given_up: list[Received] = []
+        while self._most_behind is not None and self._held:
+            if self._came - self._begun[next(iter(self._held))] <= self._most_behind:
+                break
+            given_up += self._pop_oldest()
+        return given_up
+
     def release(self, key: Key) -> list[Received]:
         """What is held for an update, to be acknowledged when it is committed or refused."""
         released = self._held.pop(key, [])
+        self._begun.pop(key, None)
         self._count -= len(released)
         return released
 
@@ -104,11 +119,13 @@ class HeldMessages:
         """Everything: the broker has stopped sending, and may be waiting for these."""
         released = [message for held in self._held.values() for message in held]
         self._held.clear()
+        self._begun.clear()
         self._count = 0
         return released
 
     def _pop_oldest(self) -> list[Received]:
         """Give up the update that was begun first."""
-        _, given_up = self._held.popitem(last=False)
+        key, given_up = self._held.popitem(last=False)
+        del self._begun[key]
         self._count -= len(given_up)
         return given_up

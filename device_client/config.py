@@ -23,6 +23,7 @@ Percent = Annotated[float, Meta(ge=0, le=100)]
 AtLeastZero = Annotated[float, Meta(ge=0)]
 Epsilon = Annotated[float, Meta(gt=0)]
 Delta = Annotated[float, Meta(gt=0, lt=1)]
+LEAST_TELLING_MINUTES = 5.0
 
 
 class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -46,6 +47,9 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         maximum_participations: rounds of the study that this device ever takes part in; any number by default.
         helpers: helpers of secure aggregation that are trusted not to work together; a round with any other is refused.
             None by default.
+        tells_why_every_minutes: how often at most the study is told which of the board's conditions keeps the device
+            from training (its battery, charger, use, network, temperature or hours), and only when that has changed;
+            at least 5, and 0 to never tell.
     """
 
     tenant: Name
@@ -62,9 +66,15 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     tags: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
     maximum_participations: Annotated[int, Meta(ge=1)] | None = None
     helpers: tuple[HelperPin, ...] = ()
+    tells_why_every_minutes: Annotated[float, Meta(ge=0, le=1440)] = 30.0
 
     def __post_init__(self) -> None:
         pinned(self.helpers)
+        if 0 < self.tells_why_every_minutes < LEAST_TELLING_MINUTES:
+            raise ValueError(
+                f"tells_why_every_minutes: expected 0 (never) or at least {LEAST_TELLING_MINUTES:g}, for the battery's "
+                f"sake, got {self.tells_why_every_minutes:g}"
+            )
 
     @property
     def study(self) -> str:

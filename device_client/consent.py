@@ -56,6 +56,7 @@ def terms_of(study: StudyConfig, privacy: PrivacyConfig) -> dict[str, str]:
         # Whoever takes part in a round that asks for a tag says by it that the device has it.
         **({"most rounds": f"{study.maximum_participations}"} if study.maximum_participations is not None else {}),
         **_helpers(study, privacy),
+        **_told(study),
         **({"may be asked for by its tags": ", ".join(sorted(study.tags))} if study.tags else {}),
     }
 
@@ -69,6 +70,18 @@ def _helpers(study: StudyConfig, privacy: PrivacyConfig) -> dict[str, str]:
         "masked for (helpers)": ", ".join(named) or "none",
         "never with fewer helpers than": f"{privacy.minimum_helpers}, of {privacy.minimum_operators} operators",
         "least noise multiplier of a sum": f"{privacy.minimum_sum_noise_multiplier:g}",
+    }
+
+
+def _told(study: StudyConfig) -> dict[str, str]:
+    """What the study and its broker learn of the wearer's days."""
+    if not study.tells_why_every_minutes:
+        return {}
+    return {
+        "tells the study and its broker": (
+            "whether battery, charger, use, network, temperature or hours keep it from training, "
+            f"at most every {study.tells_why_every_minutes:g} minutes"
+        )
     }
 
 

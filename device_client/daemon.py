@@ -81,6 +81,7 @@ class DeviceDaemon:
         runners = self.studies.running
         wakes_s = [self.studies.next_change_s(), *(runner.next_wake_s() for runner in runners)]
         wakes_s += [renewal.next_wake_s() for renewal in self.renewals.values()]
+        wakes_s += [runner.session.next_reason_s() for runner in runners]
         if self.readiness.changes_by_itself and any(_cares(runner) for runner in runners):
             wakes_s.append(self.clock.now_s() + READ_EVERY_S)
         return min(wakes_s)

@@ -384,6 +384,7 @@ class Device:
             new_records=self._new_records(study),
             work=work,
             joiner=self.renewals[study.study].joiner if pseudonym is not None else None,
+            reason=self.readiness.reason,
         )
 
     def _participant(self, study: StudyConfig, device: str, bundle: ModelBundle) -> Participant:
@@ -454,6 +455,7 @@ class Device:
             maximum_participations=study.maximum_participations,
             helpers=pinned(study.helpers),
             period=pseudonym.period if pseudonym is not None else None,
+            tells_why_every_s=60.0 * study.tells_why_every_minutes,
         )
 
     def _new_records(self, study: StudyConfig) -> NewRecords | None:

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_protocol.messages import RoundManifestMsg
+from fl_protocol.messages import PresenceReason, RoundManifestMsg
 from fl_protocol.transport import TransportEvent
 
 
@@ -82,6 +82,13 @@ class ConditionsRead:
 
 
 @dataclass(frozen=True)
+class ReasonRead:
+    """What the board says now about training, for presence alone; it decides nothing."""
+
+    reason: PresenceReason
+
+
+@dataclass(frozen=True)
 class RecordsCounted:
     """The wearer's new records were counted, with noise, for a round.
 
@@ -122,7 +129,9 @@ class ParticipationEnded:
     reason: str
 
 
-Event = TransportEvent | Tick | ConditionsRead | RecordsCounted | ModelRead | UpdateReady | ParticipationEnded
+Event = (
+    TransportEvent | Tick | ConditionsRead | ReasonRead | RecordsCounted | ModelRead | UpdateReady | ParticipationEnded
+)
 
 
 @dataclass(frozen=True)

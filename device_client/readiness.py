@@ -7,6 +7,8 @@ import math
 from device_client.config import EligibilityConfig
 from device_client.eligibility import Blocked, Conditions, Eligibility, EligibilityPolicy, parse_window
 from device_client.ports import Board, Clock
+from device_client.presence import reason_of
+from fl_protocol.messages import PresenceReason
 from fl_protocol.recency import happened_within
 
 HOLDING_RULES = frozenset({"network", "battery"})
@@ -30,7 +32,8 @@ class Readiness:
 
     def __init__(self, board: Board, clock: Clock, config: EligibilityConfig) -> None:
         self._board, self._clock = board, clock
-        self._eligibility, self._has_hours = Eligibility(policy_of(config)), bool(config.windows)
+        self._policy = policy_of(config)
+        self._eligibility, self._has_hours = Eligibility(self._policy), bool(config.windows)
         self._read_s = -math.inf
         self.conditions = Conditions()
         self.blocked: tuple[Blocked, ...] = ()
@@ -45,6 +48,16 @@ class Readiness:
                 self.conditions, now_s=now_s, local_time_s=self._clock.local_time_s()
             )
         return tuple(blocked.reason for blocked in self.blocked)
+
+    def reason(self) -> PresenceReason:
+        """Why the device may not train by a reading made now, and as if it were the first: for its presence.
+
+        It neither uses nor changes what `look` remembers. How often that looks depends on whether there is something to
+        train, and so on the ledger and the records; nothing of that may show in what is told.
+        """
+        now_s, local_time_s = self._clock.now_s(), self._clock.local_time_s()
+        first = Eligibility(self._policy)
+        return reason_of(first.update(self._board.read(), now_s=now_s, local_time_s=local_time_s))
 
     @property
     def changes_by_itself(self) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from itertools import zip_longest
-from typing import Literal
 
 from msgspec.structs import replace
 
@@ -41,6 +40,7 @@ from device_client.events import (
     PendingUpdate,
     Publish,
     ReadModel,
+    ReasonRead,
     RecordsCounted,
     Remember,
     SessionState,
@@ -50,20 +50,19 @@ from device_client.events import (
 )
 from device_client.manifest_checks import check_concerns_us, missing_tags, refuse_replay
 from device_client.model_supply import ModelSupply
+from device_client.presence import Presence
 from device_client.refusals import Refusals, printable
 from device_client.session_config import Role, SessionConfig, SessionView
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.integer_noise import Entropy
 from fl_protocol.messages import (
     NackMsg,
-    PresenceMsg,
     ReceiptMsg,
     RoundManifestMsg,
     StatisticsPlanMsg,
-    encode,
 )
 from fl_protocol.signing import verify
-from fl_protocol.topics import down_filter, down_topic, round_topic, state_topic
+from fl_protocol.topics import down_filter, down_topic, round_topic
 from fl_protocol.transport import Connected, Disconnected, Received
 
 MODELS_A_ROUND = 4
@@ -112,6 +111,7 @@ class DeviceSession:
         self._round: CurrentRound | None = None
         self._connected = False
         self._refusals = Refusals()
+        self._presence = Presence(config)
         self._new_rounds_until_s = math.inf
         self._models = 0  # that the newest round was announced with, one after the other
         self._blocked: tuple[str, ...] = _NOT_READ
@@ -177,7 +177,15 @@ class DeviceSession:
 
     def offline_presence(self) -> Publish:
         """The last will: what the broker says for this device when its connection dies."""
-        return self._presence("offline")
+        return self._presence.offline()
+
+    def wants_reason(self, now_s: float) -> bool:
+        """Whether it is time to look why the device is not training, for its presence."""
+        return self._presence.is_due(now_s)
+
+    def next_reason_s(self) -> float:
+        """When what is found then could be told, Unix seconds; infinity for never."""
+        return self._presence.due_s if self._connected else math.inf
 
     def _take(self, event: Event, now_s: float) -> list[Action]:
         """What follows from the event itself."""
@@ -195,13 +203,18 @@ class DeviceSession:
                 return self._told(event, now_s)
 
     def _told(
-        self, event: ConditionsRead | RecordsCounted | ModelRead | UpdateReady | ParticipationEnded, now_s: float
+        self,
+        event: ConditionsRead | ReasonRead | RecordsCounted | ModelRead | UpdateReady | ParticipationEnded,
+        now_s: float,
     ) -> list[Action]:
         """What follows from what the device itself found out or did."""
         match event:
             case ConditionsRead():
                 self._deliveries.hold_large(hold=event.holds_uploads)
                 return self._conditions_read(event.blocked, now_s)
+            case ReasonRead():
+                told = self._presence.take(event.reason, now_s)
+                return [*told] if self._connected else []
             case RecordsCounted():
                 return self._records_counted(event)
             case ModelRead():
@@ -216,11 +229,6 @@ class DeviceSession:
                 self._work_is_over(event.reason)
                 return [Note("participation_ended", {"round": event.round, "reason": event.reason})]
 
-    def _presence(self, state: Literal["online", "offline"]) -> Publish:
-        """This device's retained presence."""
-        message = PresenceMsg(state=state, software=self._config.software)
-        return Publish(state_topic(self._config.tenant, self._config.device), encode(message), retain=True)
-
     def _connection_made(self, event: Connected, now_s: float) -> list[Action]:
         """Subscribe anew; a download goes on with what is missing."""
         config = self._config
@@ -233,7 +241,7 @@ class DeviceSession:
         actions: list[Action] = [
             Subscribe(down_filter(config.tenant, config.device)),
             Subscribe(round_topic(config.tenant, config.task)),
-            self._presence("online"),
+            self._presence.online(),
             Note("connected"),
         ]
         if self._round is not None and not self._blocked:

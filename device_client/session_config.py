@@ -32,6 +32,7 @@ class SessionConfig:
         maximum_participations: how often the wearer lets it take part in the study; None for any number.
         helpers: of secure aggregation that this device is pinned to, by name; a round with any other is refused.
         period: of the pseudonym that `device` is; None for a fixed id.
+        tells_why_every_s: how often at most its presence says why it is not training; 0 for never.
     """
 
     tenant: str
@@ -50,6 +51,7 @@ class SessionConfig:
     maximum_participations: int | None = None
     helpers: Mapping[str, HelperIdentity] = field(default_factory=dict)
     period: Period | None = None
+    tells_why_every_s: float = 0.0
 
 
 @dataclass(frozen=True)

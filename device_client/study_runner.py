@@ -30,6 +30,7 @@ from device_client.events import (
     PendingUpdate,
     Publish,
     ReadModel,
+    ReasonRead,
     RecordsCounted,
     Remember,
     Subscribe,
@@ -47,7 +48,7 @@ from device_client.session_config import Role
 from device_client.training import Evaluation
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import CoveyError
-from fl_protocol.messages import RoundManifestMsg
+from fl_protocol.messages import PresenceReason, RoundManifestMsg
 from fl_protocol.transport import Received, TransportEvent
 
 MOST_EVENTS = 64
@@ -65,6 +66,7 @@ class StudyRunner:
         new_records: the rule about new records; None without.
         work: what was interrupted and goes on.
         joiner: whose requests for further names go over this connection too; None where there are none.
+        reason: reads why the device is not training, for its presence.
     """
 
     study: str
@@ -78,6 +80,7 @@ class StudyRunner:
     new_records: NewRecords | None = None
     work: LocalWork | None = None
     joiner: Joiner | None = None
+    reason: Callable[[], PresenceReason] = lambda: ""
     measured: dict[str, Evaluation] = field(default_factory=dict)
     measured_round: int = 0
     last_problem: str = ""
@@ -130,6 +133,8 @@ class StudyRunner:
     def tick(self, conditions: ConditionsRead | None) -> None:
         """Let time pass; `conditions`, if they were read, say whether the device may train."""
         self.tell(conditions or Tick())
+        if self.session.wants_reason(self.clock.now_s()):
+            self.tell(ReasonRead(self.reason()))
         if self.clock.now_s() >= self._sweep_again_s:
             self._sweep()
 

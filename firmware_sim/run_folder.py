@@ -141,7 +141,6 @@ def write_servers(
             client_id=AGGREGATOR,
             database="aggregator.db",
             signing_key="signing.key",
-            cosign=broker.certificate is not None,  # the embedded broker cannot bear it
         ),
         broker=broker,
     )

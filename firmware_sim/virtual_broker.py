@@ -12,7 +12,8 @@ import itertools
 import pickle
 from collections import deque
 
-from fl_protocol.transport import Connected, Delivery, Disconnected, Received, TransportEvent
+from fl_protocol.acknowledgement_order import AcknowledgementOrder
+from fl_protocol.transport import Connected, Disconnected, Received, TransportEvent
 
 
 class VirtualBroker:
@@ -198,7 +199,7 @@ class VirtualTransport:
         self._manual, self._receive_maximum = manual_acknowledgement, receive_maximum
         self._session = VirtualSession(receive_maximum)
         self._events: deque[TransportEvent] = deque()
-        self._unacknowledged: dict[int, Delivery] = {}
+        self._unacknowledged = AcknowledgementOrder()
         self._connected = False
 
     @property
@@ -251,11 +252,10 @@ class VirtualTransport:
             self._broker.publish(topic, payload, retain=retain)
 
     def acknowledge(self, message: Received) -> None:
-        """Let the broker forget a message of this connection."""
-        delivery = message.delivery
-        if delivery is not None and self._unacknowledged.get(delivery.packet_id) is delivery:
-            del self._unacknowledged[delivery.packet_id]
-            self._session.acknowledged(delivery.packet_id)
+        """Let the broker forget a message of this connection, and those that waited for it."""
+        if message.delivery is not None and self._unacknowledged.settle(message.delivery):
+            for packet_id in self._unacknowledged.take_due():
+                self._session.acknowledged(packet_id)
             self._take_deliveries()
 
     def backlog(self) -> int:
@@ -285,8 +285,7 @@ class VirtualTransport:
         while (delivered := self._session.next_delivery()) is not None:
             packet_id, topic, payload = delivered
             if self._manual:
-                self._unacknowledged[packet_id] = Delivery(packet_id)
-                self._events.append(Received(topic, payload, self._unacknowledged[packet_id]))
+                self._events.append(Received(topic, payload, self._unacknowledged.arrived(packet_id)))
             else:
                 self._session.acknowledged(packet_id)
                 self._events.append(Received(topic, payload))
@@ -294,7 +293,7 @@ class VirtualTransport:
     def _disconnect(self) -> None:
         """Leave the broker; a session that is not kept ends with the connection."""
         self._connected = False
-        self._unacknowledged.clear()
+        self._unacknowledged.forget_all()
         self._session.interrupted()
         if self.session_name is None:
             self._session = VirtualSession(self._receive_maximum)

@@ -43,6 +43,7 @@ __all__ = [
     "NackMsg",
     "Name",
     "PresenceMsg",
+    "PresenceReason",
     "ReceiptMsg",
     "RecipientKeyMsg",
     "RoundManifestMsg",
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 EncodingName = Literal["float32", "float16", "int8", "top_k"]
+PresenceReason = Literal["", "battery", "charger", "idle", "network", "temperature", "hours"]
 M = TypeVar("M", bound=Msg)
 
 
@@ -295,10 +297,22 @@ class NackMsg(Msg, frozen=True):
 
 
 class PresenceMsg(Msg, frozen=True):
-    """Retained presence of a device."""
+    """Retained presence of a device.
+
+    Args:
+        software: name and version.
+        reason: the first of the board's conditions that keeps it from training; empty if none does, if the wearer does
+            not want it told, and when it is offline. It follows from the board alone, never from what the device has
+            recorded, spent or agreed to elsewhere.
+    """
 
     state: Literal["online", "offline"]
     software: Annotated[str, Meta(max_length=64)]
+    reason: PresenceReason = ""
+
+    def __post_init__(self) -> None:
+        if self.reason and self.state == "offline":
+            raise ValueError(f"a device that is offline gives no reason, got {self.reason}")
 
 
 def encode(message: Msg) -> bytes:

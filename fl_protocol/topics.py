@@ -30,6 +30,8 @@ _ENROL = re.compile(
     re.ASCII,
 )
 
+_STATE = re.compile(r"fl/v1/(?P<tenant>[a-z0-9][a-z0-9_-]{0,63})/state/(?P<device>[a-z0-9][a-z0-9_-]{0,63})", re.ASCII)
+
 DownKind = Literal["receipt", "nack", "control"]
 
 
@@ -165,6 +167,24 @@ def parse_helper_topic(topic: str) -> HelperTopic:
 def state_topic(tenant: str, device: str) -> str:
     """Retained presence of one device (its last will marks it offline)."""
     return f"{_ROOT}/{checked_name(tenant, 'tenant')}/state/{checked_name(device, 'device')}"
+
+
+def state_filter(tenant: str) -> str:
+    """Subscription to all devices' presence (a coordinator's)."""
+    return f"{_ROOT}/{checked_name(tenant, 'tenant')}/state/+"
+
+
+def is_state_topic(topic: str, tenant: str) -> bool:
+    """Whether a topic is one of presence, as far as its beginning says; cheap, for every message that comes."""
+    return topic.startswith(f"{_ROOT}/{tenant}/state/")
+
+
+def parse_state_topic(topic: str, tenant: str) -> str:
+    """The device that a presence is of. Raises ProtocolError."""
+    match = _STATE.fullmatch(topic)
+    if match is None or match["tenant"] != tenant:
+        raise ProtocolError(f"expected a device's presence for {tenant}, got {topic[:120]!r}")
+    return match["device"]
 
 
 def enrolment_topic(tenant: str, client: str, kind: Literal["request", "answer"]) -> str:

@@ -174,10 +174,15 @@ class Counted(_Answer, frozen=True):
 
 
 class DeviceDetail(_Answer, frozen=True):
-    """A registered name, and where it counted: in the last 50 rounds of each task, newest first."""
+    """A registered name, and where it counted: in the last 50 rounds of each task, newest first.
+
+    Args:
+        etag: for `If-Match` of quarantine, restore and revoke.
+    """
 
     device: Device
     counted: list[Counted]
+    etag: str
 
 
 class ModelPage(_Answer, frozen=True):
@@ -235,6 +240,53 @@ class AuditPage(_Answer, frozen=True):
 
     items: list[AuditEntry]
     next: int | None
+
+
+class Cosigned(_Answer, frozen=True):
+    """Which helper has co-signed a checkpoint, and when."""
+
+    helper: str
+    at_s: float
+
+
+class LogVerified(_Answer, frozen=True):
+    """What a verification of the whole log found.
+
+    Args:
+        ended_s: Unix seconds.
+        entries: how many were looked at.
+        covered: entries under the newest checkpoint that fits; those after it are held by the chain alone.
+        outcome: empty if everything holds; else the name of the first thing that does not, such as `edited`.
+        detail: the same in words.
+    """
+
+    ended_s: float
+    entries: int
+    covered: int
+    outcome: str
+    detail: str
+
+
+class AuditState(_Answer, frozen=True):
+    """How far the audit log is proved.
+
+    Args:
+        entries: in the log.
+        checkpoint: entries under the newest signed checkpoint; null for none.
+        cosigned: by whom, verified with the keys that are pinned.
+        helpers: those that are pinned.
+        can_verify: whether the API knows the aggregator's key.
+        verifying: entries that the running verification has looked at; null while none runs.
+        verified: what the last one since this process began has found; null for none.
+    """
+
+    entries: int
+    checkpoint: int | None
+    cosigned: list[Cosigned]
+    helpers: list[str]
+    can_verify: bool
+    verifying: int | None
+    verified: LogVerified | None
 
 
 class AccountPage(_Answer, frozen=True):

@@ -9,7 +9,16 @@ from fastapi import APIRouter, Query, Request, Response
 from aggregator.api.answers import Counted, Device, DeviceDetail, DevicePage, StateBody
 from aggregator.api.guard import GuardedRoute, actor_of, needs, services_of
 from aggregator.api.problems import ProblemError, missing
-from aggregator.api.requests import DeviceName, Limit, NameCursor, answer, told
+from aggregator.api.requests import (
+    DeviceName,
+    IfMatch,
+    Limit,
+    NameCursor,
+    answer,
+    device_etag,
+    fresh,
+    told,
+)
 from aggregator.audit.log import append
 from aggregator.enrolment.register import State as EnrolmentState
 from aggregator.enrolment.revocation import StateError, change_state
@@ -17,7 +26,7 @@ from aggregator.store.operator_views import DeviceRow, counted_of, device_page, 
 
 router = APIRouter(route_class=GuardedRoute, tags=["devices"])
 _LAST_ROUNDS = 50
-_STATE = needs("devices:write", Device, 404, 409, body=StateBody)
+_STATE = needs("devices:write", Device, 404, 409, 412, body=StateBody)
 Some = Annotated[str | None, Query(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 State = Annotated[Literal["active", "quarantined", "revoked"] | None, Query(description="Only in this state.")]
 
@@ -56,7 +65,8 @@ def show_device(request: Request, device: DeviceName) -> Response:
     counted = [
         Counted(task=row.task, round=row.counted_in, accepted_s=row.accepted_s, bytes_up=row.bytes_up) for row in rows
     ]
-    return answer(DeviceDetail(device=_device(found), counted=counted))
+    etag = device_etag(found)
+    return answer(DeviceDetail(device=_device(found), counted=counted, etag=etag), etag=etag)
 
 
 @router.delete("/v1/devices/{device}", **needs("devices:write", Device, 404, 409))
@@ -72,32 +82,32 @@ def remove(request: Request, device: DeviceName) -> Response:
 
 
 @router.post("/v1/devices/{device}/quarantine", **_STATE)
-def quarantine(request: Request, device: DeviceName) -> Response:
+def quarantine(request: Request, device: DeviceName, if_match: IfMatch = None) -> Response:
     """Put an enrolled device aside: its updates are refused, it keeps them, and it can be restored."""
-    return _put(request, device, "quarantined")
+    return _put(request, device, "quarantined", if_match)
 
 
 @router.post("/v1/devices/{device}/restore", **_STATE)
-def restore(request: Request, device: DeviceName) -> Response:
+def restore(request: Request, device: DeviceName, if_match: IfMatch = None) -> Response:
     """Take a quarantined device back."""
-    return _put(request, device, "active")
+    return _put(request, device, "active", if_match)
 
 
 @router.post("/v1/devices/{device}/revoke", **_STATE)
-def revoke(request: Request, device: DeviceName) -> Response:
+def revoke(request: Request, device: DeviceName, if_match: IfMatch = None) -> Response:
     """Throw an enrolled device out for good, under all its names; its connection is ended within a second."""
-    return _put(request, device, "revoked")
+    return _put(request, device, "revoked", if_match)
 
 
-def _put(request: Request, device: str, state: EnrolmentState) -> Response:
-    """Put the enrolment that a name belongs to into another state."""
+def _put(request: Request, device: str, state: EnrolmentState, expected: str | None) -> Response:
+    """Put the enrolment that a name belongs to into another state, unless it has changed since that was decided."""
     services, actor = services_of(request), actor_of(request)
     reason = told(request, StateBody).reason
     with services.store.database.transaction() as connection:
         if device_row(connection, device) is None:
             raise missing(f"device {device}")
         try:
-            change_state(
+            before = change_state(
                 connection,
                 device,
                 state,
@@ -108,6 +118,7 @@ def _put(request: Request, device: str, state: EnrolmentState) -> Response:
             )
         except StateError as error:
             raise ProblemError(409, error.code, str(error)) from error
+        fresh(expected, device_etag(before))  # as it was when the row was locked; what was changed is taken back
         found = device_row(connection, device)
     if found is None:
         raise missing(f"device {device}")

@@ -19,6 +19,7 @@ from aggregator.accounts.account_store import Accounts, Actor
 from aggregator.accounts.roles import Scope
 from aggregator.accounts.verification import BusyError, Identity, RejectedTokenError, TokenVerifier
 from aggregator.api.answers import Problem
+from aggregator.api.audit_book import AuditBook
 from aggregator.api.privacy_book import PrivacyBook
 from aggregator.api.problems import PROBLEM_TYPE, STATUSES, ProblemError
 from aggregator.api.round_book import RoundBook
@@ -76,6 +77,7 @@ class ApiServices:
         limits: of requests.
         privacy: what tasks have cost.
         rounds: what became of rounds.
+        audit: how far the audit log is proved.
         journal: where what goes wrong is told.
         now_s: Unix seconds.
         monotonic_s: seconds that no clock setting moves.
@@ -91,6 +93,7 @@ class ApiServices:
     limits: RequestLimits
     privacy: PrivacyBook
     rounds: RoundBook
+    audit: AuditBook
     journal: Journal
     now_s: Callable[[], float]
     monotonic_s: Callable[[], float]

@@ -12,7 +12,8 @@ from sqlalchemy import Connection
 from aggregator.api.answers import MOST_INTEGER, MOST_LISTED, Fault
 from aggregator.api.problems import ProblemError, missing
 from aggregator.api.shield import BODY_KEY
-from aggregator.store.operator_views import Standing, standing, tags_of
+from aggregator.enrolment.register import EnrolmentRecord
+from aggregator.store.operator_views import DeviceRow, Standing, standing, tags_of
 
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 TaskName = Annotated[str, Path(pattern=_NAME, description="Name of the task.")]
@@ -66,6 +67,11 @@ def task_etag(now: Standing) -> str:
 def models_etag(connection: Connection, task: str, now: Standing) -> str:
     """Changes with every order, with the version in force, and with every tag."""
     return _digest(now.is_over, now.version, now.last_order, *tags_of(connection, task))
+
+
+def device_etag(row: DeviceRow | EnrolmentRecord) -> str:
+    """Changes when the device is put aside, taken back or thrown out, and when it enrols."""
+    return _digest(row.enrolment, row.state)
 
 
 def _digest(*parts: object) -> str:

@@ -8,15 +8,19 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 
 import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from fastapi import FastAPI
 
 from aggregator.accounts.account_store import Accounts
 from aggregator.accounts.verification import TokenVerifier
 from aggregator.adapters.prometheus import serve_metrics
 from aggregator.api.application import make_api
+from aggregator.api.audit_book import AuditBook
 from aggregator.api.guard import ApiServices, RequestLimits
 from aggregator.api.metrics import ApiMetrics
 from aggregator.api.privacy_book import PrivacyBook
@@ -29,16 +33,26 @@ from aggregator.store.aggregator_store import AggregatorStore
 from fl_protocol.adapters.config_files import relative_to_config
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import ConfigError
+from fl_protocol.signing import public_key_from_hex
 
 _BACKLOG = 256
 _LOOK_S = 0.1
+_LONGEST_MESSAGE_BYTES = 64 * 1024
 _MOST_AT_ONCE = 256
 """Connections; more are told to come again."""
 
 
-def services_for(store: AggregatorStore, section: ApiSection, *, tenant: str, journal: Journal) -> ApiServices:
-    """What the routes work with, with this machine's clock and randomness."""
+def services_for(
+    store: AggregatorStore,
+    section: ApiSection,
+    *,
+    tenant: str,
+    journal: Journal,
+    helpers: Mapping[str, Ed25519PublicKey],
+) -> ApiServices:
+    """What the routes work with, with this machine's clock and randomness. Raises LocalMisuseError: a key is none."""
     accounts = Accounts(store.database)
+    key = None if section.aggregator_key is None else public_key_from_hex(section.aggregator_key)
     return ApiServices(
         store=store,
         tenant=tenant,
@@ -51,6 +65,7 @@ def services_for(store: AggregatorStore, section: ApiSection, *, tenant: str, jo
         ),
         privacy=PrivacyBook(store),
         rounds=RoundBook(store),
+        audit=AuditBook(store.database, tenant=tenant, aggregator=key, helpers=helpers, now_s=time.time),
         journal=journal,
         now_s=time.time,
         monotonic_s=time.monotonic,
@@ -59,7 +74,15 @@ def services_for(store: AggregatorStore, section: ApiSection, *, tenant: str, jo
     )
 
 
-def serve(store: AggregatorStore, section: ApiSection, *, tenant: str, config: Path, journal: Journal) -> None:
+def serve(
+    store: AggregatorStore,
+    section: ApiSection,
+    *,
+    tenant: str,
+    config: Path,
+    journal: Journal,
+    helpers: Mapping[str, Ed25519PublicKey],
+) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
@@ -68,6 +91,7 @@ def serve(store: AggregatorStore, section: ApiSection, *, tenant: str, config: P
         tenant: name on the wire.
         config: path of the configuration file, which the files are beside.
         journal: where events are told.
+        helpers: keys of those that co-sign the audit log, by name.
 
     Raises:
         ConfigError: the certificate or its key cannot be used.
@@ -75,7 +99,9 @@ def serve(store: AggregatorStore, section: ApiSection, *, tenant: str, config: P
     """
     load_accounting()
     metrics = ApiMetrics()
-    api = make_api(services_for(store, section, tenant=tenant, journal=journal), counted=metrics)
+    services = services_for(store, section, tenant=tenant, journal=journal, helpers=helpers)
+    extend = _dashboard(services, section, metrics) if section.dashboard else None
+    api = make_api(services, counted=metrics, extend=extend)
     server = uvicorn.Server(_config(api, section, config))
     port = section.metrics_port
     scraped = closing(serve_metrics(metrics.registry, port)) if port is not None else nullcontext()
@@ -84,6 +110,16 @@ def serve(store: AggregatorStore, section: ApiSection, *, tenant: str, config: P
         journal.write("started", at_s=time.time(), api=where, tls=section.certificate is not None)
         _run(server, listener)
     journal.write("stopped", at_s=time.time())
+
+
+def _dashboard(services: ApiServices, section: ApiSection, metrics: ApiMetrics) -> Callable[[FastAPI], None]:
+    """What adds the dashboard to the API. Raises ConfigError: it is not installed."""
+    try:
+        from aggregator.dashboard.mounting import mount_dashboard  # noqa: PLC0415 - an optional dependency
+    except ImportError as error:
+        raise ConfigError(f"the dashboard needs pip install 'covey[dashboard]' ({error})") from error
+    joules = section.joules_per_update
+    return lambda api: mount_dashboard(api, services, counted=metrics, joules_per_update=joules)
 
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:
@@ -121,8 +157,9 @@ def _config(api: Shield, section: ApiSection, config: Path) -> uvicorn.Config:
         ssl_certfile=certificate,
         ssl_keyfile=key,
         http="h11",
-        ws="none",
-        lifespan="off",
+        ws="websockets-sansio" if section.dashboard else "none",
+        ws_max_size=_LONGEST_MESSAGE_BYTES,
+        lifespan="on" if section.dashboard else "off",
         server_header=False,
         access_log=False,
         log_config=None,

@@ -6,9 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from aggregator.api.answers import AuditPage, Spent, SpentPage, WhoAmI
+from aggregator.api.answers import AuditPage, AuditState, Spent, SpentPage, WhoAmI
+from aggregator.api.audit_book import WITHOUT_KEY
 from aggregator.api.guard import ANYONE, GuardedRoute, identity_of, needs, services_of
-from aggregator.api.problems import missing
+from aggregator.api.problems import ProblemError, missing
 from aggregator.api.requests import Limit, NameCursor, NumberCursor, NumberInPath, TaskName, answer, existing
 from aggregator.audit.entries import AuditEntry
 from aggregator.audit.log import AuditLog
@@ -75,6 +76,21 @@ def list_audit(
     found = log.page(before=cursor, limit=limit + 1, actor=actor, action=action, subject=subject)
     items = found[:limit]
     return answer(AuditPage(items=items, next=items[-1].number if len(found) > limit else None))
+
+
+@router.get("/v1/audit/state", **needs("audit:read", AuditState))
+def show_audit_state(request: Request) -> Response:
+    """How far the log is proved: its newest checkpoint, who co-signed it, and the last verification."""
+    return answer(services_of(request).audit.state())
+
+
+@router.post("/v1/audit/verify", **needs("audit:read", AuditState, 409))
+def verify_audit(request: Request) -> Response:
+    """Begin to verify the whole log; one verification runs at a time. GET /v1/audit/state tells what came of it."""
+    audit = services_of(request).audit
+    if not audit.verify():
+        raise ProblemError(409, "no_key", WITHOUT_KEY)
+    return answer(audit.state())
 
 
 @router.get("/v1/audit/{number}", **needs("audit:read", AuditEntry, 404))

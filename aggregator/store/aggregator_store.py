@@ -19,10 +19,9 @@ from aggregator.store.models import Models
 from aggregator.store.rounds import Rounds
 from aggregator.store.tasks import Tasks
 from aggregator.store.updates import Updates
-from fl_protocol.errors import RefusalReason
 
-RefusalCounts = Counter[tuple[str, RefusalReason]]
-"""Refusals by task (empty where none is known) and reason."""
+RefusalCounts = Counter[tuple[str, str]]
+"""Refusals by task (empty where none is known) and reason: of a `RefusalReason`, or why presence was refused."""
 
 
 class AggregatorStore:
@@ -48,16 +47,24 @@ class AggregatorStore:
         """Add to the counts of refusals, as part of a transaction."""
         table = schema.refusals
         for (task, reason), times in sorted(counts.items()):
-            here = (table.c.task == task) & (table.c.reason == reason.value)
+            here = (table.c.task == task) & (table.c.reason == reason)
             changed = connection.execute(update(table).where(here).values(times=table.c.times + times))
             if changed.rowcount == 0:
-                connection.execute(insert(table).values(task=task, reason=reason.value, times=times))
+                connection.execute(insert(table).values(task=task, reason=reason, times=times))
 
     def refusals(self, task: str) -> dict[str, int]:
         """Refusals so far, by reason."""
         with self.database.reading() as connection:
             rows = connection.execute(select(schema.refusals).where(schema.refusals.c.task == task))
             return {row.reason: row.times for row in rows}
+
+    def refusals_by_task(self) -> dict[str, dict[str, int]]:
+        """Refusals so far, by task (empty where none is known) and reason."""
+        found: dict[str, dict[str, int]] = {}
+        with self.database.reading() as connection:
+            for row in connection.execute(select(schema.refusals)):
+                found.setdefault(row.task, {})[row.reason] = row.times
+        return found
 
     def close(self) -> None:
         """Close all connections."""

@@ -91,6 +91,13 @@ def device_row(connection: Connection, device: str) -> DeviceRow | None:
     return None if row is None else DeviceRow(*row)
 
 
+def names_by_state(connection: Connection) -> dict[str, int]:
+    """How many registered names are active, quarantined and revoked."""
+    state = func.coalesce(_ENROLMENTS.state, ACTIVE)
+    counted = _DEVICE.with_only_columns(state, func.count()).group_by(state)
+    return {row[0]: row[1] for row in connection.execute(counted)}
+
+
 def counted_of(connection: Connection, task: str, device: str, *, newest: int, last: int) -> list[Any]:
     """A device's updates among the last rounds of a task, newest first, found by the index."""
     numbers = list(range(max(1, newest - last + 1), newest + 1))

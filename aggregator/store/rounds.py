@@ -185,6 +185,13 @@ class Rounds:
         with self._database.reading() as connection:
             return [AskedRound(*row) for row in connection.execute(query)]
 
+    def update_length(self, task: str) -> int:
+        """Numbers in the longest update that helpers were asked for; 1 before that."""
+        table = schema.rounds.c
+        query = select(func.max(table.update_length)).where(table.task == task, table.asked_s.is_not(None))
+        with self._database.reading() as connection:
+            return int(connection.execute(query).scalar() or 1)
+
     def last_metric(self, task: str, name: str) -> float | None:
         """A number that the newest committed round's metrics have; None if it has none, or there is no such round."""
         table = schema.rounds.c

@@ -295,3 +295,27 @@ approvals = Table(
     Column("account", String(64), primary_key=True),
     Column("approved_s", Float, nullable=False),
 )
+# What devices last said of themselves, as the broker tells it.
+presence = Table(
+    "presence",
+    metadata,
+    Column("device", String(64), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("reason", String(16), nullable=False),
+    Column("software", String(64), nullable=False),
+    Column("since_s", Float, nullable=False),
+    Column("seen_s", Float, nullable=False),
+)
+# How far each webhook has been told what the audit log says.
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("webhook", String(64), primary_key=True),
+    Column("position", Integer, nullable=False),  # number of the entry that it is told of next
+    Column("delivered", Integer, nullable=False),
+    Column("delivered_s", Float),
+    Column("failures", Integer, nullable=False),  # in a row
+    Column("failing_s", Float),
+    Column("due_s", Float, nullable=False),
+    Column("problem", Text, nullable=False),
+)

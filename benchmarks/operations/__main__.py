@@ -5,6 +5,8 @@
                          updates are ingested beside it (`api_lists`)
     enrol_per_s          devices that the desk enrols in a second, over two real mosquittos (`identities`)
     revoke_s             from a revocation to the end of the device's connection, the longest of some
+    first_paint_s        the dashboard in headless Chromium, with 10,000 devices and 500 rounds (`dashboard`)
+    live_update_s        from a commit in the database to the number on an open page
 
 python -m benchmarks.operations
 python -m benchmarks.operations --only identities --devices 5000 --json
@@ -24,7 +26,7 @@ from benchmarks.command import parser
 from benchmarks.operations import api_lists, audit_log
 from benchmarks.operations.identities import identities
 
-PARTS = ("audit_log", "api_lists", "identities")
+PARTS = ("audit_log", "api_lists", "identities", "dashboard")
 
 
 def main() -> None:
@@ -49,6 +51,7 @@ def main() -> None:
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "audit_log": lambda: audit_log.measure(arguments.entries),
             "api_lists": lambda: api_lists.measure(10_000, 500, updates=1000, repeats=300),
+            "dashboard": _dashboard,
             "identities": lambda: identities(
                 devices=arguments.devices,
                 revocations=arguments.revocations,
@@ -65,6 +68,12 @@ def main() -> None:
         return
     for key, value in result.items():
         print(f"{key:<28}{value}")
+
+
+def _dashboard() -> dict[str, Any]:
+    from benchmarks.operations import dashboard  # noqa: PLC0415 - the others need no browser
+
+    return dashboard.measure(10_000, 500, updates=1000, repeats=7, changes=30)
 
 
 if __name__ == "__main__":

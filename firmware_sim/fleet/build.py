@@ -279,6 +279,7 @@ def _config_of(loaded: LoadedScenario) -> Callable[[str], DeviceConfig]:
         bundle="virtual",
         publisher_key="virtual",
         aggregator_key="virtual",
+        tells_why_every_minutes=0,  # nobody watches a simulated fleet by its presence; the report has the reasons
         helpers=tuple(
             HelperPin(name=one.name, operator=one.operator, key=public_key_hex(one.key))
             for one in hub_settings(loaded).pinned_helpers().values()

@@ -1,9 +1,4 @@
-"""Which messages of an MQTT connection wait for their acknowledgement, and which acknowledgements are to be sent. Pure.
-
-Packet ids are used again (MQTT 5, section 2.2.1): an acknowledgement that came too late, or twice, would make the
-broker forget another message. So each goes by its delivery, and nothing outlives its connection. They may be sent in
-any order, as batches are committed; that is looser than section 4.6 asks, and was tried with mosquitto.
-"""
+"""`AcknowledgementOrder` for any thread, and its acknowledgements as packets."""
 
 from __future__ import annotations
 
@@ -11,6 +6,7 @@ import struct
 import threading
 from collections.abc import Callable
 
+from fl_protocol.acknowledgement_order import AcknowledgementOrder
 from fl_protocol.transport import Delivery
 
 _PUBACK = 0x40
@@ -21,35 +17,27 @@ class Acknowledgements:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: dict[int, Delivery] = {}
-        self._due: list[int] = []
+        self._order = AcknowledgementOrder()
 
     def arrived(self, packet_id: int) -> Delivery:
         """A message was delivered under this id."""
-        delivery = Delivery(packet_id)
         with self._lock:
-            self._waiting[packet_id] = delivery
-        return delivery
+            return self._order.arrived(packet_id)
 
     def settle(self, delivery: Delivery) -> bool:
-        """The message is done with; whether there were no acknowledgements to be sent before."""
+        """The message is done with; whether there are acknowledgements to be sent, and were none before."""
         with self._lock:
-            if self._waiting.get(delivery.packet_id) is not delivery:
-                return False
-            del self._waiting[delivery.packet_id]
-            self._due.append(delivery.packet_id)
-            return len(self._due) == 1
+            return self._order.settle(delivery)
 
     def hand_over(self, send: Callable[[bytes], object]) -> None:
         """Give `send` the PUBACK packets that are due, as one piece: one system call and one wake-up for all."""
-        if self._due:
+        if self._order.is_due:
             # Under the lock, so that they are on their way before `forget_all` returns, or not at all.
             with self._lock:
-                due, self._due = self._due, []
+                due = self._order.take_due()
                 send(b"".join(struct.pack("!BBH", _PUBACK, 2, packet_id) for packet_id in due))
 
     def forget_all(self) -> None:
         """The connection is over; its packet ids will stand for other messages."""
         with self._lock:
-            self._waiting.clear()
-            self._due.clear()
+            self._order.forget_all()

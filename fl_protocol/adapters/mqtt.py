@@ -219,7 +219,11 @@ class MqttTransport:
 
     def _on_connect_fail(self, _client: Any, _userdata: Any) -> None:
         host, port = self._address
-        self._put(Disconnected(f"no broker reachable at {host}:{port}"))
+        if why := self._client.refused_certificate:
+            clock = "; check this machine's clock first" if "expired" in why or "not yet valid" in why else ""
+            self._put(Disconnected(f"the broker's certificate at {host}:{port} is not accepted: {why}{clock}"))
+        else:
+            self._put(Disconnected(f"no broker reachable at {host}:{port}"))
 
     def _on_disconnect(self, _c: Any, _u: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         self._acknowledged = self._handed_over

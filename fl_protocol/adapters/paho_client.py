@@ -13,6 +13,7 @@ tests/contracts/test_paho_client.py says so. Each of them either does what paho 
 from __future__ import annotations
 
 import contextlib
+import ssl
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -80,6 +81,8 @@ class PahoClient(paho.Client):
     """
 
     too_large_bytes = 0
+    refused_certificate = ""
+    """Why the server's certificate was not accepted at the last attempt, in OpenSSL's words; empty if it was."""
     on_plain_publish: Callable[[bytes, int, bytes], None] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -91,7 +94,12 @@ class PahoClient(paho.Client):
         """Every attempt to connect, the first one included: nothing of the connection before may be left."""
         self.acknowledgements.forget_all()
         self._unread = memoryview(b"")
-        return super().reconnect()
+        self.refused_certificate = ""
+        try:
+            return super().reconnect()
+        except ssl.SSLCertVerificationError as error:
+            self.refused_certificate = error.verify_message
+            raise
 
     def limit_inflight(self, messages: int) -> None:
         """Paho ignores the server's ReceiveMaximum, and lets nobody change its own limit while connected."""

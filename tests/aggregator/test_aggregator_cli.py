@@ -35,6 +35,7 @@ COMMANDS = (
     "ca", "ca init", "ca server", "ca client",
     "account", "account create", "account list", "account disable",
     "token", "token create", "token list", "token revoke",
+    "webhook", "webhook secret", "webhook list", "webhook test",
 )  # fmt: skip
 GROUPS = {one for one in COMMANDS if any(other.startswith(f"{one} ") for other in COMMANDS)}
 

@@ -27,6 +27,7 @@ from aggregator.store.sweep import named_blobs
 from fl_protocol.errors import ConfigError
 from tests.aggregator.store.rows import TASK, model_row, put_all_kinds, round_row, task_row, update_row
 from tests.contracts.databases import new_url
+from tests.enrolments import broken_copy
 
 NOW_S = 1_800_000_000.0
 LATER_S = NOW_S + 86_400
@@ -178,6 +179,52 @@ def test_orders_that_waited_are_dropped_and_new_ones_get_numbers_of_their_own(
     with database.transaction() as connection:
         connection.execute(insert(schema.orders).values(task=TASK, name="resume", argument="", asked_s=1.0, outcome=""))
     assert len({row["id"] for row in rows(database, schema.orders)}) == 3
+
+
+def restored_tokens(
+    full: Database, blobs: Blobs, database: Database, tmp_path: Path, *, way: Callable[..., object] = restore
+) -> list[tuple[float | None, float | None]]:
+    """When each token was used and withdrawn, of one that was unused, one used and one withdrawn before the backup."""
+    ends = [(None, None), (7.0, None), (None, 8.0)]
+    columns = {"owner": "clinic", "task": "", "created_s": 1.0, "expires_s": 1e10}
+    tokens = [
+        {**columns, "digest": bytes([at]) * 32, "used_s": used_s, "withdrawn_s": withdrawn_s, "enrolment": None}
+        for at, (used_s, withdrawn_s) in enumerate(ends)
+    ]
+    with full.transaction() as connection:
+        connection.execute(insert(schema.enrolment_tokens), tokens)
+    backup(full, blobs, tmp_path / "covey.backup", now_s=NOW_S)
+    way(tmp_path / "covey.backup", database, LocalBlobs(tmp_path / "restored"), now_s=LATER_S)
+    return [(row["used_s"], row["withdrawn_s"]) for row in rows(database, schema.enrolment_tokens)]
+
+
+def test_a_token_that_may_have_been_used_since_lets_nobody_in(
+    full: Database, blobs: Blobs, empty: Database, tmp_path: Path
+) -> None:
+    assert restored_tokens(full, blobs, empty, tmp_path) == [(None, LATER_S), (7.0, None), (None, 8.0)]
+
+
+def test_a_restore_that_leaves_tokens_good_is_caught(
+    full: Database, blobs: Blobs, empty: Database, tmp_path: Path
+) -> None:
+    broken = broken_copy("aggregator.restore", ("schema.enrolment_tokens: self._enrolment_token,", ""))
+    found = restored_tokens(full, blobs, empty, tmp_path, way=broken.restore)
+    assert found == [(None, None), (7.0, None), (None, 8.0)]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_brokers_list_of_revoked_certificates_is_written_anew_on_another_machine(
+    full: Database, blobs: Blobs, empty: Database, tmp_path: Path, broken: bool
+) -> None:
+    """One that was revoked and enforced before the backup; the broken copy of `restore` takes it for enforced here."""
+    row = {"serial": "ab12", "device": "w-1", "revoked_s": 5.0, "not_before_s": 1.0, "not_after_s": 1e12}
+    with full.transaction() as connection:
+        connection.execute(insert(schema.revoked_certificates).values(**row, enforced_s=6.0))
+    backup(full, blobs, tmp_path / "covey.backup", now_s=NOW_S)
+    way = broken_copy("aggregator.restore", ('{"enforced_s": None}', "{}")).restore if broken else restore
+    way(tmp_path / "covey.backup", empty, LocalBlobs(tmp_path / "restored"), now_s=LATER_S)
+    (found,) = rows(empty, schema.revoked_certificates)
+    assert (found["serial"], found["enforced_s"] is None) == ("ab12", not broken)
 
 
 def test_a_backup_shows_one_moment_while_the_service_goes_on(

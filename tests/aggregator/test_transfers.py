@@ -147,6 +147,29 @@ def test_beyond_the_most_the_update_begun_first_is_given_up_whole() -> None:
     assert held.release_all() == [message(4), message(5), message(6)]
 
 
+def check_a_held_message_is_given_up_when_many_have_come_behind_it(module: ModuleType) -> None:
+    held = module.HeldMessages(10, most_behind=3)
+    held.hold(key("a"), message(0))
+    assert held.passed_by(1) == []
+    held.hold(key("b"), message(1))
+    assert held.passed_by(2) == []
+    assert held.hold(key("a"), message(2)) == []  # going on does not keep it its place
+    assert held.passed_by(1) == [message(0), message(2)]
+    assert held.release(key("a")) == []
+    assert held.passed_by(100) == [message(1)]
+    assert held.passed_by(100) == []
+
+
+def test_a_held_message_is_given_up_when_many_have_come_behind_it() -> None:
+    check_a_held_message_is_given_up_when_many_have_come_behind_it(transfers_module)
+
+
+def test_a_slow_update_that_holds_up_the_acknowledgements_of_all_others_is_caught() -> None:
+    copy = broken_copy("aggregator.transfers", ("self._came += messages", "pass"))
+    with pytest.raises(AssertionError):
+        check_a_held_message_is_given_up_when_many_have_come_behind_it(copy)
+
+
 @given(steps=st.lists(st.tuples(st.sampled_from(["hold", "release", "all"]), st.sampled_from("abcdef")), max_size=80))
 def test_every_message_is_acknowledged_once_and_never_more_than_the_most_are_held(steps: list[Any]) -> None:
     held, given_back, count = HeldMessages(7), [], 0

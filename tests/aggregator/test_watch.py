@@ -22,6 +22,7 @@ from aggregator.cli_watch import looks
 from aggregator.errors import DatabaseError
 from aggregator.overview import Overview, TaskOverview, WorkerOverview
 from aggregator.overview_screen import screen
+from aggregator.store.presence import FleetCounts
 from tests.aggregator.api.seeded_study import SeededStudy
 from tests.aggregator.api.served import Desk, served
 from tests.aggregator.operator_desk import Operator, one_sentence, operator
@@ -35,9 +36,13 @@ TASK = TaskOverview(
 WORKER = WorkerOverview(
     name="aggregator", state="alive", coordinates=True, shards=64, started_s=1.0, seen_s=999.0, detail="connected"
 )
-STUDY = Overview(
-    tenant="clinic", at_s=1000.0, tasks=[TASK], workers=[WORKER], devices=20, refused={"not_finite": 3}, degraded=[]
+FLEET = FleetCounts(
+    active=20, quarantined=1, revoked=2, online=12, offline=5, unheard=3, reasons={"battery": 0, "charger": 7}
 )
+STUDY = Overview(
+    tenant="clinic", at_s=1000.0, tasks=[TASK], workers=[WORKER], devices=20, fleet=FLEET, refused={"not_finite": 3},
+    degraded=[],
+)  # fmt: skip
 
 
 def drawn(found: Overview | None, width: int, trouble: str | None = None) -> list[str]:
@@ -53,7 +58,16 @@ def test_the_open_round_is_seen_whole_at_every_width(width: int) -> None:
     lines = drawn(STUDY, width)
     assert max(map(len, lines)) <= width
     text = "".join(" ".join(lines).split())
-    for part in ("exercises", "5of16", "in90s", "coordinates", "refused:notfinite:3", "nothingisdegraded"):
+    for part in (
+        "exercises",
+        "5of16",
+        "in90s",
+        "coordinates",
+        "20active",
+        "7forcharger",
+        "refused:notfinite:3",
+        "nothingisdegraded",
+    ):
         assert part in text, (part, lines)
 
 

@@ -80,6 +80,11 @@ def test_a_helper_on_mqtt_alone_needs_no_https_server() -> None:
     assert "fastapi" in loaded_by("aggregator.helper.https_api")
 
 
+def test_the_api_without_pages_needs_no_nicegui() -> None:
+    assert not loaded_by("aggregator.api.serving") & {"nicegui", "socketio", "httpx"}
+    assert "nicegui" in loaded_by("aggregator.dashboard.mounting")
+
+
 def test_device_and_aggregator_do_not_know_each_other() -> None:
     assert "aggregator" not in loaded_by("device_client.cli")
     assert "device_client" not in loaded_by("aggregator.cli")

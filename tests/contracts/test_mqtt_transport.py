@@ -377,9 +377,47 @@ def test_nothing_is_acknowledged_before_it_is_done_with(scripted: ScriptedBroker
     scripted.send(bytes([PINGREQ, 0]))
     assert scripted.read_until(PINGRESP) == []
     transport.acknowledge(came[1])
-    assert scripted.read_packet() == (PUBACK, b"\x00\x08")
+    scripted.send(bytes([PINGREQ, 0]))
+    assert scripted.read_until(PINGRESP) == []
+    transport.acknowledge(came[0])
+    assert [scripted.read_packet() for _ in range(2)] == [(PUBACK, b"\x00\x07"), (PUBACK, b"\x00\x08")]
     transport.close()
     assert scripted.read_until(DISCONNECT) == []
+
+
+def check_rumqttd_bears_any_order_of_commits(*, num_messages: int = 5) -> None:
+    port = free_port()
+    stop = start_iotcore(port)
+    transport = MqttTransport(host="127.0.0.1", port=port, client_id="one", manual_acknowledgement=True)
+    try:
+        transport.open()
+        await_event(transport, Connected)
+        transport.subscribe("t/#")
+        for number in range(num_messages):
+            transport.publish(f"t/{number}", b"")
+        came = [await_event(transport, Received) for _ in range(num_messages)]
+        for message in reversed(came):
+            transport.acknowledge(message)
+        for _ in range(2):  # acknowledgements leave with the next packet at the latest
+            transport.publish("t/after", b"")
+            assert isinstance(transport.poll(WITHIN_S), Received)
+    finally:
+        transport.close()
+        stop()
+
+
+def test_rumqttd_bears_any_order_of_commits() -> None:
+    check_rumqttd_bears_any_order_of_commits()
+
+
+def test_acknowledgements_in_the_order_of_commits_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settle(self: Acknowledgements, delivery: Delivery) -> bool:
+        self._order._due.append(delivery.packet_id)
+        return len(self._order._due) == 1
+
+    monkeypatch.setattr(Acknowledgements, "settle", settle)
+    with pytest.raises(AssertionError):
+        check_rumqttd_bears_any_order_of_commits()
 
 
 def test_an_acknowledgement_wakes_the_network_thread(scripted: ScriptedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,7 +453,7 @@ def test_a_transport_that_acknowledges_by_packet_id_alone_is_caught(
     scripted: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def settle(self: Acknowledgements, delivery: Delivery) -> bool:
-        self._due.append(delivery.packet_id)
+        self._order._due.append(delivery.packet_id)
         return True
 
     monkeypatch.setattr(Acknowledgements, "settle", settle)
@@ -423,26 +461,28 @@ def test_a_transport_that_acknowledges_by_packet_id_alone_is_caught(
 
 
 def acknowledged_undelivered(scripted: ScriptedBroker) -> list[bytes]:
-    """More comes than the queue holds, and a topic that is not UTF-8; the ids that are acknowledged unseen."""
+    """More comes than the queue holds, and a topic that is not UTF-8; the ids that are acknowledged at last."""
     transport = manual(scripted, most_queued_bytes=1000)
     scripted.send(b"".join(publish_packet(b"t", bytes(400), packet_id=number) for number in range(1, 5)))
     scripted.send(publish_packet(b"\xff", b"", packet_id=5))
     scripted.send(bytes([PINGREQ, 0]))
     found = scripted.read_until(PINGRESP)
+    for _ in range(2):
+        transport.acknowledge(await_event(transport, Received))
     transport.close()
     return [body for _kind, body in found + scripted.read_until(DISCONNECT)]
 
 
 def test_what_is_dropped_for_a_slow_consumer_is_acknowledged(scripted: ScriptedBroker) -> None:
     """Its sender sends it again; unacknowledged, the window would be narrower for ever."""
-    assert acknowledged_undelivered(scripted) == [b"\x00\x03\x00\x04\x00\x05"[i : i + 2] for i in (0, 2, 4)]
+    assert acknowledged_undelivered(scripted) == [bytes([0, number]) for number in (1, 2, 3, 4, 5)]
 
 
 def test_a_transport_that_drops_without_acknowledging_is_caught(
     scripted: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MqttTransport, "_drop", lambda _self, _event: None)
-    assert acknowledged_undelivered(scripted) == []
+    assert acknowledged_undelivered(scripted) == [b"\x00\x01", b"\x00\x02"]
 
 
 def sent_unacknowledged(scripted: ScriptedBroker, receive_maximum: int | None) -> int:

@@ -284,7 +284,7 @@ EXAMPLES: tuple[Msg, ...] = (
     COSIGN_REQUEST,
     COSIGNATURE,
     COSIGN_REFUSAL,
-    PresenceMsg(state="online", software="covey 0.1.0"),
+    PresenceMsg(state="online", software="covey 0.1.0", reason="charger"),
     SignedMsg(payload=messages.encode(RECEIPT), signature=bytes(range(64))),
     PINS,
     ENROLMENT_REQUEST,

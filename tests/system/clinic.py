@@ -174,12 +174,12 @@ class Watch:
         """The desk's answer."""
         return self.ask_with(self.prepared(token))
 
-    def prepared(self, token: bytes | None, *, count: int = 3) -> bytes:
-        """A signed request; without a token, for further names."""
+    def prepared(self, token: bytes | None, *, count: int = 3, client: str | None = None) -> bytes:
+        """A signed request, by default of a client of the claim broker; without a token, to be renewed."""
         request = EnrolmentRequestMsg(
             tenant=TENANT,
             task=TASK,
-            client=self.client,
+            client=client or self.client,
             token=token,
             enrolment=None if token is not None else self.enrolment,
             renewal_key=self.renewal.public_key().public_bytes_raw(),
@@ -189,46 +189,34 @@ class Watch:
         return signed_request(request, self.renewal)
 
     def ask_with(self, signed: bytes) -> EnrolmentAnswerMsg:
-        """The answer to a request, at the claim broker."""
+        """The answer to a request at the claim broker."""
         line = self.clinic.claimant(self.client)
         try:
-            return self.ask_on(line, signed)
+            return self.ask_over(line, signed, self.client)
         finally:
             line.close()
             self.clinic.clients.remove(line)
 
-    def ask_on(self, line: MqttTransport, signed: bytes) -> EnrolmentAnswerMsg:
-        """The answer to a request over a connection under its client id."""
+    def ask_over(self, line: MqttTransport, signed: bytes, client: str) -> EnrolmentAnswerMsg:
+        """The answer to a request of this client, over its connection."""
         claim = self.clinic.claim
-        subscribed(line, enrolment_topic(TENANT, self.client, "answer"))
-        sealed = sealed_request(signed, claim.recipient, tenant=TENANT, task=TASK, client=self.client)
-        line.publish(enrolment_topic(TENANT, self.client, "request"), sealed)
+        subscribed(line, enrolment_topic(TENANT, client, "answer"))
+        sealed = sealed_request(signed, claim.recipient, tenant=TENANT, task=TASK, client=client)
+        line.publish(enrolment_topic(TENANT, client, "request"), sealed)
         return opened_answer(
             await_event(line, Received).payload,
             self.answers,
-            client=self.client,
+            client=client,
             request_digest=sha256(signed).digest(),
             aggregator=public_key_from_hex(claim.aggregator_key),
         )
 
-    def renew(self, line: MqttTransport, name: Pseudonym) -> EnrolmentAnswerMsg:
-        """Ask for further names over the study's own connection, under its present name."""
-        self.client = name.id
-        answer = self.ask_on(line, self.prepared(None))
-        self._install(answer)
-        return answer
-
-    def _install(self, answer: EnrolmentAnswerMsg) -> None:
-        """Take what was granted, if anything was."""
-        if answer.is_granted:
-            self.names.install(answer.names, aggregator_key=public_key_from_hex(self.clinic.claim.aggregator_key))
-
     def join(self, *, count: int = 3) -> Pseudonym:
-        """Join, and the name for now."""
+        """Join with so many names, and the one for now."""
         answer = self.ask_with(self.prepared(self.clinic.token(), count=count))
         assert answer.outcome == "enrolled", answer
         self.enrolment = answer.enrolment
-        self._install(answer)
+        self.names.install(answer.names, aggregator_key=public_key_from_hex(self.clinic.claim.aggregator_key))
         current = self.names.current(time.time())
         assert isinstance(current, Pseudonym)
         return current

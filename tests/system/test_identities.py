@@ -17,6 +17,7 @@ from aggregator.ca_folder import load_ca
 from aggregator.certificates import make_crl
 from firmware_sim.mosquitto_broker import find_mosquitto
 from fl_protocol.adapters.mqtt import MqttTransport, TlsFiles
+from fl_protocol.signing import public_key_from_hex
 from fl_protocol.topics import down_filter, enrolment_topic
 from fl_protocol.transport import Connected, Disconnected
 from tests.contracts.brokers import await_event
@@ -103,28 +104,6 @@ def test_a_revoked_device_loses_its_connection_at_once_and_does_not_come_back(cl
     assert "lost on a train" in answer.detail
 
 
-def test_while_a_list_is_in_force_others_are_renewed_and_who_is_on_it_stays_out(clinic: Clinic) -> None:
-    """Two names end so soon that further ones are due at once."""
-    watch, lost = Watch(clinic), Watch(clinic)
-    name, gone = watch.join(count=2), lost.join(count=2)
-    line, other = clinic.device(name), clinic.device(gone)
-    clinic.command("device", "revoke", lost.enrolment, "--reason", "lost", "--yes", "--config", "aggregator.toml")
-    await_event(other, Disconnected)
-    other.close()
-    crl = x509.load_pem_x509_crl((clinic.folder / "broker" / "crl.pem").read_bytes())
-    serial = x509.load_pem_x509_certificate(gone.certificate).serial_number
-    assert crl.get_revoked_certificate_by_serial_number(serial) is not None
-    assert watch.renew(line, name).outcome == "renewed"
-    assert len(watch.names.installed()) == 5
-    line.close()
-    clinic.device(name)  # its present name is as good as before
-    with pytest.raises(AssertionError, match="no Connected"):
-        clinic.device(gone, within_s=2.0)
-    lost.client = "c" + os.urandom(16).hex()
-    assert lost.ask_with(lost.prepared(None)).outcome == "revoked"
-    assert len(lost.names.installed()) == 2
-
-
 def test_the_list_alone_keeps_a_device_from_coming_back_and_leaves_its_connection_up(clinic: Clinic) -> None:
     """Why the desk takes connections over."""
     watch = Watch(clinic)
@@ -141,6 +120,27 @@ def test_the_list_alone_keeps_a_device_from_coming_back_and_leaves_its_connectio
     finally:
         path.write_bytes(kept)
         subprocess.run(reload, check=True)
+
+
+def test_renewal_goes_on_beside_a_list_of_revoked(clinic: Clinic) -> None:
+    staying, leaving = Watch(clinic), Watch(clinic)
+    name, gone = staying.join(count=1), leaving.join(count=1)  # one name: it may be renewed at once
+    line, theirs = clinic.device(name), clinic.device(gone)
+    clinic.command("device", "revoke", leaving.enrolment, "--reason", "lost", "--yes", "--config", "aggregator.toml")
+    await_event(theirs, Disconnected)
+    listed = x509.load_pem_x509_crl((clinic.folder / "broker" / "crl.pem").read_bytes())
+    serial = x509.load_pem_x509_certificate(gone.certificate).serial_number
+    assert listed.get_revoked_certificate_by_serial_number(serial) is not None
+    answer = staying.ask_over(line, staying.prepared(None, client=name.id), name.id)
+    assert answer.outcome == "renewed"
+    staying.names.install(answer.names, aggregator_key=public_key_from_hex(clinic.claim.aggregator_key))
+    assert staying.names.installed()[0].id == name.id
+    assert len(staying.names.installed()) == 4
+    line.close()
+    clinic.device(name)  # still let in under the name for now
+    with pytest.raises(AssertionError, match="no Connected"):
+        clinic.device(gone, within_s=2.0)
+    assert leaving.ask_with(leaving.prepared(None)).outcome == "revoked"
 
 
 def test_the_running_broker_forbids_what_it_should(clinic: Clinic) -> None:

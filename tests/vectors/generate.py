@@ -85,7 +85,7 @@ def messages() -> Vectors:
         {"kind": type(message).__name__, "fields": plain(message), "encoded": encode(message).hex()}
         for message in EXAMPLES
     ]
-    presence = PresenceMsg(state="online", software="covey")
+    presence = PresenceMsg(state="online", software="covey", reason="battery")
     good = encode(presence)
     (chunk,) = [message for message in EXAMPLES if isinstance(message, ChunkMsg)]
     body = encode(BODY)

@@ -13,9 +13,11 @@ from typing import Any
 
 import msgspec
 import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator.accounts.verification import TokenVerifier
 from aggregator.api.application import make_api
+from aggregator.api.audit_book import AuditBook
 from aggregator.api.guard import ApiServices, RequestLimits
 from aggregator.api.metrics import ApiMetrics
 from aggregator.api.privacy_book import PrivacyBook
@@ -25,6 +27,7 @@ from aggregator.api_client import ApiClient
 from tests.aggregator.api.seeded_study import NOW_S, SeededStudy
 
 MANY = 1_000_000
+SIGNER = Ed25519PrivateKey.from_private_bytes(bytes([5]) * 32)
 
 
 @dataclass
@@ -57,6 +60,13 @@ class Desk:
             limits=RequestLimits(per_token=per_token, per_address=per_address, guesses=guesses),
             privacy=PrivacyBook(self.study.store),
             rounds=RoundBook(self.study.store),
+            audit=AuditBook(
+                self.study.store.database,
+                tenant="clinic",
+                aggregator=SIGNER.public_key(),
+                helpers={},
+                now_s=lambda: self.now_s,
+            ),
             journal=self.journal,
             now_s=lambda: self.now_s,
             monotonic_s=time.monotonic,

@@ -65,6 +65,8 @@ TABLE = {
     ("get", "/v1/devices"): Row("/v1/devices", READS, "devices:read"),
     ("get", "/v1/devices/{device}"): Row("/v1/devices/w-00029", READS, "devices:read"),
     ("get", "/v1/audit"): Row("/v1/audit", READS, "audit:read"),
+    ("get", "/v1/audit/state"): Row("/v1/audit/state", READS, "audit:read"),
+    ("post", "/v1/audit/verify"): Row("/v1/audit/verify", READS, "audit:read"),
     ("get", "/v1/audit/{number}"): Row("/v1/audit/0", READS, "audit:read"),
     ("post", "/v1/tasks/{task}/pause"): Row("/v1/tasks/task-N/pause", RUNS, "tasks:write", {"now": True}),
     ("post", "/v1/tasks/{task}/resume"): Row("/v1/tasks/task-N/resume", RUNS, "tasks:write"),

@@ -16,6 +16,7 @@ from sqlalchemy import select, update
 from aggregator.adapters.open_blobs import open_blobs
 from aggregator.enrolment import desk as desk_module
 from aggregator.enrolment.register import names_of, set_quota, withdraw_tokens
+from aggregator.enrolment.revocation import change_state
 from aggregator.store import schema
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.database import Database
@@ -95,6 +96,21 @@ def check_a_token_is_good_once(module: ModuleType) -> None:
     assert office.ask(device, device.request(token, anew=True)).outcome == "used_token"
 
 
+def check_a_stolen_token_leaves_a_trace_and_no_place(module: ModuleType) -> None:
+    """Whoever is quicker is in; the rightful device is told why it is not, and the thief is found and thrown out."""
+    office, device, thief = DeskOffice(module), Asking("a"), Asking("thief")
+    token = office.token()
+    assert office.ask(thief, thief.request(token)).outcome == "enrolled"
+    assert office.ask(device, device.request(token)).outcome == "used_token"
+    (entry,) = audited(office)
+    assert entry["subject"] == thief.enrolment
+    office.change(
+        change_state, thief.enrolment, "revoked", reason="its token was stolen", actor="local:op", now_s=NOW_S
+    )
+    assert office.ask(thief, thief.request(office.token())).outcome == "revoked"
+    assert office.ask(device, device.request(office.token())).outcome == "enrolled"
+
+
 def check_a_token_expires(module: ModuleType) -> None:
     office, device = DeskOffice(module), Asking("a")
     request = device.request(office.token(days=7))
@@ -165,6 +181,8 @@ def check_a_renewal_is_not_for_hoarding(module: ModuleType) -> None:
 CHECKS: list[tuple[Callable[[ModuleType], None], tuple[str, str]]] = [
     (check_the_same_names_again_cost_nothing, ("and _is_for(given, request)", "and False")),
     (check_a_token_is_good_once, ("if token.used_s is not None:", "if False:")),
+    (check_a_stolen_token_leaves_a_trace_and_no_place, ("if token.used_s is not None:", "if False:")),
+    (check_a_stolen_token_leaves_a_trace_and_no_place, ('known.state != "active":', "False:")),
     (check_a_token_expires, ("if now_s >= token.expires_s:", "if False:")),
     (check_a_token_can_be_withdrawn, ("if token.withdrawn_s is not None:", "if False:")),
     (check_a_token_is_for_one_study, ("if token is None or token.task != task:", "if token is None:")),

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from alembic import op
-from sqlalchemy import MetaData
+from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
 
 revision = "0006"
 down_revision = "0005"
 
 metadata = MetaData()
+Table(
+    "presence",
+    metadata,
+    Column("device", String(64), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("reason", String(16), nullable=False),
+    Column("software", String(64), nullable=False),
+    Column("since_s", Float, nullable=False),
+    Column("seen_s", Float, nullable=False),
+)
+Table(
+    "webhooks",
+    metadata,
+    Column("webhook", String(64), primary_key=True),
+    Column("position", Integer, nullable=False),
+    Column("delivered", Integer, nullable=False),
+    Column("delivered_s", Float),
+    Column("failures", Integer, nullable=False),
+    Column("failing_s", Float),
+    Column("due_s", Float, nullable=False),
+    Column("problem", Text, nullable=False),
+)
 
 
 def upgrade() -> None:
