@@ -26,6 +26,7 @@ devices = Table(
     Column("device", String(64), primary_key=True),
     Column("public_key", LargeBinary(32), nullable=False),
     Column("added_s", Float, nullable=False),
+    Index("ix_devices_public_key", "public_key"),
 )
 # No row means always.
 device_periods = Table(
@@ -204,6 +205,8 @@ enrolments = Table(
     Column("request_digest", LargeBinary(32), nullable=False),
     Column("answer", LargeBinary, nullable=False),
     Index("ix_enrolments_owner", "owner"),
+    # Holds all that a quota is counted by, so that the rows with their answers are not read.
+    Index("ix_enrolments_quota", "owner", "state", "lasts_until_s"),
 )
 enrolment_names = Table(
     "enrolment_names",

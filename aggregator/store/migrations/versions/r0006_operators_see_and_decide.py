@@ -46,3 +46,6 @@ def upgrade() -> None:
     """Add the tables. That of approvals had no user, so it is empty."""
     op.drop_table("approvals")
     metadata.create_all(op.get_bind())
+    # The desk: a device is looked up by its key, and an owner's devices are counted without reading them.
+    op.create_index("ix_devices_public_key", "devices", ["public_key"], if_not_exists=True)
+    op.create_index("ix_enrolments_quota", "enrolments", ["owner", "state", "lasts_until_s"], if_not_exists=True)
