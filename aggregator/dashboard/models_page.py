@@ -76,9 +76,9 @@ class _Lineage:
         if self._confirmation is None:
             return
         with box("div", "cv-buttons"):
-            if self._missing(one.version):
+            if self._seen.approvals_needed:
                 self._approval(one.version, self._confirmation)
-            elif RELEASED not in one.tags:
+            if not self._missing(one.version) and RELEASED not in one.tags:
                 self._confirmation.button(
                     "Release",
                     about=f"version {one.version}",
