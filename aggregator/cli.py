@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import signal
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from aggregator.adapters.prometheus import CountingJournal, serve_metrics
+from aggregator.adapters.study_metrics import StudyMetrics
 from aggregator.alerts.assembly import telling, webhooks_of
+from aggregator.api.audit_book import AuditBook
 from aggregator.assembly import AggregatorFiles, assemble
 from aggregator.cli_accounts import account_app, token_app
 from aggregator.cli_api import register as register_api
@@ -36,6 +38,7 @@ from aggregator.overview_screen import print_overview
 from aggregator.worker_files import worker_files
 from fl_protocol.adapters.journal import Journal, JsonLines
 from fl_protocol.errors import BundleError, ConfigError, CoveyError
+from fl_protocol.helper_config import pinned
 from fl_protocol.signing import public_key_hex
 
 _EXIT_CODES: list[tuple[type[CoveyError], int]] = [
@@ -171,8 +174,24 @@ def _serve(files: AggregatorFiles, *, worker: str | None) -> None:
         run(journal)
         return
     counting = CountingJournal(journal)
-    with closing(serve_metrics(counting.registry, port)):
+    with ExitStack() as stack:
+        if worker is None:
+            counting.registry.register(_study_metrics(files, stack))
+        stack.enter_context(closing(serve_metrics(counting.registry, port)))
         run(counting)
+
+
+def _study_metrics(files: AggregatorFiles, stack: ExitStack) -> StudyMetrics:
+    """What the study as a whole has come to, over connections of its own."""
+    store = stack.enter_context(closing(files.open_store()))
+    book = AuditBook(
+        store.database,
+        tenant=files.config.aggregator.tenant,
+        aggregator=None,
+        helpers={name: one.key for name, one in pinned(files.config.helpers).items()},
+        now_s=time.time,
+    )
+    return StudyMetrics(store, tenant=files.config.aggregator.tenant, audit=book.state)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def screen(found: Overview | None, *, width: int, trouble: str | None = None) ->
     parts += [Text(line, style="yellow") for line in _refused(found)]
     problems = [Text(line, style="bold red") for line in _degraded(found)]
     parts += problems or [Text("nothing is degraded", style="green")]
-    return Group(*parts, Text("Ctrl-C ends this view and nothing else", style="dim"))
+    return Group(*parts)
 
 
 def _tasks(found: Overview, width: int) -> RenderableType:
