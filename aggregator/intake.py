@@ -26,7 +26,7 @@ from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import ProtocolError, RefusalReason, RefusedError
 from fl_protocol.messages import ChunkView, decode
 from fl_protocol.recency import happened_within
-from fl_protocol.topics import UploadTopic, parse_upload_topic
+from fl_protocol.topics import UploadTopic, parse_upload_topic, update_label
 from fl_protocol.transport import Received, Transport
 
 STALLED_AFTER_S = 10.0
@@ -199,7 +199,8 @@ class Intake:
         """
         while (decided := self.batches.decided(wait_s)) is not None:
             for index, why in decided.unusable.items():
-                self._note("update_unusable", device=decided.keys[index][0], reason=why)
+                device, update_id = decided.keys[index]
+                self._note("update_unusable", device=device, update=update_label(update_id), reason=why)
             self._unanswered += zip(decided.keys, decided.verdicts, strict=True)
             wait_s = 0.0
 
@@ -272,7 +273,10 @@ class Intake:
         """Keep a whole update for the next commit, unless there is no room: its device sends it again."""
         if not self.batches.add(update):
             self._acknowledge(messages)
-            self._note("update_dropped", device=update.device, reason="too many updates wait for the database")
+            label = update_label(update.update_id)
+            self._note(
+                "update_dropped", device=update.device, update=label, reason="too many updates wait for the database"
+            )
             return
         if len(messages) > MOST_MESSAGES_OF_ONE:
             self._acknowledge(messages)
@@ -290,13 +294,14 @@ class Intake:
                     task=verdict.update.task,
                     round=verdict.update.round,
                     device=device,
+                    update=update_label(update_id),
                     bytes=verdict.bytes_up,
                 )
             self._receipt(verdict.update)
         elif verdict is None:
-            self._note("update_deferred", device=device)
+            self._note("update_deferred", device=device, update=update_label(update_id))
         elif verdict.reason is RefusalReason.UNKNOWN_DEVICE:
-            self._count(verdict, device=device)  # thrown out a moment ago; nobody to answer
+            self._count(verdict, device=device, update_id=update_id)  # thrown out a moment ago; nobody to answer
         else:
             self._refuse(device, update_id, verdict)
         self._acknowledge(self._held_whole.release(key))
@@ -308,14 +313,14 @@ class Intake:
 
     def _refuse(self, device: str, update_id: bytes, refusal: RefusedError) -> None:
         """Tell a device why its update was not taken."""
-        self._count(refusal, device=device)
+        self._count(refusal, device=device, update_id=update_id)
         self._answers.nack(device, update_id, refusal.reason, detail=refusal.detail)
 
     def _refuse_chunk(self, key: Key, refusal: RefusedError) -> None:
         """Tell a device why a chunk was not taken; not at every chunk."""
         now_s = self._now_s()
         if happened_within(REFUSE_EVERY_S, self._refused_s.get(key), now_s):
-            self._count(refusal, device=key[0])
+            self._count(refusal, device=key[0], update_id=key[1])
             return
         self._refused_s[key] = now_s
         self._refuse(*key, refusal)
@@ -325,17 +330,18 @@ class Intake:
         device, update_id = key
         if not happened_within(NAME_EVERY_S, self._named_s.get(device), now_s):
             self._named_s[device] = now_s
-            self._note("device_throttled", device=device, reason=why)
+            self._note("device_throttled", device=device, update=update_label(update_id), reason=why)
             self._committer.count_refusal("", RefusalReason.THROTTLED)
             self._answers.nack(device, update_id, RefusalReason.THROTTLED, detail=why)
 
-    def _count(self, refusal: RefusedError, *, device: str) -> None:
+    def _count(self, refusal: RefusedError, *, device: str, update_id: bytes = b"") -> None:
         """Count a refusal, and tell the journal, unless it was told of many like it."""
         self._committer.count_refusal("", refusal.reason)
         reason = refusal.reason.value
         # Strangers choose their names, and share one line.
         who = "" if refusal.reason is RefusalReason.UNKNOWN_DEVICE else device
-        fields = {"reason": reason, "device": device, "detail": refusal.detail[:200]}
+        label = {"update": update_label(update_id)} if update_id else {}
+        fields = {"reason": reason, "device": device, **label, "detail": refusal.detail[:200]}
         if (told := self._repetitions.tell((who, reason), fields, self._now_s())) is not None:
             self._note("update_refused", **told)
 

@@ -21,7 +21,7 @@ from fl_protocol.errors import RefusalReason
 from fl_protocol.integer_noise import Entropy
 from fl_protocol.limits import chunk_data_bytes
 from fl_protocol.messages import ChunkMsg, NackMsg, ReceiptMsg, encode
-from fl_protocol.topics import upload_topic
+from fl_protocol.topics import update_label, upload_topic
 
 FIRST_RETRY_S = 5.0
 LONGEST_RETRY_S = 300.0
@@ -180,7 +180,8 @@ class Deliveries:
             return []  # a second receipt, for a resend that crossed the first
         pending = delivery.pending
         if (message.sealed_digest, message.device) != (pending.sealed_digest, pending.device):
-            return [Note("receipt_refused", {"reason": "it names other bytes than were sent"})]
+            label = update_label(message.update_id)
+            return [Note("receipt_refused", {"update": label, "reason": "it names other bytes than were sent"})]
         return self._close(message.update_id, "delivered", round=pending.round)
 
     def nack(self, message: NackMsg, now_s: float) -> list[Action]:
@@ -192,6 +193,7 @@ class Deliveries:
             self._send_missing(delivery, message.missing, now_s)
             return []
         fields = {
+            "update": update_label(message.update_id),
             "round": delivery.pending.round,
             "reason": message.reason.value,
             "detail": printable(message.detail, length=400),
@@ -247,7 +249,8 @@ class Deliveries:
     def _close(self, update_id: bytes, outcome: str, **fields: object) -> list[Action]:
         """Take an update out of the outbox and say why."""
         number = self._open.pop(update_id).pending.round
-        return [Discard(update_id, number, outcome), Note(f"update_{outcome}", fields)]
+        told = {"update": update_label(update_id), **fields}
+        return [Discard(update_id, number, outcome), Note(f"update_{outcome}", told)]
 
     def _begin_attempt(self, delivery: _Delivery, now_s: float) -> Note:
         """Queue what this attempt sends: all chunks, or one that asks where a large update stands."""
@@ -262,7 +265,8 @@ class Deliveries:
         delivery.queue = deque([len(chunks) - 1] if asks else range(len(chunks)))
         delivery.wait_s = max(ANSWER_WITHIN_S if asks else 0.0, self._back_off_s(delivery.attempts))
         delivery.next_send_s = now_s + delivery.wait_s
-        fields = {"round": pending.round, "attempt": delivery.attempts, "bytes": len(pending.envelope)}
+        label = update_label(pending.update_id)
+        fields = {"update": label, "round": pending.round, "attempt": delivery.attempts, "bytes": len(pending.envelope)}
         return Note("update_asked_about" if asks else "update_sent", fields)
 
     def _hand_over(self, delivery: _Delivery, now_s: float, *, room: int) -> list[Action]:

@@ -164,6 +164,14 @@ def parse_helper_topic(topic: str) -> HelperTopic:
     return HelperTopic(match["tenant"], match["helper"], kinds[match["kind"].split("/")[0]])
 
 
+def update_label(update_id: bytes) -> str:
+    """What both sides' journals call an update, from its first chunk to its receipt: 12 hex digits of its id.
+
+    Ids are drawn at random for each update, so they tie no two of a device's updates, or names, together.
+    """
+    return update_id[:6].hex()
+
+
 def state_topic(tenant: str, device: str) -> str:
     """Retained presence of one device (its last will marks it offline)."""
     return f"{_ROOT}/{checked_name(tenant, 'tenant')}/state/{checked_name(device, 'device')}"

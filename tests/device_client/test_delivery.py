@@ -23,6 +23,7 @@ from device_client.delivery import (
 from device_client.events import Discard, Note
 from fl_protocol.chunking import missing_bitmap
 from fl_protocol.errors import LocalMisuseError, RefusalReason
+from fl_protocol.topics import update_label
 from tests.device_client.delivery_line import (
     DEADLINE_S,
     PACKET,
@@ -40,6 +41,7 @@ from tests.device_client.session_driver import receipt_for, seeded, some_update
 FINAL = sorted(
     set(RefusalReason) - RETRYABLE - {RefusalReason.TRUNCATED, RefusalReason.THROTTLED, RefusalReason.QUARANTINED}
 )
+LABEL = update_label(pending().update_id)
 
 
 def test_every_resend_carries_the_same_bytes_until_the_receipt() -> None:
@@ -55,7 +57,7 @@ def test_every_resend_carries_the_same_bytes_until_the_receipt() -> None:
     assert all(again == sent[0] for again in sent)
     assert line.subject.receipt(receipt_for(update)) == [
         Discard(update.update_id, 1, "delivered"),
-        Note("update_delivered", {"round": 1}),
+        Note("update_delivered", {"update": LABEL, "round": 1}),
     ]
     assert line.until(1e4) == []
     assert len(line.subject) == 0
@@ -190,7 +192,7 @@ def test_a_final_nack_ends_the_delivery_and_says_why(reason: RefusalReason) -> N
     actions = line.subject.nack(nack(update, reason, detail="why"), 1.0)
     assert actions == [
         Discard(update.update_id, 1, "refused"),
-        Note("update_refused", {"round": 1, "reason": reason.value, "detail": "why"}),
+        Note("update_refused", {"update": LABEL, "round": 1, "reason": reason.value, "detail": "why"}),
     ]
     assert len(line.subject) == 1
 
@@ -209,7 +211,8 @@ def test_an_update_is_offered_for_the_grace_time_and_then_given_up() -> None:
     line.until(DEADLINE_S + GRACE_S)
     assert len(line.subject) == 1
     late_s = DEADLINE_S + GRACE_S + LONGEST_RETRY_S
-    assert line.until(late_s)[-2:] == [Discard(update.update_id, 1, "expired"), Note("update_expired", {"round": 1})]
+    expired = Note("update_expired", {"update": LABEL, "round": 1})
+    assert line.until(late_s)[-2:] == [Discard(update.update_id, 1, "expired"), expired]
     assert line.subject.next_wake_s() == math.inf
 
 
