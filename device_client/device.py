@@ -28,6 +28,7 @@ from device_client.error_feedback import ErrorFeedback, released_in
 from device_client.errors import StoreError
 from device_client.events import PendingUpdate
 from device_client.floors import Floors
+from device_client.installed_models import InstalledModels
 from device_client.joining.renewal import study_renewal
 from device_client.kept_vector import KeptVector
 from device_client.ledger import Budget, PrivacyLedger
@@ -69,7 +70,7 @@ class Device:
     Raises:
         ConfigError: two studies want different records of one stream.
         LedgerError, StoreError: what is stored does not hold together.
-        BundleError: a bundle cannot be used.
+        BundleError: a bundle cannot be used, or is older than one that was accepted before.
     """
 
     def __init__(self, config: DeviceConfig, ports: DevicePorts) -> None:
@@ -82,7 +83,8 @@ class Device:
         self.pseudonyms = {
             study.study: Pseudonyms(self.store, tenant=study.tenant, task=study.task) for study in config.studies
         }
-        self._bundles = {study.study: ports.bundle(study) for study in config.studies}
+        installed = InstalledModels(self.store)
+        self._bundles = {study.study: installed.accepted(study.study, ports.bundle(study)) for study in config.studies}
         self._aggregator_keys = {study.study: ports.aggregator_key(study) for study in config.studies}
         self.streams = self._open_streams()
         self._settle_outbox()
