@@ -386,7 +386,7 @@ class VirtualFleet:
                 HelperPin(name=one.name, operator=one.operator, key=public_key_hex(one.key))
                 for one in self.pinned_helpers().values()
             ),
-            **changes,
+            **{"tells_why_every_minutes": 0.0, **changes},  # or weeks of virtual time have a reading every half hour
         )
 
     def start_device(

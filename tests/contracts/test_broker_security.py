@@ -547,7 +547,7 @@ Check = Callable[[Yard], None]
             f"user {WORKER}\ntopic read fl/v1/demo/state/#\n",
         ),
         (check_a_worker_reads_no_presence_and_no_answers, "topic write fl/v1/demo/down/#", "topic fl/v1/demo/down/#"),
-        (check_the_aggregator_writes_no_uploads, "topic read fl/v1/demo/state/#", "topic readwrite fl/v1/demo/state/#"),
+        (check_the_aggregator_writes_no_uploads, "topic read fl/v1/demo/state/+", "topic readwrite fl/v1/demo/state/+"),
     ],
 )
 def test_an_acl_that_allows_more_is_noticed(

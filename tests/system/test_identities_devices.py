@@ -58,7 +58,7 @@ class Enrolled:
     ) -> None:
         self._module = module
         self.claims, self.faults = VirtualBroker(), faults if faults is not None else PacketRates()
-        self.one = OneDevice(study_settings={"watch": {"id": None}}, desk=self.desk)
+        self.one = OneDevice(study_settings={"watch": {"id": None, "tells_why_every_minutes": 0.0}}, desk=self.desk)
         self.script = self.one.scripts["watch"]
         self.rig = DeskRig(
             DeskOffice(desk, key=AGGREGATOR_KEY, period_days=period_days),
