@@ -25,6 +25,7 @@ from aggregator.api import answers
 from aggregator.audit.entries import AuditEntry
 from aggregator.errors import AggregatorError
 from aggregator.overview import Overview
+from aggregator.store.presence import FleetCounts
 from aggregator.task_report import OrderReport, RoundReport
 from fl_protocol.errors import ConfigError
 
@@ -101,6 +102,10 @@ class ApiClient:
     def overview(self) -> Overview:
         """How the study stands."""
         return self._get("/v1/overview", Overview)
+
+    def fleet(self) -> FleetCounts:
+        """Devices by state, and by what keeps them from training."""
+        return self._get("/v1/fleet", FleetCounts)
 
     def tasks(self, **query: str | int | None) -> answers.TaskPage:
         """A page of tasks; `cursor`, `limit`."""

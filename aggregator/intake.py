@@ -149,7 +149,7 @@ class Intake:
             return None
         if not self._register.is_registered(topic.device, self._now_s()):
             refusal = RefusedError(RefusalReason.UNKNOWN_DEVICE, "not registered, or not its time")
-            self._count(refusal, device=topic.device)
+            self._count(refusal, device=topic.device, update_id=topic.update_id)
             return None
         key = (topic.device, topic.update_id)
         try:
@@ -218,12 +218,13 @@ class Intake:
         for key, missing in list(self._transfers.quiet_since(now_s - STALLED_AFTER_S)):
             if not happened_within(STALLED_AFTER_S, self._nacked_s.get(key), now_s):
                 self._nacked_s[key] = now_s
+                self._tell("update_incomplete", key, now_s, missing=sum(byte.bit_count() for byte in missing))
                 self._answers.nack(*key, RefusalReason.TRUNCATED, missing=missing)
         self._nacked_s = _younger(self._nacked_s, FORGET_AFTER_S, now_s)
         self._receipted_s = _younger(self._receipted_s, ANSWER_EVERY_S, now_s)
         self._refused_s = _younger(self._refused_s, REFUSE_EVERY_S, now_s)
         for told in self._repetitions.overdue(now_s):
-            self._note("update_refused", **told)
+            self._note_told(told)
         self._named_s = _younger(self._named_s, NAME_EVERY_S, now_s)
         self._throttle.forget(now_s)
         self._register.forget(now_s)
@@ -258,7 +259,7 @@ class Intake:
         if isinstance(arrival.chunk, RefusedError):
             raise arrival.chunk
         if key in committed:
-            self._receipt(committed[key])
+            self._receipt_again(committed[key])
             self._done_with(key, message)
             return
         parts = self._transfers.accept(key[0], arrival.chunk, now_s)
@@ -297,7 +298,9 @@ class Intake:
                     update=update_label(update_id),
                     bytes=verdict.bytes_up,
                 )
-            self._receipt(verdict.update)
+                self._receipt(verdict.update)
+            else:
+                self._receipt_again(verdict.update)
         elif verdict is None:
             self._note("update_deferred", device=device, update=update_label(update_id))
         elif verdict.reason is RefusalReason.UNKNOWN_DEVICE:
@@ -310,6 +313,17 @@ class Intake:
         """Tell a device that its update is committed."""
         self._receipted_s[update.device, update.update_id] = self._now_s()
         self._answers.receipt(update)
+
+    def _receipt_again(self, update: AcceptedUpdate) -> None:
+        """Tell a device once more; the first receipt was lost, or crossed what it sent again."""
+        about = {"task": update.task, "round": update.round}
+        self._tell("receipt_repeated", (update.device, update.update_id), self._now_s(), **about)
+        self._receipt(update)
+
+    def _tell(self, event: str, key: Key, now_s: float, **fields: object) -> None:
+        """Tell the journal of what a device can have happen as often as it likes: of each device now and then."""
+        device, update_id = key
+        self._tell_once((device, event), now_s, event=event, device=device, update=update_label(update_id), **fields)
 
     def _refuse(self, device: str, update_id: bytes, refusal: RefusedError) -> None:
         """Tell a device why its update was not taken."""
@@ -342,8 +356,12 @@ class Intake:
         who = "" if refusal.reason is RefusalReason.UNKNOWN_DEVICE else device
         label = {"update": update_label(update_id)} if update_id else {}
         fields = {"reason": reason, "device": device, **label, "detail": refusal.detail[:200]}
-        if (told := self._repetitions.tell((who, reason), fields, self._now_s())) is not None:
-            self._note("update_refused", **told)
+        self._tell_once((who, reason), self._now_s(), event="update_refused", **fields)
+
+    def _tell_once(self, kind: tuple[str, str], now_s: float, **fields: object) -> None:
+        """Tell the journal, unless it was told of many like it."""
+        if (told := self._repetitions.tell(kind, fields, now_s)) is not None:
+            self._note_told(told)
 
     def _done_with(self, key: Key, message: Received) -> None:
         """Nothing more comes of this message, nor of what is held for its update."""
@@ -353,6 +371,10 @@ class Intake:
         """Let the broker forget messages."""
         for message in messages:
             self._transport.acknowledge(message)
+
+    def _note_told(self, told: Mapping[str, object]) -> None:
+        """Write what `Repetitions` lets through to the journal."""
+        self._note(str(told["event"]), **{name: value for name, value in told.items() if name != "event"})
 
     def _note(self, event: str, **fields: object) -> None:
         """Write to the journal."""

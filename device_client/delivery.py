@@ -190,8 +190,7 @@ class Deliveries:
         if delivery is None or message.device != delivery.pending.device:
             return []
         if message.reason is RefusalReason.TRUNCATED:
-            self._send_missing(delivery, message.missing, now_s)
-            return []
+            return self._send_missing(delivery, message.missing, now_s)
         fields = {
             "update": update_label(message.update_id),
             "round": delivery.pending.round,
@@ -222,25 +221,28 @@ class Deliveries:
         delivery.next_send_s = max(delivery.next_send_s, now_s + delivery.wait_s)
         return [Note(f"update_{fields['reason']}", fields)]
 
-    def _send_missing(self, delivery: _Delivery, bitmap: bytes, now_s: float) -> None:
+    def _send_missing(self, delivery: _Delivery, bitmap: bytes, now_s: float) -> list[Action]:
         """Queue what a NACK asks for.
 
         A broker can replay NACKs, and answering each would let it drain the battery: one that tells of no progress is
         answered with back-off, and progress is finite.
         """
         if self._chunk_bytes is None or delivery.is_throttled:
-            return
+            return []
         missing = missing_indices(bitmap, -(-len(delivery.pending.envelope) // self._chunk_bytes))
         is_progress = len(missing) < delivery.least_missing
         pause_s = FIRST_RETRY_S if is_progress else _longest_back_off_s(delivery.answers)
         if abs(now_s - delivery.answered_s) < pause_s:  # either way: the clock may have been set back
-            return
+            return []
         delivery.least_missing = min(delivery.least_missing, len(missing))
         delivery.answered_s, delivery.answers = now_s, 1 if is_progress else delivery.answers + 1
         delivery.queue = deque(missing)
         delivery.silence = 0  # it answers, so it is worth asking again
         delivery.wait_s = self._back_off_s(delivery.attempts)
         delivery.next_send_s = now_s + delivery.wait_s
+        pending = delivery.pending
+        about = {"update": update_label(pending.update_id), "round": pending.round, "missing": len(missing)}
+        return [Note("update_incomplete", about)]
 
     def _is_held(self, delivery: _Delivery) -> bool:
         """Whether an update waits for better conditions."""

@@ -52,6 +52,7 @@ from fl_protocol.errors import ConfigError, CoveyError
 from fl_protocol.helper_config import pinned
 from fl_protocol.messages import RoundManifestMsg
 from fl_protocol.model_manifest import label_array
+from fl_protocol.topics import update_label
 
 if TYPE_CHECKING:
     from device_client.assembly import RealDevice
@@ -307,7 +308,8 @@ class Device:
     def _give_up(self, entry: Work | PendingUpdate, reason: str) -> None:
         """Never use an entry of the outbox again, and say why."""
         event = "work_given_up" if isinstance(entry, Work) else "update_given_up"
-        self._ports.journal.write(event, at_s=self._ports.clock.now_s(), study=entry.study, reason=reason)
+        label, now_s = update_label(entry.update_id), self._ports.clock.now_s()
+        self._ports.journal.write(event, at_s=now_s, study=entry.study, update=label, reason=reason)
         with suppress(StoreError):  # it is out of use in any case, and the outbox tries again
             self.outbox.give_up(entry.update_id)
 
@@ -351,7 +353,12 @@ class Device:
                 self.outbox.discard(pending.update_id)
                 reason = "the name on the wire that it was sealed for has ended"
                 self._ports.journal.write(
-                    "update_expired", at_s=now_s, study=study.study, round=pending.round, reason=reason
+                    "update_expired",
+                    at_s=now_s,
+                    study=study.study,
+                    update=update_label(pending.update_id),
+                    round=pending.round,
+                    reason=reason,
                 )
 
     def _start(self, study: StudyConfig, name: WireName) -> StudyRunner:

@@ -48,6 +48,7 @@ from fl_protocol.plans import EvaluationPlanMsg, TrainingPlanMsg
 from fl_protocol.sealing import seal_update
 from fl_protocol.secagg.messages import DeviceCredentialMsg, SecureBodyMsg
 from fl_protocol.secagg.parties import Sender
+from fl_protocol.topics import update_label
 from fl_protocol.update_encoding import (
     decode_values,
     encode_values,
@@ -213,6 +214,11 @@ class LocalWork:
         self._participant, self._work, self.manifest = participant, work, manifest
         self._computation = _computation(participant, work, manifest)
         self._update: _SealedUpdate | None = None
+
+    @property
+    def update(self) -> str:
+        """What both journals call the update that comes of it."""
+        return update_label(self._work.update_id)
 
     @property
     def steps(self) -> tuple[int, int]:

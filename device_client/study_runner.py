@@ -86,8 +86,11 @@ class StudyRunner:
     last_problem: str = ""
     _seal_again_s: float = 0.0
     _sweep_again_s: float = 0.0
+    _worked: tuple[int, str] | None = None  # the round and update that were last worked on
 
     def __post_init__(self) -> None:
+        if self.work is not None:
+            self._worked = self.work.manifest.round, self.work.update
         self._handlers: dict[type, Callable[..., None]] = {
             Publish: lambda a: self.transport.publish(a.topic, a.payload, retain=a.retain, expires_s=a.expires_s),
             Subscribe: lambda a: self.transport.subscribe(a.topic_filter),
@@ -173,7 +176,8 @@ class StudyRunner:
                 self._store_failed(error)
             else:
                 done, steps = self.work.steps
-                self.note("training_paused", round=self.work.manifest.round, step=done, steps=steps)
+                number, update = self.work.manifest.round, self.work.update
+                self.note("training_paused", round=number, update=update, step=done, steps=steps)
 
     def leave(self) -> None:
         """Say goodbye to the broker; what is pending stays in the outbox."""
@@ -205,7 +209,9 @@ class StudyRunner:
         """Into the journal; what went wrong last is kept for `status`."""
         if note.event in {"broker_unusable", "message_refused", "model_refused", "update_refused", "disconnected"}:
             self.last_problem = f"{note.event.replace('_', ' ')}: {note.fields.get('reason', '')}"
-        self.note(note.event, **note.fields)
+        worked = self._worked if note.event == "participation_ended" else None
+        about = {"update": worked[1]} if worked is not None and worked[0] == note.fields["round"] else {}
+        self.note(note.event, **note.fields, **about)
 
     def _discard(self, action: Discard) -> None:
         """The log first: what became of an update is not lost, and a second line does no harm."""
@@ -244,12 +250,13 @@ class StudyRunner:
         except CoveyError as error:
             self.tell(ParticipationEnded(manifest.round, str(error)))
             return
-        self._note_spent("charged", round=manifest.round)
+        self._worked = manifest.round, self.work.update
+        self._note_spent("charged", round=manifest.round, update=self.work.update)
 
     def _finished(self, work: LocalWork, pending: PendingUpdate) -> None:
         """An update is ready to be sent."""
         self.work = None
-        self._note_spent("trained", round=work.manifest.round, steps=work.steps[1])
+        self._note_spent("trained", round=work.manifest.round, update=work.update, steps=work.steps[1])
         self.tell(UpdateReady(pending))
         if self.new_records is not None:
             try:

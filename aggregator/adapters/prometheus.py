@@ -7,15 +7,20 @@ and outcomes, which the operator named, and reasons of refusals, of which there 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-from wsgiref.simple_server import WSGIServer
+import threading
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any, NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
 from aggregator.errors import AggregatorError
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.errors import RefusalReason
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 LOOPBACK = "127.0.0.1"
 _OPEN_BUCKETS_S = (10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 12 * 3600.0, 86400.0, 3 * 86400.0, 7 * 86400.0)
@@ -34,6 +39,7 @@ class CountingJournal:
     def __init__(self, inner: Journal, registry: CollectorRegistry | None = None) -> None:
         self.registry = CollectorRegistry() if registry is None else registry
         self._inner = inner
+        self._is_connected = False
         self._opened_s: dict[str, float] = {}
         self._failures: dict[str, int] = {}
         self._make_metrics()
@@ -52,8 +58,8 @@ class CountingJournal:
             "degraded": lambda _at_s, fields: self._count_failures(fields, 1),
             "recovered": lambda _at_s, fields: self._count_failures(fields, -1),
             "shards_changed": lambda _at_s, fields: self._shards.labels(_worker(fields)).set(fields.get("shards", 0)),
-            "connected": lambda _at_s, _fields: self._connected.set(1),
-            "disconnected": lambda _at_s, _fields: self._connected.set(0),
+            "connected": lambda _at_s, _fields: self._set_connected(1),
+            "disconnected": lambda _at_s, _fields: self._set_connected(0),
         }
 
     def write(self, event: str, /, *, at_s: float, **fields: Any) -> None:
@@ -62,6 +68,12 @@ class CountingJournal:
         count = self._counted.get(event)
         if count is not None:
             count(at_s, fields)
+
+    def why_not_ready(self) -> str:
+        """Why the process cannot do its work now, in words; empty if it can."""
+        if any(self._failures.values()):
+            return "the database does not answer"
+        return "" if self._is_connected else "not connected to the broker"
 
     def _make_metrics(self) -> None:
         """Register every metric, and every reason of a refusal at 0."""
@@ -124,6 +136,10 @@ class CountingJournal:
         self._set_version(fields)
         self._set_running(fields, 0)
 
+    def _set_connected(self, connected: int) -> None:
+        self._is_connected = bool(connected)
+        self._connected.set(connected)
+
     def _set_version(self, fields: dict[str, Any]) -> None:
         """Evaluations and statistics have none."""
         if "version" in fields:
@@ -139,15 +155,24 @@ class CountingJournal:
         self._degraded.labels(worker).set(self._failures[worker])
 
 
+class Probes(NamedTuple):
+    """What tells whether a process is alive, and ready; each says why not, in words, and nothing if it is."""
+
+    why_not_alive: Callable[[], str]
+    why_not_ready: Callable[[], str]
+
+
 class MetricsServer:
-    """Answers scrapes on loopback, from a thread of its own, until closed.
+    """Answers scrapes and probes on loopback, from threads of its own, until closed.
 
     Args:
-        server: as prometheus-client started it.
+        server: that listens.
     """
 
     def __init__(self, server: WSGIServer) -> None:
         self._server = server
+        self._thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
 
     @property
     def port(self) -> int:
@@ -158,26 +183,62 @@ class MetricsServer:
         """Stop listening."""
         self._server.shutdown()
         self._server.server_close()
+        self._thread.join()
 
 
-def serve_metrics(registry: CollectorRegistry, port: int) -> MetricsServer:
+def serve_metrics(registry: CollectorRegistry, port: int, *, probes: Probes | None = None) -> MetricsServer:
     """Let this machine's Prometheus scrape ``http://127.0.0.1:port/metrics``; nobody else can reach it.
 
     Args:
         registry: of a `CountingJournal`.
         port: TCP; 0 takes one that is free.
+        probes: for ``/healthz`` and ``/readyz``; None where something else answers those.
 
     Raises:
         AggregatorError: the port is taken or may not be opened.
     """
     try:
         # Security: there is no access control, so it is never bound to anything but loopback.
-        server, _thread = start_http_server(port, addr=LOOPBACK, registry=registry)
+        server = make_server(LOOPBACK, port, _app(registry, probes), _ThreadingServer, handler_class=_SilentHandler)
     except OSError as error:
         raise AggregatorError(
             f"metrics_port {port}: {LOOPBACK} cannot be listened on there ({error.strerror}); choose another port"
         ) from error
     return MetricsServer(server)
+
+
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    """A scrape that takes its time keeps no probe waiting."""
+
+    daemon_threads = True
+
+
+class _SilentHandler(WSGIRequestHandler):
+    """Writes no line for each request."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def _app(registry: CollectorRegistry, probes: Probes | None) -> WSGIApplication:
+    """Metrics and probes by path."""
+    metrics = make_wsgi_app(registry)
+    asked = {} if probes is None else {"/healthz": probes.why_not_alive, "/readyz": probes.why_not_ready}
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if path == "/metrics":
+            scraped: Iterable[bytes] = metrics(environ, start_response)
+            return scraped
+        if path in asked:
+            reason = asked[path]()
+            status, text = ("503 Service Unavailable", reason) if reason else ("200 OK", "ok")
+        else:
+            status, text = "404 Not Found", "expected /metrics, /healthz or /readyz"
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Cache-Control", "no-store")])
+        return [f"{text}\n".encode()]
+
+    return answer
 
 
 def _task(fields: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ from aggregator.api.shield import Counted, Shield
 from aggregator.audit.entries import AuditEntry
 from aggregator.errors import ConflictError
 from aggregator.store.migrations import is_current
+from aggregator.store.presence import FleetCounts
 from aggregator.task_report import OrderReport, RoundReport
 from aggregator.throttle import Repetitions
 from fl_protocol.adapters.software import software_version
@@ -42,6 +43,7 @@ _REF = "#/components/schemas/{name}"
 _TYPES: tuple[type, ...] = (
     *(one for one in vars(answers).values() if isinstance(one, type) and issubclass(one, msgspec.Struct)),
     AuditEntry,
+    FleetCounts,
     RoundReport,
     OrderReport,
 )

@@ -13,8 +13,9 @@ from aggregator.api.problems import ProblemError, missing
 from aggregator.api.requests import Limit, NameCursor, NumberCursor, NumberInPath, TaskName, answer, existing
 from aggregator.audit.entries import AuditEntry
 from aggregator.audit.log import AuditLog
-from aggregator.overview import Overview, overview
+from aggregator.overview import Overview, fleet_counts, overview
 from aggregator.store.operator_views import task_page
+from aggregator.store.presence import FleetCounts
 
 router = APIRouter(route_class=GuardedRoute, tags=["study"])
 Text = Annotated[str | None, Query(pattern=r"^[\x20-\x7e]{1,200}$")]
@@ -40,6 +41,13 @@ def show_overview(request: Request) -> Response:
     """Show all tasks and processes, what was refused, and what does not work as it should."""
     services = services_of(request)
     return answer(overview(services.store, tenant=services.tenant, now_s=services.now_s()))
+
+
+@router.get("/v1/fleet", **needs("devices:read", FleetCounts))
+def show_fleet(request: Request) -> Response:
+    """Count devices by state, as they last said of themselves, and by what keeps them from training."""
+    services = services_of(request)
+    return answer(fleet_counts(services.store, now_s=services.now_s()))
 
 
 @router.get("/v1/privacy", **needs("privacy:read", SpentPage))

@@ -164,7 +164,9 @@ def test_a_nack_for_missing_chunks_sends_only_those(present: set[int]) -> None:
     line = Line(new=update)
     first = published(line.look())
     line.now_s = 1.0
-    assert line.subject.nack(nack(update, RefusalReason.TRUNCATED, missing=missing_bitmap(6, present)), 1.0) == []
+    asked = {"update": update.update_id[:6].hex(), "round": 1, "missing": len({*range(6)} - {*present})}
+    told = line.subject.nack(nack(update, RefusalReason.TRUNCATED, missing=missing_bitmap(6, present)), 1.0)
+    assert told == [Note("update_incomplete", asked)]
     again = published(line.look())
     wanted = [index for index in range(6) if index not in present]
     assert [(m.topic, m.payload) for m in again] == [(first[i].topic, first[i].payload) for i in wanted]

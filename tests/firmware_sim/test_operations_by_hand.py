@@ -118,9 +118,11 @@ def test_the_pages_helpers_go_before_the_first_section_of_aggregator_toml() -> N
 
 def test_the_page_followed_by_hand_trains_a_model(tmp_path: Path) -> None:
     desk = Desk(tmp_path)
-    aggregator_toml, task_toml, device_toml, enrolment_toml, _, elsewhere_toml, _, api_toml, *_ = blocks("toml")
-    for more in (enrolment_toml, api_toml):
-        msgspec.toml.decode(aggregator_toml + more, type=AggregatorConfig)
+    aggregator_toml, task_toml, device_toml, enrolment_toml, _, elsewhere_toml, *others = blocks("toml")
+    assert [text.split()[0] for text in others] == ["[[webhook]]", "[api]", "[api]"]
+    for more in (enrolment_toml, *others):
+        filled = more.replace('"..."', f'"{bytes(32).hex()}"')
+        msgspec.toml.decode(aggregator_toml + filled, type=AggregatorConfig)
     assert msgspec.toml.decode(elsewhere_toml, type=AggregatorConfig).aggregator.blobs is not None
     publisher = (ROOT / "models" / "bundles" / "publisher.pub").read_text().strip()
     port = free_port()

@@ -105,6 +105,8 @@ def test_a_task_its_rounds_and_models_are_shown(operator: ApiClient) -> None:
     assert (spent.sums, spent.budget, spent.budget_against) == (2, 6.0, "aggregator")
     assert (spent.device_aggregator or 0) > 0
     assert operator.overview().devices == 30
+    fleet = operator.fleet()
+    assert (fleet.active, fleet.unheard, fleet.quarantined, fleet.online) == (27, 27, 3, 0)
     for call, arguments in (
         (operator.task, ("nothing",)),
         (operator.round, (OPEN, 99)),

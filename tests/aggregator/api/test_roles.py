@@ -52,6 +52,7 @@ TABLE = {
     ("get", "/readyz"): Row("/readyz", ""),
     ("get", "/v1/whoami"): Row("/v1/whoami", "any"),
     ("get", "/v1/overview"): Row("/v1/overview", READS, "tasks:read"),
+    ("get", "/v1/fleet"): Row("/v1/fleet", READS, "devices:read"),
     ("get", "/v1/tasks"): Row("/v1/tasks", READS, "tasks:read"),
     ("get", "/v1/tasks/{task}"): Row(f"/v1/tasks/{OPEN}", READS, "tasks:read"),
     ("get", "/v1/tasks/{task}/rounds"): Row(f"/v1/tasks/{OPEN}/rounds", READS, "tasks:read"),
