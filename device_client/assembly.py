@@ -17,6 +17,7 @@ from device_client.adapters.linux_board import LinuxBoard
 from device_client.adapters.system_entropy import system_entropy
 from device_client.adapters.system_time import SystemBell, SystemClock
 from device_client.adapters.systemd import Systemd
+from device_client.adapters.tpm2_tls_keys import Tpm2TlsKeys
 from device_client.config import DeviceConfig, StudyConfig
 from device_client.control import answer
 from device_client.device import Device
@@ -24,6 +25,7 @@ from device_client.device_ports import Connection, DevicePorts
 from device_client.errors import StoreError
 from device_client.ledger import Counter
 from device_client.recordings.ingestion import encode_reply, ingest
+from device_client.tls_keys import SoftwareTlsKeys, TlsKeys
 from fl_protocol.adapters.config_files import load_toml, pinned_key, read_file, relative_to_config
 from fl_protocol.adapters.connect import make_transport
 from fl_protocol.adapters.files import SystemDisk, write_atomic
@@ -76,6 +78,11 @@ class DeviceFiles:
         """Where the ledger's counter is."""
         named = self.config.device.counter
         return relative_to_config(self.path, named) if named else _beside(self.store_folder, ".counter")
+
+    @property
+    def tls_keys(self) -> TlsKeys:
+        """Where the TLS keys of new names come from."""
+        return Tpm2TlsKeys() if self.config.device.tls_keys == "tpm2" else SoftwareTlsKeys()
 
     def key_path(self) -> Path:
         """The store key's file, or systemd's copy of the credential that holds it. Raises ConfigError."""
@@ -189,6 +196,7 @@ class RealDevice(Device):
                 connect=lambda wanted: files.connect(wanted, wake=bell.ring),
                 desk=lambda claim, client: files.connect_to_desk(claim, client, wake=bell.ring),
                 software=f"covey {software_version()}",
+                tls_keys=files.tls_keys,
             )
             return cls(files, ports, store, watchdog)
         except BaseException:

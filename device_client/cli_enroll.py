@@ -65,8 +65,9 @@ def enroll(files: DeviceFiles, arguments: argparse.Namespace) -> int:
         read_file(arguments.bundle, "--bundle")
     if is_running(files):
         raise ConfigError("the daemon is running and has the store open: stop it, then run this again")
+    files.tls_keys.check()
     with closing(files.open_store()) as store:
-        names = Pseudonyms(store, tenant=claim.tenant, task=claim.task)
+        names = Pseudonyms(store, tenant=claim.tenant, task=claim.task, tls_keys=files.tls_keys)
         joiner = Joiner(
             store,
             names,

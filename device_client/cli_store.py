@@ -80,7 +80,8 @@ def pseudonyms(files: DeviceFiles, arguments: argparse.Namespace) -> int:
         kept = kept_state(store, study.study)
         if arguments.action == "request" and kept is not None and kept.request is not None:
             raise ConfigError(f"{study.study}: its desk is being asked for names; go on with covey-device enroll")
-        action(files, study, Pseudonyms(store, tenant=study.tenant, task=study.task), arguments)
+        names = Pseudonyms(store, tenant=study.tenant, task=study.task, tls_keys=files.tls_keys)
+        action(files, study, names, arguments)
         if arguments.action == "list" and kept is not None and kept.membership is not None and not arguments.json:
             print(f"{study.study}: enrolled as {kept.membership.enrolment}; the daemon renews its names by itself")
     return 0

@@ -93,6 +93,8 @@ class DeviceSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         control_socket: Unix socket for ``covey-device status`` and its like; by default beside the store:
             its folder's name and ``.sock``.
         maximum_outbox_bytes: sealed updates that may wait for their receipts.
+        tls_keys: where the TLS keys of new names are made and used: ``software``, which the encrypted store holds, or
+            ``tpm2``, which only this machine's TPM can use (docs/security.md, keys in hardware).
     """
 
     store: str
@@ -100,6 +102,7 @@ class DeviceSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     counter: str | None = None
     control_socket: str | None = None
     maximum_outbox_bytes: Annotated[int, Meta(ge=4096)] = 64 * 1024 * 1024
+    tls_keys: Literal["software", "tpm2"] = "software"
 
 
 class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -82,7 +82,8 @@ class Device:
         self.outbox = Outbox(self.store, maximum_bytes=config.device.maximum_outbox_bytes)
         self.consents = Consents(self.store)
         self.pseudonyms = {
-            study.study: Pseudonyms(self.store, tenant=study.tenant, task=study.task) for study in config.studies
+            study.study: Pseudonyms(self.store, tenant=study.tenant, task=study.task, tls_keys=ports.tls_keys)
+            for study in config.studies
         }
         installed = InstalledModels(self.store)
         self._bundles = {study.study: installed.accepted(study.study, ports.bundle(study)) for study in config.studies}

@@ -15,6 +15,7 @@ from device_client.ports import Bell, Board, Clock, Graph, Store, Transport, Wat
 from device_client.pseudonyms import Pseudonym
 from device_client.recordings.window_store import WindowFiles
 from device_client.sealer import Sealer
+from device_client.tls_keys import SoftwareTlsKeys, TlsKeys
 from device_client.training import LocalTraining, Trainer
 from device_client.work_vectors import IN_ENTRY, WorkVectors
 from fl_protocol.adapters.journal import Journal
@@ -66,6 +67,7 @@ class DevicePorts:
         sealer: closes up updates.
         vectors: how work in the outbox holds its vectors.
         downloads: how models are fetched.
+        tls_keys: where TLS keys of new names come from.
     """
 
     store: DeviceStore
@@ -87,3 +89,4 @@ class DevicePorts:
     sealer: Sealer = seal_update
     vectors: WorkVectors = IN_ENTRY
     downloads: Downloads = Download
+    tls_keys: TlsKeys = SoftwareTlsKeys()  # noqa: RUF009 - has no state

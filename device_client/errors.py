@@ -21,5 +21,9 @@ class StoreError(DeviceError):
     """The encrypted store cannot be read or written (wrong key, tampering, full disk)."""
 
 
+class KeyStoreError(StoreError):
+    """What holds the TLS keys (a TPM) cannot be used, or not with this key."""
+
+
 class TrainingError(DeviceError):
     """Local training gave no usable update."""

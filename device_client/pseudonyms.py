@@ -24,12 +24,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from device_client.errors import StoreError
 from device_client.issued_certificates import check_periods, checked_period
 from device_client.ports import Store
+from device_client.tls_keys import SoftwareTlsKeys, TlsKeys
 from fl_protocol.client_certificates import key_info, load_certificate
 from fl_protocol.enrolment import (
     MAX_PSEUDONYMS,
@@ -62,7 +63,7 @@ class Pseudonym:
         period: when new work is done under it.
         signing_key: signs update headers.
         certificate: PEM.
-        tls_key: private key of the certificate, PEM.
+        tls_key: private key of the certificate, PEM; of a TPM's, what only that TPM can use.
         ca: certificate of the CA that the broker's certificate comes from, PEM.
     """
 
@@ -142,13 +143,21 @@ class Pseudonyms:
         store: holds them, encrypted.
         tenant: the study's.
         task: the study's.
+        tls_keys: where the TLS keys of new names come from.
 
     Raises:
         StoreError: from every method that reads or writes.
     """
 
-    def __init__(self, store: Store, *, tenant: str, task: str) -> None:
-        self._store, self._tenant, self._task = store, tenant, task
+    def __init__(
+        self,
+        store: Store,
+        *,
+        tenant: str,
+        task: str,
+        tls_keys: TlsKeys = SoftwareTlsKeys(),  # noqa: B008 - has no state
+    ) -> None:
+        self._store, self._tenant, self._task, self._tls_keys = store, tenant, task, tls_keys
         self._study = f"{tenant}/{task}"
         # A hash, because a store's names take neither two slashes nor every name of a task.
         self._blob = f"pseudonyms/{hashlib.sha256(self._study.encode()).hexdigest()[:32]}"
@@ -173,6 +182,7 @@ class Pseudonyms:
 
         Raises:
             LocalMisuseError: `count` is out of range.
+            KeyStoreError: no key can be made.
         """
         if not 1 <= count <= MAX_PSEUDONYMS:
             raise LocalMisuseError(f"count: expected 1 to {MAX_PSEUDONYMS} pseudonyms, got {count}")
@@ -298,12 +308,11 @@ class Pseudonyms:
 
     def _make(self, entropy: Entropy) -> _Prepared:
         """A new name and its keys."""
-        signing_key, tls_key = entropy(32), _new_tls_key(entropy)
+        signing_key, tls = entropy(32), self._tls_keys.make(entropy)
         public = Ed25519PrivateKey.from_private_bytes(signing_key).public_key().public_bytes_raw()
-        info = key_info(tls_key.public_key())
+        info = key_info(tls.key.public_key())
         name = pseudonym_id(tenant=self._tenant, task=self._task, signing_key=public, tls_key=info)
-        pem = tls_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        return _Prepared(name, signing_key, pem, _certificate_request(name, tls_key))
+        return _Prepared(name, signing_key, tls.stored, _certificate_request(name, tls.key))
 
     def _check_answer(self, answer: PseudonymAnswer, aggregator_key: Ed25519PublicKey) -> None:
         """Whether the answer is the pinned aggregator's, to this request."""
@@ -375,13 +384,6 @@ def _state(one: Pseudonym, now_s: float) -> str:
     return "for pending updates only" if one.is_valid(now_s) else "over"
 
 
-def _new_tls_key(entropy: Entropy) -> ec.EllipticCurvePrivateKey:
-    """A P-256 key from random bits, 64 more than the group order has (FIPS 186-5, A.2.1)."""
-    order = ec.SECP256R1().group_order
-    drawn = int.from_bytes(entropy((order.bit_length() + 64) // 8), "big")
-    return ec.derive_private_key(drawn % (order - 1) + 1, ec.SECP256R1())
-
-
 def _certificate_request(name: str, key: ec.EllipticCurvePrivateKey) -> str:
     """PKCS #10 in PEM: the name, the key, nothing else."""
     return (
@@ -395,7 +397,7 @@ def _certificate_request(name: str, key: ec.EllipticCurvePrivateKey) -> str:
 
 def _issued(asked: _Prepared, pem: bytes, ca: x509.Certificate) -> _Installed:
     """A pseudonym with the certificate that was issued for it, checked."""
-    key = key_info(load_pem_private_key(asked.tls_key, None).public_key())
+    key = key_info(x509.load_pem_x509_csr(asked.csr.encode()).public_key())
     period = checked_period(pem, pseudonym=asked.id, public_key=key, ca=ca)
     return _Installed(
         id=asked.id,

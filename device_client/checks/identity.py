@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import NameOID
 
@@ -80,7 +81,19 @@ class Papers:
     key: bytes = field(repr=False)
 
 
-def check_certificate(papers: Papers, *, name: str, now_s: float, is_replaced: bool = False) -> Result:
+def public_half(key: bytes) -> PublicKeyTypes:
+    """Of a private key in PEM without a password. Raises ValueError, TypeError."""
+    return load_pem_private_key(key, None).public_key()
+
+
+def check_certificate(
+    papers: Papers,
+    *,
+    name: str,
+    now_s: float,
+    is_replaced: bool = False,
+    public_half: Callable[[bytes], PublicKeyTypes] = public_half,
+) -> Result:
     """Whether a client certificate can be used now.
 
     Args:
@@ -88,14 +101,15 @@ def check_certificate(papers: Papers, *, name: str, now_s: float, is_replaced: b
         name: on the wire, which the certificate has to be for.
         now_s: Unix seconds.
         is_replaced: whether another one takes over by itself when it ends.
+        public_half: of its key, which is tried where it is a TPM's.
 
     Raises:
-        DeviceError: one of them is not PEM of its kind.
+        DeviceError: one of them is not PEM of its kind; as KeyStoreError, the TPM cannot use its key.
     """
     own = _parsed("certificate", x509.load_pem_x509_certificate, papers.certificate)
-    private = _parsed("key", lambda data: load_pem_private_key(data, None), papers.key)
+    private = _parsed("key", public_half, papers.key)
     roots = _parsed("ca", x509.load_pem_x509_certificates, papers.ca)
-    if key_info(own.public_key()) != key_info(private.public_key()):
+    if key_info(own.public_key()) != key_info(private):
         return problem("the certificate is for another key", "put the certificate beside the key it was made for")
     names = [attribute.value for attribute in own.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if names != [name]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from device_client.adapters.certificate_files import tls_files
+from device_client.adapters.tpm2_tls_keys import tls_public_half
 from device_client.checks.broker import Way, check_broker
 from device_client.checks.examined import Examined, not_looked_at
 from device_client.checks.findings import Check, Result, ok, problem
@@ -14,6 +15,7 @@ from device_client.checks.wearer import check_consent
 from device_client.config import StudyConfig
 from device_client.consent import Consents, terms_digest, terms_of
 from device_client.device_store import load_identity
+from device_client.errors import KeyStoreError
 from device_client.joining.joiner import kept_state
 from device_client.joining.records import JoiningState
 from device_client.ports import Transport
@@ -100,7 +102,7 @@ class StudyChecks:
                 return ok("none is configured: the broker is spoken to without TLS")
             parts = {"ca": broker.ca, "certificate": broker.certificate, "key": broker.key}
             found = {kind: read_file(relative_to_config(path, name), f"broker.{kind}") for kind, name in parts.items()}
-            return check_certificate(Papers(**found), name=self._study.id, now_s=now_s)
+            return check_certificate(Papers(**found), name=self._study.id, now_s=now_s, public_half=tls_public_half)
         try:
             current = self._current()
         except CoveyError as error:
@@ -108,7 +110,12 @@ class StudyChecks:
         if current is None:
             return problem("there is none for now, since no pseudonym is for now", "see pseudonyms above")
         papers = Papers(current.ca, current.certificate, current.tls_key)
-        return check_certificate(papers, name=current.id, now_s=now_s, is_replaced=True)
+        try:
+            return check_certificate(
+                papers, name=current.id, now_s=now_s, is_replaced=True, public_half=tls_public_half
+            )
+        except KeyStoreError as error:
+            return problem(str(error), "put the TPM right, or take the device out of the study and enrol it again")
 
     def _broker(self) -> Result:
         broker = self._study.broker

@@ -25,6 +25,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from fl_protocol.adapters.inbox import Inbox
+from fl_protocol.adapters.openssl_tpm2 import load_cert_chain
 from fl_protocol.adapters.paho_client import MAX_INCOMING_BYTES, ExpiresIn, PahoClient
 from fl_protocol.back_off import BackOff
 from fl_protocol.errors import LocalMisuseError
@@ -249,11 +250,15 @@ class MqttTransport:
 
 
 def tls_context(files: TlsFiles) -> ssl.SSLContext:
-    """TLS 1.3 only, both sides authenticated. Raises LocalMisuseError for files that cannot be used."""
+    """TLS 1.3 only, both sides authenticated; the key in the file may be one that only a TPM can use.
+
+    Raises:
+        LocalMisuseError: a file cannot be used, or there is no provider for a TPM's key.
+    """
     try:
         context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(files.ca))
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(str(files.certificate), str(files.key))
+        load_cert_chain(context, files.certificate, files.key)
     except (OSError, ssl.SSLError) as error:
         raise LocalMisuseError(
             f"TLS files: expected PEM files at {files.ca}, {files.certificate} and {files.key}; {error}"

@@ -30,6 +30,7 @@ from device_client.adapters.certificate_files import tls_files
 from device_client.adapters.encrypted_files import EncryptedFiles
 from device_client.errors import StoreError
 from device_client.pseudonyms import NoPseudonym, Pseudonym, Pseudonyms, date_text
+from device_client.tls_keys import SoftwareTlsKeys
 from fl_protocol.enrolment import (
     DAY_S,
     OVERLAP_S,
@@ -180,14 +181,14 @@ def test_names_and_keys_follow_from_the_entropy_alone() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.binary(min_size=40, max_size=40))
 def test_any_random_bytes_make_a_key(drawn: bytes) -> None:
-    key = original._new_tls_key(lambda count: drawn[:count])
+    key = SoftwareTlsKeys().make(lambda count: drawn[:count]).key
     value = key.private_numbers().private_value
     assert value == int.from_bytes(drawn, "big") % (ec.SECP256R1().group_order - 1) + 1
 
 
 def test_the_edges_of_the_random_bytes_make_keys_too() -> None:
     for drawn in (bytes(40), b"\xff" * 40):
-        original._new_tls_key(lambda count, drawn=drawn: drawn[:count])  # type: ignore[misc]
+        SoftwareTlsKeys().make(lambda count, drawn=drawn: drawn[:count])  # type: ignore[misc]
 
 
 def test_keys_are_not_printed() -> None:
@@ -815,14 +816,15 @@ def test_the_copy_passes_while_nothing_is_broken(check: Callable[[ModuleType], N
         ),
         pytest.param(
             "shares",
-            broken_copy(original.__name__, ("entropy((order.bit_length() + 64) // 8)", "bytes(range(40))")),
+            broken_copy(
+                original.__name__,
+                ("self._tls_keys.make(entropy)", "self._tls_keys.make(lambda count: bytes(range(count)))"),
+            ),
             id="one TLS key for all",
         ),
         pytest.param(
             "shares",
-            broken_copy(
-                original.__name__, ("signing_key, tls_key = entropy(32),", "signing_key, tls_key = bytes(32),")
-            ),
+            broken_copy(original.__name__, ("signing_key, tls = entropy(32),", "signing_key, tls = bytes(32),")),
             id="one signing key for all",
         ),
         pytest.param("keys", _trusting(), id="takes a certificate for another key"),
