@@ -105,7 +105,7 @@ class Doctor:
         yield Check("swap", self._swap)
         yield Check("core dumps", lambda: check_core_dumps(core_limit_of(self._device.process)))
         for study in self._config.studies:
-            yield Check("bundle", lambda study=study: check_bundle(self._files.open_bundle(study)), study.study)  # type: ignore[misc]
+            yield Check("bundle", lambda study=study: check_bundle(self._files.open_bundle(study), study), study.study)  # type: ignore[misc]
             yield Check("runtime", lambda study=study: check_runtime(self._files.open_bundle(study)), study.study)  # type: ignore[misc]
         yield Check("memory", self._memory)
         yield Check("conditions", self._conditions)

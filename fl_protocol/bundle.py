@@ -96,11 +96,13 @@ class ExaminedBundle(NamedTuple):
         bundle: what is in it.
         signed: the bytes that publishers sign, the same however many have.
         signatures: of whom is not said; 64 bytes each.
+        manifest_digest: SHA-256 of ``manifest.json``, which stands for everything but the signatures.
     """
 
     bundle: ModelBundle
     signed: bytes
     signatures: list[bytes]
+    manifest_digest: bytes
 
     def signers(self, keys: Iterable[Ed25519PublicKey]) -> tuple[Ed25519PublicKey, ...]:
         """Those of `keys` that have signed it."""
@@ -203,8 +205,50 @@ def examine_bundle(data: bytes) -> ExaminedBundle:
         BundleError: it is damaged or contradicts itself, so that no device could open it whoever signed it.
     """
     members = _read_members(data)
-    signatures = signatures_in(members[_SIGNATURE])
-    return ExaminedBundle(_checked_bundle(members, 0), _SIGNING_CONTEXT + members[_MANIFEST], signatures)
+    return ExaminedBundle(
+        _checked_bundle(members, 0),
+        signed=_SIGNING_CONTEXT + members[_MANIFEST],
+        signatures=signatures_in(members[_SIGNATURE]),
+        manifest_digest=hashlib.sha256(members[_MANIFEST]).digest(),
+    )
+
+
+def check_derived(bundle: ModelBundle, origin: ModelBundle) -> None:
+    """Whether a bundle is what training from another can give; runs at a publisher, before it signs.
+
+    Args:
+        bundle: that an aggregator exported.
+        origin: that the training started from.
+
+    Raises:
+        BundleError: more differs than shared parameters, version and description, or the version is not higher.
+    """
+    # Security: an aggregator that is not to be trusted could have put in a graph that clips nothing.
+    if bundle.manifest.version < origin.manifest.version:
+        raise BundleError(
+            f"The bundle is version {bundle.manifest.version} and its origin version {origin.manifest.version}: "
+            "expected at least that."
+        )
+    shared = origin.manifest.num_shared_parameters
+    differs = {
+        "manifest": _constant_part(bundle.manifest) != _constant_part(origin.manifest),
+        GRAPH: bundle.graph != origin.graph,
+        INFER: bundle.infer_template != origin.infer_template,
+        KERAS: bundle.keras_json != origin.keras_json,
+        FROZEN: bundle.frozen.tobytes() != origin.frozen.tobytes(),
+        "personal parameters": bundle.params[shared:].tobytes() != origin.params[shared:].tobytes(),
+    }
+    names = [name for name, is_other in differs.items() if is_other]
+    if names:
+        raise BundleError(
+            f"The bundle has another {', '.join(names)} than its origin, and training changes shared parameters alone: "
+            "do not sign it; ask who exported it, or name the bundle of the task as the origin."
+        )
+
+
+def _constant_part(manifest: BundleManifest) -> BundleManifest:
+    """A manifest without what differs from version to version."""
+    return msgspec.structs.replace(manifest, version=0, description="", members={})
 
 
 def _checked_bundle(members: dict[str, bytes], minimum_version: int) -> ModelBundle:
