@@ -24,6 +24,7 @@ from fl_protocol.bundle import ExaminedBundle, add_signature, check_derived, exa
 from fl_protocol.errors import BundleError, ConfigError, LocalMisuseError
 from fl_protocol.publishers import Publishers, check_signed
 from fl_protocol.signing import public_key_from_hex, public_key_hex
+from fl_protocol.terminal import visible
 
 publisher_app = make_group("Publishers, who vouch for models: their keys, and their signatures on bundles.")
 Bundle = Annotated[Path, typer.Argument(help="A model bundle, such as model.covey.", show_default=False)]
@@ -191,9 +192,10 @@ def _report(data: bytes, examined: ExaminedBundle) -> BundleReport:
 def _say(title: str, report: BundleReport) -> None:
     """Print a report as a table."""
     rows: list[tuple[str, object]] = [
-        ("name", report.name),
+        # Security: a bundle that nobody vouches for yet must not write over the digests that its signer reads.
+        ("name", visible(report.name)),
         ("version", str(report.version)),
-        ("description", report.description[:_LONGEST_DESCRIPTION]),
+        ("description", visible(report.description[:_LONGEST_DESCRIPTION])),
         ("parameters", f"{report.num_parameters}, {report.num_shared_parameters} of them shared"),
         ("model SHA-256", f"{report.model} (shared parameters, as model show and approvals name them)"),
         ("graph SHA-256", f"{report.graph} (what devices run)"),

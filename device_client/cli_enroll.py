@@ -27,13 +27,13 @@ from device_client.joining.session import Offline, Online
 from device_client.joining.study_section import check_claimed, check_pins, joined_study, section_text, with_section
 from device_client.joining.words import refusal_words
 from device_client.pseudonyms import Pseudonyms, date_text
-from device_client.terminal import visible
 from fl_protocol.adapters.config_files import pinned_publishers, read_file, relative_to_config
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.bundle import open_bundle
 from fl_protocol.enrolment import MAX_PSEUDONYMS
 from fl_protocol.errors import ConfigError
 from fl_protocol.joining import Claim, Token, decode_claim, parse_token, token_digest
+from fl_protocol.terminal import visible
 from fl_protocol.transport import Connected, Disconnected, Received, Transport
 
 EPILOG = """examples:

@@ -51,9 +51,9 @@ from device_client.eligibility import Eligibility
 from device_client.ledger import PrivacyLedger
 from device_client.ledger.chain import LOG_NAME
 from device_client.readiness import policy_of
-from device_client.terminal import visible
 from fl_protocol.adapters.files import SystemDisk
 from fl_protocol.errors import CoveyError
+from fl_protocol.terminal import visible
 
 PROBLEMS_EXIT_CODE = 5
 _SPARE_BYTES = 64 * 1024 * 1024

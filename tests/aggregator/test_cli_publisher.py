@@ -299,6 +299,17 @@ def test_who_has_signed_is_shown_and_whether_it_is_enough(operator: Operator) ->
     assert (bare["threshold"], bare["is_enough"], bare["signed_by"]) == (None, None, [])
 
 
+def test_a_bundle_does_not_speak_to_the_terminal_of_who_is_to_sign_it(operator: Operator) -> None:
+    keygen(operator, "anna")
+    hostile = "\x1b[2J\x1b]0;owned\x07\u202efine\nmodel SHA-256  " + "ab" * 32
+    (operator.folder / "model.covey").write_bytes(repacked(description=hostile, name="watch\x1b[8m"))
+    for command in (["show", "./model.covey"], ["sign", "./model.covey", "--key", "./anna/publisher.key"]):
+        lines = operator.says("publisher", *command).splitlines()
+        assert all(line.isprintable() for line in lines)
+        (digest,) = (line.split()[2] for line in lines if line.split()[:2] == ["model", "SHA-256"])
+        assert digest == _origin().shared_digest.hex()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
