@@ -17,12 +17,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator import cli_models
+from aggregator.assembly import AggregatorFiles
 from device_client.assembly import DeviceFiles
 from fl_protocol import bundle as bundle_module
+from fl_protocol.adapters.key_files import create_key
 from fl_protocol.bundle import ModelBundle, check_derived, examine_bundle, open_bundle, pack_bundle
 from fl_protocol.errors import BundleError, ConfigError
 from fl_protocol.signing import public_key_from_hex, public_key_hex
-from tests.aggregator.operator_desk import BUNDLES, PUBLISHER, Operator, Running, one_sentence, operator
+from tests.aggregator.operator_desk import BUNDLES, CONFIG, PUBLISHER, Operator, Running, one_sentence, operator
 from tests.enrolments import broken_copy
 
 __all__ = ["operator"]
@@ -326,17 +328,13 @@ def test_publishers_that_cannot_be_are_refused_in_a_sentence(
 
 
 def check_the_aggregators_key_is_refused(module: ModuleType, folder: Path) -> None:
-    raw = Ed25519PrivateKey.generate()
-    path = folder / "a.key"
-    path.write_bytes(raw.private_bytes_raw())
-    path.chmod(0o600)
-
-    class Files:
-        def signing_key(self) -> Ed25519PrivateKey:
-            return raw
-
+    (folder / "aggregator.toml").write_text(CONFIG)
+    files = AggregatorFiles.load(folder / "aggregator.toml")
+    files.signing_key(create=True)
     with pytest.raises(ConfigError, match="the aggregator's own key"):
-        module._publishers_key(path, Files())
+        module._publishers_key(folder / "keys" / "aggregator.key", files)
+    other = create_key(folder / "publisher.key")
+    assert module._publishers_key(folder / "publisher.key", files).public_key() == other.public_key()
 
 
 def test_an_export_that_takes_the_aggregators_key_is_caught(tmp_path: Path) -> None:
