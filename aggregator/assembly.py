@@ -43,7 +43,7 @@ from aggregator.store.tasks import StoredTask
 from aggregator.task_runner import RunnerPorts, TaskRunner
 from aggregator.validation import load_validation
 from aggregator.worker import IngestWorker
-from fl_protocol.adapters.config_files import load_toml, read_file, relative_to_config
+from fl_protocol.adapters.config_files import load_toml, pinned_publishers, read_file, relative_to_config
 from fl_protocol.adapters.connect import make_transport
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.journal import Journal
@@ -51,7 +51,6 @@ from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.helper_config import pinned
 from fl_protocol.secagg.terms import HelperIdentity
-from fl_protocol.signing import public_key_from_hex
 from fl_protocol.transport import Transport
 
 _KEY_BYTES = 32
@@ -143,8 +142,9 @@ class AggregatorFiles:
 
 def bundle_of(store: AggregatorStore, task: StoredTask) -> ModelBundle:
     """A task's bundle, as it was when the task was created. Raises BundleError or DatabaseError."""
-    publisher = public_key_from_hex(config_of(task.spec, task.name).publisher_key)
-    return open_bundle(store.blobs.get(task.bundle), publisher=publisher)
+    pins = config_of(task.spec, task.name).publisher_pins
+    publishers = pinned_publishers(f"of {task.name} in the database", pins)
+    return open_bundle(store.blobs.get(task.bundle), publisher=publishers)
 
 
 def assemble(files: AggregatorFiles, *, journal: Journal, worker: str | None = None) -> AggregatorService:

@@ -28,6 +28,7 @@ from aggregator.cli_enrolment import token_app as enroll_token_app
 from aggregator.cli_models import model_app
 from aggregator.cli_options import AsJson, Config, opened
 from aggregator.cli_privacy import privacy_app
+from aggregator.cli_publisher import publisher_app
 from aggregator.cli_tasks import task_app
 from aggregator.cli_watch import register as register_watch
 from aggregator.cli_webhooks import webhook_app
@@ -68,6 +69,8 @@ Examples:
 
   covey-aggregator model export exercises --config aggregator.toml --out model
 
+  covey-aggregator publisher sign model/model.covey --key publisher.key
+
   covey-aggregator audit verify --config aggregator.toml
 
   covey-aggregator privacy plan --epsilon 2 --delta 1e-6 --devices 5000 --rounds 200
@@ -79,6 +82,7 @@ app = make_app("covey-aggregator", _HELP)
 for _name, _group in (
     ("task", task_app),
     ("model", model_app),
+    ("publisher", publisher_app),
     ("privacy", privacy_app),
     ("device", device_app),
     ("ca", ca_app),

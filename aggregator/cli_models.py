@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator import releases
 from aggregator.accounts.account_store import Actor
-from aggregator.assembly import bundle_of
+from aggregator.assembly import AggregatorFiles, bundle_of
 from aggregator.audit.log import AuditEvent, append, local_actor
 from aggregator.cli_options import AsJson, Config, Out, Task, opened, write_files
 from aggregator.cli_orders import order
@@ -20,9 +22,12 @@ from aggregator.lineage_privacy import lineage_of
 from aggregator.model_report import checked_tag, model_report, model_reports, version_of
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.task_report import flat
+from fl_protocol.adapters.key_files import load_key
 from fl_protocol.errors import ConfigError
+from fl_protocol.signing import public_key_hex
 
 model_app = make_group("A task's models: every version with where it came from, how it did, and its tags.")
+_SIGN_NEXT = "no device takes it before its publishers have, with covey-aggregator publisher sign"
 Version = Annotated[str, typer.Argument(help="A version's number, or a tag.", show_default=False)]
 
 
@@ -115,6 +120,7 @@ def model_rollback(task: Task, version: Version, config: Config, as_json: AsJson
     epilog=examples(
         "model export exercises --config aggregator.toml --out model",
         "model export exercises --config aggregator.toml --tag released --out model",
+        "model export exercises --config aggregator.toml --tag released --out model --publisher-key publisher.key",
     ),
 )
 def model_export(
@@ -123,25 +129,45 @@ def model_export(
     out: Out,
     version: Annotated[int | None, typer.Option(min=0, help="Default: the model in force.")] = None,
     tag: Annotated[str | None, typer.Option(help="In place of --version.")] = None,
+    publisher_key: Annotated[
+        Path | None, typer.Option(help="A publisher's key file, to sign with at once. Default: not signed.")
+    ] = None,
 ) -> None:
-    """Write a version as a signed bundle, and as an inference-only .tflite."""
+    """Write a version as a bundle, and as an inference-only .tflite.
+
+    No device takes the bundle before its publishers have signed it, best on machines of their own: `publisher sign`.
+    """
     if version is not None and tag is not None:
         raise ConfigError("expected --version or --tag, got both")
     with opened(config) as (files, store):
         number = _chosen(store, task, version=version, tag=tag)
         record, stored = store.models.record(task, number), store.tasks.get(task)
-        exported = export_model(
-            bundle_of(store, stored), record, store.models.params(record), signing_key=files.signing_key()
-        )
-        told = AuditEvent(
-            time.time(), local_actor(), "model.exported", task, {"version": number, "model": record.digest.hex()}
-        )
+        key = None if publisher_key is None else _publishers_key(publisher_key, files)
+        exported = export_model(bundle_of(store, stored), record, store.models.params(record), publisher_key=key)
+        detail: dict[str, str | int | float] = {"version": number, "model": record.digest.hex()}
+        if key is not None:
+            detail["publisher"] = public_key_hex(key.public_key())
+        told = AuditEvent(time.time(), local_actor(), "model.exported", task, detail)
         with store.database.transaction() as connection:
             append(connection, told)
     written = {"model.covey": exported.bundle, "model.tflite": exported.inference}
     write_files(out, written)
     for name in written:
         typer.echo(str(out / name))
+    if key is None:
+        typer.echo(f"{out / 'model.covey'} is not signed: {_SIGN_NEXT}", err=True)
+
+
+def _publishers_key(path: Path, files: AggregatorFiles) -> Ed25519PrivateKey:
+    """A key to sign models with. Raises ConfigError, LocalMisuseError."""
+    key = load_key(path)
+    # Security: devices that pin the aggregator's key run whatever model somebody with this machine makes up.
+    if key.public_key() == files.signing_key().public_key():
+        raise ConfigError(
+            f"--publisher-key {path} is the aggregator's own key: pinned as a publisher's, it would let whoever has "
+            "this machine have devices run any model; make another, best elsewhere (covey-aggregator publisher keygen)"
+        )
+    return key
 
 
 def _chosen(store: AggregatorStore, task: str, *, version: int | None, tag: str | None) -> int:

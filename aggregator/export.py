@@ -1,4 +1,7 @@
-"""The trained model as files: a signed bundle to train on from, and an inference-only ``.tflite``."""
+"""The trained model as files: a bundle to train on from, and an inference-only ``.tflite``.
+
+The aggregator's own key never signs a bundle: whoever has the aggregator's machine could have devices run any model.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class ExportedModel(NamedTuple):
 
 
 def export_model(
-    origin: ModelBundle, record: ModelRecord, shared_params: Float32, *, signing_key: Ed25519PrivateKey
+    origin: ModelBundle, record: ModelRecord, shared_params: Float32, *, publisher_key: Ed25519PrivateKey | None
 ) -> ExportedModel:
     """Put trained parameters into the bundle that training started from; runs at the aggregator.
 
@@ -27,7 +30,7 @@ def export_model(
         origin: the bundle of the task.
         record: the version to export.
         shared_params: its parameters, float32 [shared parameters]; personal layers stay at the publisher's values.
-        signing_key: the aggregator's; whoever uses the bundle pins its public half as the publisher.
+        publisher_key: of a publisher, signs the bundle; None for one that publishers sign on machines of their own.
     """
     params = origin.with_personal(shared_params)
     manifest = replace(
@@ -42,6 +45,6 @@ def export_model(
         params=params,
         keras_json=origin.keras_json,
         frozen=origin.frozen,
-        publisher_key=signing_key,
+        publisher_key=publisher_key,
     )
     return ExportedModel(bundle, origin.inference_model(params))

@@ -15,7 +15,7 @@ from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.models import Float32, NewModel
 from aggregator.task_file import TaskConfig, read_task
 from aggregator.validation import load_validation
-from fl_protocol.adapters.config_files import pinned_key, read_file, relative_to_config
+from fl_protocol.adapters.config_files import pinned_publishers, read_file, relative_to_config
 from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.messages import StatisticsPlanMsg
@@ -47,7 +47,7 @@ def create_task(store: AggregatorStore, path: Path, *, now_s: float, actor: str 
     text = read_file(path, "the task file").decode(errors="replace")
     config = read_task(text, str(path))
     raw_bundle = read_file(relative_to_config(path, config.bundle), "bundle")
-    bundle = open_bundle(raw_bundle, publisher=pinned_key(path, "publisher_key", config.publisher_key))
+    bundle = open_bundle(raw_bundle, publisher=pinned_publishers(path, config.publisher_pins))
     _check_rule(path, config, len(bundle.shared_params))
     _check_features(path, config, bundle)
     _check_secure(path, config, bundle)

@@ -27,6 +27,7 @@ from fl_protocol.messages import (
     TrainingPlanMsg,
 )
 from fl_protocol.plans import PlanMsg
+from fl_protocol.publishers import PublisherPins, publisher_pins
 from fl_protocol.secagg.messages import MOST_LISTED
 
 Kind = Literal["train", "evaluate", "statistics"]
@@ -216,7 +217,9 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     Args:
         name: on the wire, unique in the database.
         bundle: path of the model bundle whose parameters it starts from.
-        publisher_key: Ed25519 key of its publisher, 64 hex digits.
+        publisher_key: Ed25519 key of its only publisher, 64 hex digits; this or `publishers`.
+        publishers: Ed25519 keys of several publishers, 64 hex digits each, at most 16.
+        publisher_threshold: how many of `publishers` must have signed the bundle; must be given with them.
         rounds: committed rounds to run.
         goal: updates at which a round closes early; the buffer's size when asynchronous.
         minimum_cohort: fewest updates that are ever combined.
@@ -238,7 +241,9 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
     name: Name
     bundle: str
-    publisher_key: str
+    publisher_key: str | None = None
+    publishers: tuple[str, ...] = ()
+    publisher_threshold: int | None = None
     plan: Plan
     rounds: AtLeastOne
     goal: AtLeastOne
@@ -260,6 +265,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
     def __post_init__(self) -> None:
         self._check_engine()
+        _ = self.publisher_pins
         if self.plan.control_variates and self.population is None:
             raise ValueError("control_variates need population, the number of devices that may take part")
         if self.plan.control_variates and (self.asynchronous is not None or self.rule.name != "mean"):
@@ -275,6 +281,11 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     def kind(self) -> Kind:
         """What is computed."""
         return _KINDS[type(self.plan)]
+
+    @property
+    def publisher_pins(self) -> PublisherPins:
+        """Whose signatures the bundle needs."""
+        return publisher_pins(self.publisher_key, self.publishers, self.publisher_threshold)
 
     @property
     def policy(self) -> RoundPolicy:

@@ -26,7 +26,7 @@ from device_client.errors import StoreError
 from device_client.ledger import Counter
 from device_client.recordings.ingestion import encode_reply, ingest
 from device_client.tls_keys import SoftwareTlsKeys, TlsKeys
-from fl_protocol.adapters.config_files import load_toml, pinned_key, read_file, relative_to_config
+from fl_protocol.adapters.config_files import load_toml, pinned_key, pinned_publishers, read_file, relative_to_config
 from fl_protocol.adapters.connect import make_transport
 from fl_protocol.adapters.files import SystemDisk, write_atomic
 from fl_protocol.adapters.journal import Journal
@@ -137,7 +137,7 @@ class DeviceFiles:
         data = read_file(relative_to_config(self.path, study.bundle), f"{study.study}: bundle")
         return open_bundle(
             data,
-            publisher=pinned_key(self.path, "study.publisher_key", study.publisher_key),
+            publisher=pinned_publishers(self.path, study.publisher_pins, section="study"),
             minimum_version=study.minimum_bundle_version,
         )
 

@@ -11,9 +11,9 @@ from device_client import cli_ask, cli_enroll, cli_store
 from device_client.assembly import DeviceFiles
 from device_client.doctor import run_doctor
 from device_client.errors import LedgerError, StoreError
-from device_client.terminal import visible
 from fl_protocol.adapters.software import software_version
 from fl_protocol.errors import BundleError, ConfigError, CoveyError
+from fl_protocol.terminal import visible
 
 _EXIT_CODES: list[tuple[type[CoveyError], int]] = [
     (ConfigError, 2),

@@ -19,8 +19,8 @@ from device_client.errors import DeviceError, StoreError
 from device_client.ledger import PrivacyLedger
 from device_client.outbox import Outbox
 from device_client.status import Status, status_text
-from device_client.terminal import visible
 from fl_protocol.errors import ConfigError, CoveyError
+from fl_protocol.terminal import visible
 
 _ANSWER_WITHIN_S = 60.0
 """A step of training may have to end before the daemon answers."""

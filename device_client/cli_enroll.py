@@ -27,13 +27,13 @@ from device_client.joining.session import Offline, Online
 from device_client.joining.study_section import check_claimed, check_pins, joined_study, section_text, with_section
 from device_client.joining.words import refusal_words
 from device_client.pseudonyms import Pseudonyms, date_text
-from device_client.terminal import visible
-from fl_protocol.adapters.config_files import pinned_key, read_file, relative_to_config
+from fl_protocol.adapters.config_files import pinned_publishers, read_file, relative_to_config
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.bundle import open_bundle
 from fl_protocol.enrolment import MAX_PSEUDONYMS
 from fl_protocol.errors import ConfigError
 from fl_protocol.joining import Claim, Token, decode_claim, parse_token, token_digest
+from fl_protocol.terminal import visible
 from fl_protocol.transport import Connected, Disconnected, Received, Transport
 
 EPILOG = """examples:
@@ -162,7 +162,11 @@ def _finish(files: DeviceFiles, joiner: Joiner, there: StudyConfig | None, bundl
     until = f"{len(periods)} names until {date_text(periods[-1].ends_s)}, renewed by the daemon from "
     print(f"{joiner.study}: enrolled as {state.membership.enrolment}; {until}{date_text(renewed_from_s(joiner))} on")
     print(f"  aggregator_key {joined.aggregator_key} (the token vouches for it)")
-    print(f"  publisher_key  {joined.publisher_key}")
+    if joined.publisher_key is not None:
+        print(f"  publisher_key  {joined.publisher_key}")
+    else:
+        print(f"  publishers, {joined.publisher_threshold} of whom must have signed a model:")
+        print("\n".join(f"    {key}" for key in joined.publishers))
     for one in joined.helpers:
         print(visible(f"  helper {one.name}, run by {one.operator}: {one.key}"))
     if joined.helpers:
@@ -182,8 +186,8 @@ def _finish(files: DeviceFiles, joiner: Joiner, there: StudyConfig | None, bundl
 
 def _configure(files: DeviceFiles, joined: StudyConfig) -> None:
     """Add the study to the configuration. Raises ConfigError, BundleError."""
-    publisher = pinned_key(files.path, "study.publisher_key", joined.publisher_key)
-    open_bundle(read_file(relative_to_config(files.path, joined.bundle), "--bundle"), publisher=publisher)
+    publishers = pinned_publishers(files.path, joined.publisher_pins, section="study")
+    open_bundle(read_file(relative_to_config(files.path, joined.bundle), "--bundle"), publisher=publishers)
     path = files.path.resolve()  # not a link to it
     try:
         before, mode = path.read_bytes(), path.stat().st_mode & 0o777

@@ -23,12 +23,12 @@ from device_client.pseudonyms import NoPseudonym, Pseudonyms, date_text
 from device_client.recordings.csv_header import CsvFormat
 from device_client.recordings.csv_import import CsvProgress, store_csv
 from device_client.recordings.npz_import import read_npz
-from device_client.terminal import visible
 from fl_protocol.adapters.config_files import pinned_key, read_file
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.journal import JsonLines
 from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.signing import public_key_hex
+from fl_protocol.terminal import visible
 
 _ASK_FOR_MORE_S = 60 * 86_400.0
 """How long before the last pseudonym ends others should be asked for."""

@@ -16,6 +16,7 @@ from device_client.eligibility import parse_window
 from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.helper_config import HelperPin, pinned
+from fl_protocol.publishers import PublisherPins, publisher_pins
 from fl_protocol.topics import NAME_PATTERN
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
@@ -33,8 +34,10 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         tenant, task: names on the wire.
         broker: where it is met.
         bundle: path of the model bundle (``*.covey``).
-        publisher_key: Ed25519 key of the bundle's publisher, 64 hex digits.
+        publisher_key: Ed25519 key of the bundle's only publisher, 64 hex digits; this or `publishers`.
         aggregator_key: Ed25519 key that signs manifests and receipts, 64 hex digits.
+        publishers: Ed25519 keys of several publishers, 64 hex digits each, at most 16.
+        publisher_threshold: how many of `publishers` must have signed the bundle; must be given with them.
         minimum_bundle_version: refuse an older bundle.
         id: a fixed name on the wire, for trying things out; its certificate is named in `broker`. Without it the device
             goes by pseudonyms that change and bring their certificates with them (``covey-device pseudonyms``).
@@ -56,8 +59,10 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     task: Name
     broker: BrokerConfig
     bundle: str
-    publisher_key: str
+    publisher_key: str | None = None
     aggregator_key: str
+    publishers: tuple[str, ...] = ()
+    publisher_threshold: int | None = None
     minimum_bundle_version: int = 0
     id: Name | None = None
     role: Literal["train", "evaluate"] = "train"
@@ -70,11 +75,17 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
     def __post_init__(self) -> None:
         pinned(self.helpers)
+        _ = self.publisher_pins
         if 0 < self.tells_why_every_minutes < LEAST_TELLING_MINUTES:
             raise ValueError(
                 f"tells_why_every_minutes: expected 0 (never) or at least {LEAST_TELLING_MINUTES:g}, for the battery's "
                 f"sake, got {self.tells_why_every_minutes:g}"
             )
+
+    @property
+    def publisher_pins(self) -> PublisherPins:
+        """Whose signatures the bundle needs."""
+        return publisher_pins(self.publisher_key, self.publishers, self.publisher_threshold)
 
     @property
     def study(self) -> str:

@@ -52,13 +52,21 @@ def terms_of(study: StudyConfig, privacy: PrivacyConfig) -> dict[str, str]:
         "largest clip": clip,
         "most steps a round": "any" if privacy.maximum_local_steps is None else f"{privacy.maximum_local_steps}",
         "run by (aggregator key)": study.aggregator_key,
-        "model from (publisher key)": study.publisher_key,
+        **_publishers(study),
         # Whoever takes part in a round that asks for a tag says by it that the device has it.
         **({"most rounds": f"{study.maximum_participations}"} if study.maximum_participations is not None else {}),
         **_helpers(study, privacy),
         **_told(study),
         **({"may be asked for by its tags": ", ".join(sorted(study.tags))} if study.tags else {}),
     }
+
+
+def _publishers(study: StudyConfig) -> dict[str, str]:
+    """Who vouches for the model. One publisher's key stands as it is written: older consents named it so."""
+    if study.publisher_key is not None:
+        return {"model from (publisher key)": study.publisher_key}
+    pins = study.publisher_pins
+    return {f"model signed by at least {pins.threshold} of (publisher keys)": ", ".join(pins.keys)}
 
 
 def _helpers(study: StudyConfig, privacy: PrivacyConfig) -> dict[str, str]:

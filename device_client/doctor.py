@@ -51,9 +51,9 @@ from device_client.eligibility import Eligibility
 from device_client.ledger import PrivacyLedger
 from device_client.ledger.chain import LOG_NAME
 from device_client.readiness import policy_of
-from device_client.terminal import visible
 from fl_protocol.adapters.files import SystemDisk
 from fl_protocol.errors import CoveyError
+from fl_protocol.terminal import visible
 
 PROBLEMS_EXIT_CODE = 5
 _SPARE_BYTES = 64 * 1024 * 1024
@@ -105,7 +105,7 @@ class Doctor:
         yield Check("swap", self._swap)
         yield Check("core dumps", lambda: check_core_dumps(core_limit_of(self._device.process)))
         for study in self._config.studies:
-            yield Check("bundle", lambda study=study: check_bundle(self._files.open_bundle(study)), study.study)  # type: ignore[misc]
+            yield Check("bundle", lambda study=study: check_bundle(self._files.open_bundle(study), study), study.study)  # type: ignore[misc]
             yield Check("runtime", lambda study=study: check_runtime(self._files.open_bundle(study)), study.study)  # type: ignore[misc]
         yield Check("memory", self._memory)
         yield Check("conditions", self._conditions)

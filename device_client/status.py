@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from device_client.study_runner import StudyRunner
-from device_client.terminal import visible
 from device_client.training import Evaluation
+from fl_protocol.terminal import visible
 
 if TYPE_CHECKING:
     from device_client.device import Device

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.markup import escape
 
@@ -25,7 +26,9 @@ from firmware_sim.report import report_html
 from firmware_sim.run_folder import RunFolder
 from firmware_sim.settings import TASK, DemoSettings
 from fl_protocol.adapters.files import write_atomic
+from fl_protocol.adapters.key_files import create_key, load_key
 from fl_protocol.adapters.software import software_version
+from fl_protocol.signing import public_key_hex
 
 POLL_S = 0.1
 LAST_MEASUREMENT_WITHIN_S = 30.0
@@ -131,12 +134,19 @@ class DemoRun:
                 with closing(files.open_store(create=False)) as store:
                     record = store.models.record(TASK, metrics.final.version)
                     bundle, params = bundle_of(store, store.tasks.get(TASK)), store.models.params(record)
-                exported = export_model(bundle, record, params, signing_key=files.signing_key())
+                exported = export_model(bundle, record, params, publisher_key=self._publisher_key())
                 write_atomic(folder / "model.covey", exported.bundle, mode=0o644)
                 write_atomic(folder / "model.tflite", exported.inference, mode=0o644)
         except OSError as error:
             raise FleetError(f"the results cannot be written to {folder} ({error.strerror})") from error
         return metrics
+
+    def _publisher_key(self) -> Ed25519PrivateKey:
+        """A publisher's key of this run's own, its public half beside it. Raises OSError."""
+        path = self.folder.path / "publisher.key"
+        key = load_key(path) if path.exists() else create_key(path)
+        write_atomic(self.folder.path / "publisher.pub", f"{public_key_hex(key.public_key())}\n".encode(), mode=0o644)
+        return key
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 Members: ``manifest.json``, ``graph.tflite`` (signatures ``train``, ``infer``, ``evaluate`` on B rows, and mostly
 ``train_few``, the same as ``train`` on fewer), ``infer.tflite`` (inference only, parameters stored as one constant),
 ``params.npy`` (float32 [d]), ``keras.json`` (the Keras model, for tools that have TensorFlow; a device does not read
-it), ``frozen.npy`` (the weights of its frozen layers, which the graphs hold as constants) and ``signature`` (Ed25519 of
-the publisher over the bytes of ``manifest.json``). The manifest carries the SHA-256 of every other member, so the one
-signature covers all of them.
+it), ``frozen.npy`` (the weights of its frozen layers, which the graphs hold as constants) and ``signature`` (0 to 16
+Ed25519 signatures of publishers over the bytes of ``manifest.json``, `fl_protocol.publishers`). The manifest carries
+the SHA-256 of every other member, so each signature covers all of them.
 
-Order of checks in `open_bundle`: size caps from the zip directory, then the signature, then the manifest, then the
-version, then the digests; nothing is parsed before what vouches for it has been checked. No I/O: bytes in, bytes out.
+Order of checks in `open_bundle`: size caps from the zip directory, then the signatures, then the manifest, then the
+version, then the digests; nothing is parsed before what vouches for it has been checked. Publishers, who are about to
+vouch for a bundle or look who has, use `examine_bundle`. No I/O: bytes in, bytes out.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import NDArray
 
 from fl_protocol.errors import BundleError, LocalMisuseError
 from fl_protocol.model_manifest import BundleManifest, decode_manifest
+from fl_protocol.publishers import MOST_PUBLISHERS, Publishers, check_signed, signatures_in, signers_among
 
 MAX_MEMBER_BYTES = 64 * 1024 * 1024
 """Largest uncompressed member that is read; a zip that declares more is refused unread (zip bombs)."""
@@ -62,6 +64,11 @@ class ModelBundle(msgspec.Struct, frozen=True):
         return hashlib.sha256(self.graph).digest()
 
     @property
+    def shared_digest(self) -> bytes:
+        """SHA-256 of `shared_params`, little-endian: what an aggregator's versions and approvals name a model by."""
+        return hashlib.sha256(self.shared_params.astype("<f4").tobytes()).digest()
+
+    @property
     def shared_params(self) -> NDArray[np.float32]:
         """The publisher's parameters without the personal layers, float32 [num_shared_parameters]."""
         return self.params[: self.manifest.num_shared_parameters]
@@ -82,6 +89,26 @@ class ModelBundle(msgspec.Struct, frozen=True):
         return self.infer_template[:start] + vector + self.infer_template[start + len(vector) :]
 
 
+class ExaminedBundle(NamedTuple):
+    """A bundle that is whole, whoever has signed it or not.
+
+    Args:
+        bundle: what is in it.
+        signed: the bytes that publishers sign, the same however many have.
+        signatures: of whom is not said; 64 bytes each.
+        manifest_digest: SHA-256 of ``manifest.json``, which stands for everything but the signatures.
+    """
+
+    bundle: ModelBundle
+    signed: bytes
+    signatures: list[bytes]
+    manifest_digest: bytes
+
+    def signers(self, keys: Iterable[Ed25519PublicKey]) -> tuple[Ed25519PublicKey, ...]:
+        """Those of `keys` that have signed it."""
+        return signers_among(keys, self.signed, self.signatures)
+
+
 def pack_bundle(
     manifest: BundleManifest,
     *,
@@ -90,9 +117,9 @@ def pack_bundle(
     params: NDArray[np.float32],
     keras_json: bytes,
     frozen: NDArray[np.float32],
-    publisher_key: Ed25519PrivateKey,
+    publisher_key: Ed25519PrivateKey | None,
 ) -> bytes:
-    """Sign and zip a bundle; runs at the publisher.
+    """Zip a bundle, and sign it if there is a key; runs at the publisher, or at an aggregator without a key.
 
     Args:
         manifest: ``members`` is filled in here.
@@ -101,7 +128,7 @@ def pack_bundle(
         params: float32 [d].
         keras_json: the Keras model's configuration.
         frozen: the weights of its frozen layers, float32.
-        publisher_key: signs the manifest.
+        publisher_key: signs the manifest; None for a bundle that publishers sign later (`add_signature`).
 
     Returns:
         The bytes of the ``.covey`` file; the same arguments give the same bytes.
@@ -120,37 +147,113 @@ def pack_bundle(
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     text = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, members=digests)), indent=1)
     _check_opens(text)
-    signature = publisher_key.sign(_SIGNING_CONTEXT + text)
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in ((_MANIFEST, text), (_SIGNATURE, signature), *members.items()):
-            # A fixed time keeps the bytes reproducible.
-            info = zipfile.ZipInfo(name, date_time=(2026, 1, 1, 0, 0, 0))
-            info.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(info, data)
-    return out.getvalue()
+    signature = b"" if publisher_key is None else publisher_key.sign(_SIGNING_CONTEXT + text)
+    return _zipped({_MANIFEST: text, _SIGNATURE: signature, **members})
 
 
-def open_bundle(data: bytes, *, publisher: Ed25519PublicKey, minimum_version: int = 0) -> ModelBundle:
+def add_signature(data: bytes, key: Ed25519PrivateKey) -> bytes:
+    """One more signature on a bundle; runs at a publisher.
+
+    Args:
+        data: bytes of the ``.covey`` file, untrusted; it may have been signed by others.
+        key: the publisher's.
+
+    Returns:
+        The bytes of the file with the signature behind those that were there, everything else as it was; the same
+        arguments give the same bytes.
+
+    Raises:
+        BundleError: it is not whole, so that no device could open it.
+        LocalMisuseError: this key has signed it already, or as many as it can hold have.
+    """
+    examined = examine_bundle(data)
+    if examined.signers([key.public_key()]):
+        raise LocalMisuseError(
+            "This key has signed the bundle already; a second signature of the same publisher counts for nothing: have "
+            "another publisher sign it."
+        )
+    if len(examined.signatures) >= MOST_PUBLISHERS:
+        raise LocalMisuseError(f"The bundle has {MOST_PUBLISHERS} signatures, as many as it can hold: export it anew.")
+    signatures = b"".join([*examined.signatures, key.sign(examined.signed)])
+    return _zipped({**_read_members(data), _SIGNATURE: signatures})
+
+
+def open_bundle(data: bytes, *, publisher: Publishers | Ed25519PublicKey, minimum_version: int = 0) -> ModelBundle:
     """Verify a bundle and return what is in it; runs at devices, aggregators and tools.
 
     Args:
         data: bytes of the ``.covey`` file, untrusted.
-        publisher: the pinned publisher key.
+        publisher: who is pinned: several publishers of whom so many must have signed, or the only one.
         minimum_version: refuse anything lower (anti-rollback).
 
     Raises:
         BundleError: with what was expected, what came and what to do.
     """
+    publishers = publisher if isinstance(publisher, Publishers) else Publishers((publisher,), threshold=1)
     members = _read_members(data)
-    text = members[_MANIFEST]
-    try:
-        publisher.verify(members[_SIGNATURE], _SIGNING_CONTEXT + text)
-    except InvalidSignature:
+    check_signed(publishers, _SIGNING_CONTEXT + members[_MANIFEST], signatures_in(members[_SIGNATURE]))
+    return _checked_bundle(members, minimum_version)
+
+
+def examine_bundle(data: bytes) -> ExaminedBundle:
+    """A bundle that nobody vouches for yet, for who is about to sign it or to see who has; a device never uses it.
+
+    Args:
+        data: bytes of the ``.covey`` file, untrusted.
+
+    Raises:
+        BundleError: it is damaged or contradicts itself, so that no device could open it whoever signed it.
+    """
+    members = _read_members(data)
+    return ExaminedBundle(
+        _checked_bundle(members, 0),
+        signed=_SIGNING_CONTEXT + members[_MANIFEST],
+        signatures=signatures_in(members[_SIGNATURE]),
+        manifest_digest=hashlib.sha256(members[_MANIFEST]).digest(),
+    )
+
+
+def check_derived(bundle: ModelBundle, origin: ModelBundle) -> None:
+    """Whether a bundle is what training from another can give; runs at a publisher, before it signs.
+
+    Args:
+        bundle: that an aggregator exported.
+        origin: that the training started from.
+
+    Raises:
+        BundleError: more differs than shared parameters, version and description, or the version is not higher.
+    """
+    # Security: an aggregator that is not to be trusted could have put in a graph that clips nothing.
+    if bundle.manifest.version < origin.manifest.version:
         raise BundleError(
-            "The bundle is not signed by the pinned publisher: get it again, or pin the publisher who made it."
-        ) from None
-    manifest = decode_manifest(text)
+            f"The bundle is version {bundle.manifest.version} and its origin version {origin.manifest.version}: "
+            "expected at least that."
+        )
+    shared = origin.manifest.num_shared_parameters
+    differs = {
+        "manifest": _constant_part(bundle.manifest) != _constant_part(origin.manifest),
+        GRAPH: bundle.graph != origin.graph,
+        INFER: bundle.infer_template != origin.infer_template,
+        KERAS: bundle.keras_json != origin.keras_json,
+        FROZEN: bundle.frozen.tobytes() != origin.frozen.tobytes(),
+        "personal parameters": bundle.params[shared:].tobytes() != origin.params[shared:].tobytes(),
+    }
+    names = [name for name, is_other in differs.items() if is_other]
+    if names:
+        raise BundleError(
+            f"The bundle has another {', '.join(names)} than its origin, and training changes shared parameters alone: "
+            "do not sign it; ask who exported it, or name the bundle of the task as the origin."
+        )
+
+
+def _constant_part(manifest: BundleManifest) -> BundleManifest:
+    """A manifest without what differs from version to version."""
+    return msgspec.structs.replace(manifest, version=0, description="", members={})
+
+
+def _checked_bundle(members: dict[str, bytes], minimum_version: int) -> ModelBundle:
+    """What the members hold, held against the manifest."""
+    manifest = decode_manifest(members[_MANIFEST])
     if manifest.version < minimum_version:
         raise BundleError(
             f"The bundle is version {manifest.version} but version {minimum_version} is installed: "
@@ -175,6 +278,18 @@ def open_bundle(data: bytes, *, publisher: Ed25519PublicKey, minimum_version: in
         keras_json=members[KERAS],
         frozen=_load_vector(FROZEN, members[FROZEN], None),
     )
+
+
+def _zipped(members: dict[str, bytes]) -> bytes:
+    """The file that holds the members, always in the same order."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in (_MANIFEST, _SIGNATURE, *_HASHED):
+            # A fixed time keeps the bytes reproducible.
+            info = zipfile.ZipInfo(name, date_time=(2026, 1, 1, 0, 0, 0))
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, members[name])
+    return out.getvalue()
 
 
 def _read_members(data: bytes) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from fl_protocol.enrolment import MAX_FILE_BYTES, HexKey, Pem
 from fl_protocol.errors import LocalMisuseError, ProtocolError
@@ -24,7 +24,9 @@ from fl_protocol.helper_config import HelperPin
 from fl_protocol.limits import MAX_PACKET_BYTES
 from fl_protocol.message_base import Digest, KemName, Msg, Name, RecipientKeyMsg, Seconds
 from fl_protocol.messages import SignedMsg, decode, encode
+from fl_protocol.publishers import MOST_PUBLISHERS, PublisherPins, publisher_pins
 from fl_protocol.sealing import RoundKey, open_sealed, seal_to
+from fl_protocol.signing import public_key_from_hex
 
 SECRET_BYTES = 16
 MAX_NAMES_BYTES = MAX_PACKET_BYTES - 8192
@@ -110,14 +112,57 @@ class StudyPins(Msg, frozen=True):
     """What an enrolled device pins, beside the aggregator that its token vouched for.
 
     Args:
-        publisher_key: Ed25519 key of the model's publisher, 32 bytes.
+        publisher_key: Ed25519 key of the model's only publisher, 32 bytes; None where there are several.
         helpers: of secure rounds.
         broker: of the study.
+        publishers: keys of several publishers, 32 bytes each, ascending; left out where there is one.
+        publisher_threshold: how many of `publishers` must have signed a model; left out where there is one.
     """
 
-    publisher_key: Digest
+    publisher_key: Digest | None
     helpers: Annotated[tuple[HelperPin, ...], Meta(max_length=8)]
     broker: Address
+    # What is left out is not on the wire at all: a device that knows of one publisher only reads the answer of a study
+    # with one, and refuses that of a study with several, rather than pin one of them alone.
+    publishers: Annotated[tuple[Digest, ...], Meta(max_length=MOST_PUBLISHERS)] | UnsetType = UNSET
+    publisher_threshold: Annotated[int, Meta(ge=1, le=MOST_PUBLISHERS)] | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        _ = self.publisher_pins
+        if self.publishers is not UNSET and list(self.publishers) != sorted(self.publishers):
+            raise ValueError("publishers: expected them in ascending order")
+
+    @property
+    def publisher_pins(self) -> PublisherPins:
+        """Whose signatures a model needs."""
+        return publisher_pins(
+            None if self.publisher_key is None else self.publisher_key.hex(),
+            () if self.publishers is UNSET else tuple(key.hex() for key in self.publishers),
+            None if self.publisher_threshold is UNSET else self.publisher_threshold,
+        )
+
+
+def study_pins(publishers: PublisherPins, *, helpers: tuple[HelperPin, ...], broker: Address) -> StudyPins:
+    """What the devices of a study pin; runs at the desk.
+
+    Args:
+        publishers: that the study pins itself.
+        helpers: of secure rounds.
+        broker: of the study.
+
+    Raises:
+        LocalMisuseError: a publisher's key is none.
+    """
+    keys = tuple(public_key_from_hex(key).public_bytes_raw() for key in publishers.keys)
+    if len(keys) == 1:
+        return StudyPins(publisher_key=keys[0], helpers=helpers, broker=broker)
+    return StudyPins(
+        publisher_key=None,
+        helpers=helpers,
+        broker=broker,
+        publishers=keys,
+        publisher_threshold=publishers.threshold,
+    )
 
 
 class EnrolmentRequestMsg(Msg, frozen=True):

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.table import Table
 
+from fl_protocol.adapters import key_files
 from fl_protocol.errors import BundleError, CoveyError, LocalMisuseError
 from fl_protocol.model_manifest import ClipGroup
 from models import catalog, output_files, publisher
@@ -93,7 +94,7 @@ def key(
     path: Annotated[Path, typer.Argument(metavar="KEYFILE", help="Private key to make; must not exist.")],
 ) -> None:
     """Make a publisher's signing key. Whoever has it can give devices new models: keep it offline."""
-    publisher.create_key(path)
+    key_files.create_key(path)
     _out.print(
         f"{path}: keep it secret; builds that use it write {publisher.PUBLIC_KEY_FILE}.", soft_wrap=True, markup=False
     )
@@ -173,7 +174,7 @@ def build(
         personal_layers=_listed(personal),
         norm_clips=tuple(_clip_group(each) for each in clip_group or ()),
     )
-    signer = publisher.load_key(key) if key else Ed25519PrivateKey.generate()
+    signer = key_files.load_key(key) if key else Ed25519PrivateKey.generate()
     folder = out.parent if out else out_dir or Path()
     if out:
         output_files.check_targets([out], others=[key] if key else [], force=True)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from device_client.training import Records
+from fl_protocol.adapters import key_files
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 from fl_protocol.bundle import ModelBundle
 from fl_protocol.errors import LocalMisuseError
@@ -146,7 +147,7 @@ def train(
     if epochs is not None and steps is not None:
         raise LocalMisuseError("train: give --epochs or --steps, not both.")
     averaging = _averaging(average)
-    signer = publisher.load_key(key) if key else Ed25519PrivateKey.generate()
+    signer = key_files.load_key(key) if key else Ed25519PrivateKey.generate()
     others = [path for path in (bundle, data, validation, key, verify) if path]
     output_files.check_targets([out, *([report] if report else [])], others=others, force=force)
     publisher.check_public_key(out.parent, signer, force=force)

@@ -1,8 +1,7 @@
-"""The publisher's key files: one line of 64 hex digits each, the private one readable by its owner only."""
+"""The publisher's public key beside a bundle, ``publisher.pub``: one line of 64 hex digits."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -12,38 +11,6 @@ from fl_protocol.errors import BundleError, LocalMisuseError
 from fl_protocol.signing import public_key_from_hex, public_key_hex
 
 PUBLIC_KEY_FILE = "publisher.pub"
-
-
-def create_key(path: Path) -> Ed25519PrivateKey:
-    """A new private key, written to `path`.
-
-    Raises:
-        LocalMisuseError: the file exists; a publisher's key is never overwritten.
-    """
-    key = Ed25519PrivateKey.generate()
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise LocalMisuseError(f"{path} exists; a publisher's key is never overwritten: name another file.") from None
-    except OSError as error:
-        raise LocalMisuseError(f"{path} cannot be written ({error.strerror}): name another file.") from error
-    with os.fdopen(descriptor, "w", encoding="ascii") as stream:
-        stream.write(key.private_bytes_raw().hex() + "\n")
-    return key
-
-
-def load_key(path: Path) -> Ed25519PrivateKey:
-    """The private key in `path`.
-
-    Raises:
-        LocalMisuseError: the file is missing or is no key.
-    """
-    try:
-        return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text(encoding="ascii").strip()))
-    except OSError as error:
-        raise LocalMisuseError(f"The key file {path} cannot be read ({error.strerror}); make one with key.") from error
-    except ValueError:
-        raise LocalMisuseError(f"{path} does not hold an Ed25519 private key as 64 hex digits.") from None
 
 
 def check_public_key(folder: Path, key: Ed25519PrivateKey, *, force: bool) -> None:

@@ -29,10 +29,10 @@ from fl_protocol.adapters.journal import Journal
 from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.errors import ConfigError
 from fl_protocol.helper_config import HelperPin
-from fl_protocol.joining import Address, Claim, StudyPins
+from fl_protocol.joining import Address, Claim, StudyPins, study_pins
 from fl_protocol.message_base import KemName
 from fl_protocol.sealing import RoundKey, round_key_bytes
-from fl_protocol.signing import public_key_from_hex, public_key_hex
+from fl_protocol.signing import public_key_hex
 
 CLAIMANT = "claim"
 """Common name of the certificate that devices make claims with."""
@@ -115,8 +115,8 @@ class DeskFiles:
         """What the devices of each task pin."""
         config = self.files.config
         return {
-            task: StudyPins(
-                publisher_key=public_key_from_hex(config_of(spec, task).publisher_key).public_bytes_raw(),
+            task: study_pins(
+                config_of(spec, task).publisher_pins,
                 helpers=tuple(HelperPin(name=one.name, operator=one.operator, key=one.key) for one in config.helpers),
                 broker=self.section.public or Address(config.broker.host, config.broker.port),
             )

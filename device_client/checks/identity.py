@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import NameOID
 
 from device_client.checks.findings import Result, ok, problem, warning
+from device_client.config import StudyConfig
 from device_client.errors import DeviceError
 from device_client.joining.records import RENEWED_PERIODS, JoiningState
 from device_client.joining.words import refusal_words
@@ -43,6 +44,22 @@ def check_enrolment(state: JoiningState, names: Pseudonyms, *, now_s: float) -> 
         return ok(f"{until}; the daemon renews them from {date_text(due_s)} on")
     advice = "let covey-device run where it reaches the study's broker, or where it joined"
     return warning(f"{until}; renewal has been due since {date_text(due_s)}", advice)
+
+
+def check_told_publishers(state: JoiningState, study: StudyConfig) -> Result | None:
+    """What to say where the study's last answer names other publishers than are pinned; None where it does not.
+
+    Args:
+        state: of the enrolment; a renewal brings what the study says by then, and changes no configuration.
+        study: as it is configured.
+    """
+    if state.membership is None or state.membership.pins.publisher_pins == study.publisher_pins:
+        return None
+    return warning(
+        f"the study now says that models are vouched for by {state.membership.pins.publisher_pins.words}; this device "
+        f"keeps to what is pinned here, {study.publisher_pins.words}",
+        "find out over another way which is right; only an edit of the configuration changes what is pinned",
+    )
 
 
 def check_pseudonyms(names: Pseudonyms, *, now_s: float, are_renewed: bool = False) -> Result:

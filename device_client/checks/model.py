@@ -7,7 +7,8 @@ from importlib import metadata
 
 import numpy as np
 
-from device_client.checks.findings import Result, ok
+from device_client.checks.findings import Result, ok, warning
+from device_client.config import StudyConfig
 from device_client.ports import Labels
 from fl_protocol.adapters.tflite_graph import TfliteGraph
 from fl_protocol.bundle import ModelBundle
@@ -16,14 +17,24 @@ from fl_protocol.model_manifest import BundleManifest
 _PACKAGES = {"litert": "ai-edge-litert", "tflite_runtime": "tflite-runtime"}
 
 
-def check_bundle(bundle: ModelBundle) -> Result:
-    """What a verified bundle holds; one that does not verify was refused on opening."""
-    manifest = bundle.manifest
+def check_bundle(bundle: ModelBundle, study: StudyConfig) -> Result:
+    """What a verified bundle holds; one that too few of the study's publishers have signed was refused on opening."""
+    manifest, pins = bundle.manifest, study.publisher_pins
     shape = " x ".join(str(length) for length in manifest.input.shape)
-    return ok(
-        f"{manifest.name} version {manifest.version}, signed by the pinned publisher: {manifest.num_parameters} "
+    signed = "the pinned publisher"
+    if len(pins.keys) > 1:
+        signed = f"at least {pins.threshold} of the {len(pins.keys)} pinned publishers"
+    found = (
+        f"{manifest.name} version {manifest.version}, signed by {signed}: {manifest.num_parameters} "
         f"parameters, windows of {shape} ({', '.join(manifest.input.channels)})"
     )
+    if study.aggregator_key.strip().lower() in pins.keys:
+        return warning(
+            f"{found}; the aggregator's key is pinned as a publisher's",
+            "whoever has the aggregator's machine can have this device run any model: have the model signed with a key "
+            "of its own (covey-aggregator publisher keygen), and pin that",
+        )
+    return ok(found)
 
 
 def check_runtime(bundle: ModelBundle) -> Result:

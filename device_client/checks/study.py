@@ -10,7 +10,13 @@ from device_client.adapters.tpm2_tls_keys import tls_public_half
 from device_client.checks.broker import Way, check_broker
 from device_client.checks.examined import Examined, not_looked_at
 from device_client.checks.findings import Check, Result, ok, problem
-from device_client.checks.identity import Papers, check_certificate, check_enrolment, check_pseudonyms
+from device_client.checks.identity import (
+    Papers,
+    check_certificate,
+    check_enrolment,
+    check_pseudonyms,
+    check_told_publishers,
+)
 from device_client.checks.wearer import check_consent
 from device_client.config import StudyConfig
 from device_client.consent import Consents, terms_digest, terms_of
@@ -80,7 +86,8 @@ class StudyChecks:
         state = self._enrolment()
         if state is None:
             return problem("the enrolment cannot be read any more")
-        return check_enrolment(state, self._names(), now_s=self._device.now_s)
+        found = check_enrolment(state, self._names(), now_s=self._device.now_s)
+        return (check_told_publishers(state, self._study) if found.verdict == "ok" else None) or found
 
     def _identity(self) -> Result:
         try:

@@ -14,6 +14,9 @@ from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.errors import ConfigError
 from fl_protocol.joining import Claim, StudyPins
 
+_MOST = 1200
+"""Characters of a pin that an error repeats: sixteen keys."""
+
 
 def joined_study(claim: Claim, pins: StudyPins, *, bundle: str) -> StudyConfig:
     """What a study that was joined is configured as.
@@ -23,13 +26,17 @@ def joined_study(claim: Claim, pins: StudyPins, *, bundle: str) -> StudyConfig:
         pins: that came with the grant.
         bundle: path of the model, relative to the configuration.
     """
+    publishers = pins.publisher_pins
+    is_one = len(publishers.keys) == 1
     return StudyConfig(
         tenant=claim.tenant,
         task=claim.task,
         broker=BrokerConfig(host=pins.broker.host, port=pins.broker.port),
         bundle=bundle,
-        publisher_key=pins.publisher_key.hex(),
+        publisher_key=publishers.keys[0] if is_one else None,
         aggregator_key=claim.aggregator_key,
+        publishers=() if is_one else publishers.keys,
+        publisher_threshold=None if is_one else publishers.threshold,
         helpers=pins.helpers,
     )
 
@@ -59,7 +66,10 @@ def check_pins(there: StudyConfig, joined: StudyConfig) -> None:
         ConfigError: it is not; the text names the key.
     """
     _check_key(there.study, "aggregator_key", there.aggregator_key, joined.aggregator_key)
-    _check_key(there.study, "publisher_key", there.publisher_key, joined.publisher_key)
+    # Security: also a threshold that was lowered, or one more key, would let in models that these pins keep out.
+    one = len(there.publisher_pins.keys) == len(joined.publisher_pins.keys) == 1
+    name = "publisher_key" if one else "publishers and publisher_threshold"
+    _check_key(there.study, name, there.publisher_pins.words, joined.publisher_pins.words)
     here, said = ({one.name: one for one in study.helpers} for study in (there, joined))
     for name in sorted(here.keys() | said.keys()):
         if name not in here or name not in said:
@@ -76,7 +86,12 @@ def section_text(study: StudyConfig) -> str:
     """A study as a section of ``device.toml``."""
     lines = ["[[study]]"]
     lines += [f"{name} = {_text(getattr(study, name))}" for name in ("tenant", "task", "bundle")]
-    lines += [f"{name} = {_text(getattr(study, name))}" for name in ("publisher_key", "aggregator_key")]
+    if study.publisher_key is not None:
+        lines.append(f"publisher_key = {_text(study.publisher_key)}")
+    else:
+        lines += ["publishers = [", *(f"    {_text(key)}," for key in study.publishers), "]"]
+        lines.append(f"publisher_threshold = {study.publisher_threshold}")
+    lines.append(f"aggregator_key = {_text(study.aggregator_key)}")
     lines.append(f"broker = {{ host = {_text(study.broker.host)}, port = {study.broker.port} }}")
     if study.helpers:
         rows = [
@@ -108,8 +123,8 @@ def _check_key(study: str, name: str, here: str, said: str) -> None:
     """Raises ConfigError: a pin in the configuration is not what the study says."""
     if here.strip().lower() != said.strip().lower():
         raise ConfigError(
-            f"{study}: {name} is {here[:80]} in this configuration, and the study says {said[:80]}; find out over "
-            "another way which is right, mend the configuration, then run this again"
+            f"{study}: {name} is {here[:_MOST]} in this configuration, and the study says {said[:_MOST]}; find out "
+            "over another way which is right, mend the configuration, then run this again"
         )
 
 

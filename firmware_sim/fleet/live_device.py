@@ -20,11 +20,11 @@ from device_client.assembly import DeviceFiles, RealDevice
 from device_client.cli import exit_code_of
 from device_client.cli_store import run_until_stopped
 from device_client.device_ports import DevicePorts
-from device_client.terminal import visible
 from firmware_sim.fleet.life_file import begin_life
 from firmware_sim.seeded_entropy import SeededEntropy
 from fl_protocol.adapters.journal import JsonLines
 from fl_protocol.errors import ConfigError, CoveyError
+from fl_protocol.terminal import visible
 
 _THIS_MACHINE = {"127.0.0.1"}
 

@@ -228,7 +228,8 @@ def _opened(path: Path, text: str, bundle_path: Path, publisher_key: str) -> Mod
 
 def _task_of(path: Path, text: str, scenario: Scenario, bundle_path: Path, publisher_key: str) -> TaskConfig:
     """The aggregator's task. Raises ConfigError."""
-    given, where = sorted({"name", "bundle", "publisher_key"} & scenario.task.keys()), f"scenario {path}"
+    own = {"name", "bundle", "publisher_key", "publishers", "publisher_threshold"}
+    given, where = sorted(own & scenario.task.keys()), f"scenario {path}"
     if given:
         what = f"there is no such key in a scenario: covey sets it itself, got {scenario.task[given[0]]!r}"
         raise _wrong(path, text, ("task", given[0]), what)

@@ -9,6 +9,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fl_protocol.errors import ConfigError, LocalMisuseError
+from fl_protocol.publishers import PublisherPins, Publishers
 from fl_protocol.signing import public_key_from_hex
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ def relative_to_config(config: Path, name: str) -> Path:
     return config.parent / Path(name).expanduser()
 
 
-def pinned_key(config: Path, name: str, text: str) -> Ed25519PublicKey:
+def pinned_key(config: Path | str, name: str, text: str) -> Ed25519PublicKey:
     """A public key that a configuration file pins as hex digits.
 
     Args:
@@ -46,6 +47,24 @@ def pinned_key(config: Path, name: str, text: str) -> Ed25519PublicKey:
     """
     try:
         return public_key_from_hex(text)
+    except LocalMisuseError as error:
+        raise ConfigError(f"configuration {config}: {name}: {error}") from error
+
+
+def pinned_publishers(config: Path | str, pins: PublisherPins, *, section: str = "") -> Publishers:
+    """The publishers that a configuration file pins.
+
+    Args:
+        config: the file, for the error.
+        pins: what it says.
+        section: where in it they are, such as ``study``.
+
+    Raises:
+        ConfigError: one of them is not a public key.
+    """
+    name = ".".join([*([section] if section else []), "publisher_key" if len(pins.keys) == 1 else "publishers"])
+    try:
+        return Publishers(tuple(pinned_key(config, name, key) for key in pins.keys), pins.threshold)
     except LocalMisuseError as error:
         raise ConfigError(f"configuration {config}: {name}: {error}") from error
 

@@ -31,6 +31,7 @@ COMMANDS = (
     "api",
     "task", "task create", "task list", "task show", "task pause", "task resume", "task abort",
     "model", "model list", "model show", "model tag", "model rollback", "model export",
+    "publisher", "publisher keygen", "publisher sign", "publisher show",
     "device", "device add", "device import", "device remove", "device list", "device admit",
     "ca", "ca init", "ca server", "ca client",
     "account", "account create", "account list", "account disable",

@@ -11,8 +11,9 @@ from dp_accounting import GaussianDpEvent, rdp
 from aggregator.lineage_privacy import Lineage, lineage_of
 from aggregator.store.aggregator_store import AggregatorStore
 from fl_protocol.bundle import open_bundle
+from fl_protocol.errors import BundleError
 from fl_protocol.signing import public_key_from_hex
-from tests.aggregator.operator_desk import TRAINING, Operator, Running, one_sentence, operator
+from tests.aggregator.operator_desk import PUBLISHER, TRAINING, Operator, Running, one_sentence, operator
 from tests.enrolments import broken_copy
 
 __all__ = ["operator"]
@@ -161,24 +162,50 @@ def test_tags_are_words(operator: Operator, trained: Running) -> None:
     assert [one["tags"] for one in operator.json("model", "list", "watch", "CONFIG")] == [[], [], ["candidate"]]
 
 
-def test_a_version_is_exported_as_a_signed_bundle_and_for_inference(operator: Operator, trained: Running) -> None:
+def test_a_version_is_exported_as_a_bundle_that_its_publisher_signs_and_for_inference(
+    operator: Operator, trained: Running
+) -> None:
     operator.says("model", "tag", "watch", "1", "released", "CONFIG")
     origin = open_bundle(
         (operator.folder / "model.covey").read_bytes(),
         publisher=public_key_from_hex(TRAINING.split('publisher_key = "')[1][:64]),
     )
-    store, key = trained.service.store, operator.says("init", "CONFIG").strip()
+    store, aggregator = trained.service.store, operator.says("init", "CONFIG").strip()
+    key = operator.says("publisher", "keygen", "--out", "./publisher.key").strip()
     for number, (version, options) in enumerate(
         [(2, []), (1, ["--tag", "released"]), (1, ["--version", "1"]), (0, ["--version", "0"])]
     ):
-        out = operator.says("model", "export", "watch", "CONFIG", "--out", f"./out{number}", *options)
+        code, out, err = operator.run("model", "export", "watch", "CONFIG", "--out", f"./out{number}", *options)
         folder = operator.folder / f"out{number}"
-        assert out.split() == [str(folder / "model.covey"), str(folder / "model.tflite")]
-        bundle = open_bundle((folder / "model.covey").read_bytes(), publisher=public_key_from_hex(key))
+        assert (code, out.split()) == (0, [str(folder / "model.covey"), str(folder / "model.tflite")])
+        assert "model.covey is not signed: no device takes it before" in err
+        unsigned = (folder / "model.covey").read_bytes()
+        for pinned in (key, aggregator, PUBLISHER):
+            with pytest.raises(BundleError, match="nobody has signed it"):
+                open_bundle(unsigned, publisher=public_key_from_hex(pinned))
+        signing = ["--out", f"./signed{number}", *options, "--publisher-key", "./publisher.key"]
+        operator.says("model", "export", "watch", "CONFIG", *signing)
+        signed = (operator.folder / f"signed{number}" / "model.covey").read_bytes()
+        operator.says("publisher", "sign", f"./out{number}/model.covey", "--key", "./publisher.key")
+        assert (folder / "model.covey").read_bytes() == signed
+        bundle = open_bundle(signed, publisher=public_key_from_hex(key))
         params = origin.with_personal(store.models.params(store.models.record("watch", version)))
         np.testing.assert_array_equal(bundle.params, params)
         assert bundle.manifest.version == origin.manifest.version + version
         assert (folder / "model.tflite").read_bytes() == origin.inference_model(params)
+
+
+@pytest.mark.parametrize("form", ["raw", "hex"])
+def test_the_aggregators_own_key_never_signs_a_model(operator: Operator, trained: Running, form: str) -> None:
+    del trained
+    raw = (operator.folder / "keys" / "aggregator.key").read_bytes()
+    path = operator.folder / "copied.key"
+    path.write_bytes(raw if form == "raw" else raw.hex().encode())
+    path.chmod(0o600)
+    export = ["model", "export", "watch", "CONFIG", "--out", "./o", "--publisher-key"]
+    one_sentence(operator.run(*export, "./copied.key"), 2, "is the aggregator's own key", "publisher keygen")
+    assert not (operator.folder / "o").exists()
+    one_sentence(operator.run(*export, "./gone.key"), 1, "gone.key cannot be read", "publisher keygen")
 
 
 def test_an_export_that_cannot_be_is_one_sentence(operator: Operator, trained: Running) -> None:

@@ -389,7 +389,7 @@ def test_an_operators_day_on_postgresql_and_s3(
         (2, 1, True),
         (3, 1, True),
     ]
-    operator.says("model", "export", "watch", "CONFIG", "--out", "./out")
+    assert operator.run("model", "export", "watch", "CONFIG", "--out", "./out")[0] == 0
     assert (operator.folder / "out" / "model.tflite").stat().st_size > 0
     found = operator.json("status", "CONFIG")
     assert (found["degraded"], found["tasks"][0]["phase"]) == ([], "paused")

@@ -10,13 +10,15 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace as with_fields
 
+from aggregator.assembly import bundle_of
 from aggregator.errors import AggregatorError, DatabaseError
 from aggregator.store.sweep import named_blobs
 from aggregator.task_creation import create_task
-from aggregator.task_file import Rule, StatisticsPlan, TaskConfig, Validation, write_task
+from aggregator.task_file import Rule, StatisticsPlan, TaskConfig, Validation, read_task, write_task
+from fl_protocol.bundle import add_signature
 from fl_protocol.errors import BundleError, ConfigError
 from fl_protocol.signing import public_key_hex
-from tests.aggregator.desk import D, Desk, pack_small_bundle, task_config
+from tests.aggregator.desk import PUBLISHER, D, Desk, pack_small_bundle, task_config
 from tests.aggregator.small_study import plain_study
 from tests.aggregator.tagging import tag
 from tests.fl_protocol.examples import TASK
@@ -27,6 +29,15 @@ def write(folder: Path, task: TaskConfig, bundle: bytes | None = None) -> Path:
     path = folder / f"{task.name}.toml"
     path.write_text(write_task(with_fields(task, bundle="model.covey")))
     return path
+
+
+STRANGER = public_key_hex(Ed25519PrivateKey.from_private_bytes(b"\x77" * 32).public_key())
+
+
+def several(threshold: int, *others: str) -> dict[str, Any]:
+    """What pins the bundle's own publisher beside others."""
+    keys = (public_key_hex(PUBLISHER.public_key()), *others)
+    return {"publisher_key": None, "publishers": keys, "publisher_threshold": threshold}
 
 
 def new(**changes: Any) -> TaskConfig:
@@ -43,6 +54,16 @@ def test_what_is_created_needs_none_of_its_files_any_more(tmp_path: Path) -> Non
     assert study.state.committed == 1
 
 
+def test_a_task_pins_several_publishers_and_keeps_to_them(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    for number, threshold in enumerate((1, 2)):
+        task = new(**several(threshold, STRANGER), name=f"new-{number}")
+        assert read_task(write_task(task), "again") == task
+        signed = add_signature(pack_small_bundle(), Ed25519PrivateKey.from_private_bytes(b"\x77" * 32))
+        create_task(desk.store, write(tmp_path, task, signed if threshold == 2 else None), now_s=5.0)
+        assert len(bundle_of(desk.store, desk.store.tasks.get(task.name)).shared_params) == D
+
+
 def test_a_name_is_taken_once(tmp_path: Path) -> None:
     desk = Desk(tmp_path)
     created = create_task(desk.store, write(tmp_path, new()), now_s=5.0)
@@ -57,8 +78,10 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"publisher_key": public_key_hex(Ed25519PrivateKey.generate().public_key())}, BundleError, "not signed by"),
+        ({"publisher_key": STRANGER}, BundleError, "not signed by"),
         ({"publisher_key": "12"}, ConfigError, "publisher_key"),
+        (several(2, "12"), ConfigError, "publishers"),
+        (several(2, STRANGER), BundleError, "signed by 1 of the 2 pinned publishers, and 2 of them"),
         ({"rule": Rule(name="krum", byzantine_fraction=0.4), "minimum_cohort": 2}, ConfigError, "minimum_cohort"),
         ({"rule": Rule(name="median", memory_bytes=1000), "minimum_cohort": 5}, ConfigError, "memory"),
         ({"start_from": "nowhere"}, DatabaseError, "no task nowhere"),

@@ -57,6 +57,7 @@ SECTIONS = {
 }
 IN_WORDS = {"norm_bound": None, "memory_bytes": 2**30, "start_from": None, "population": None, "delta": None}
 IN_WORDS |= {"step": None, "adaptive_clipping": None, "most_updates": None, "most_participations": None}
+IN_WORDS |= {"publisher_key": None, "publisher_threshold": None}
 
 
 def table(title: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device_client import config as module
-from device_client.config import DeviceConfig, EligibilityConfig
+from device_client.config import DeviceConfig, EligibilityConfig, StudyConfig
 from fl_protocol.adapters.config_files import load_toml
 from fl_protocol.errors import ConfigError
 from tests.device_client.one_device import OneDevice
@@ -98,6 +98,42 @@ def test_every_key_is_documented(name: str) -> None:
     text = inspect.getdoc(kind) or ""
     for key in kind.__struct_fields__:
         assert re.search(rf"^ +(\w+, )*{key}(, \w+)*:", text, re.M), f"{name}.{key} is not documented"
+
+
+KEYS = ["aa" * 32, "bb" * 32, "cc" * 32]
+
+
+def with_publishers(tmp_path: Path, lines: str) -> StudyConfig:
+    path = tmp_path / "device.toml"
+    path.write_text(WHOLE.replace('publisher_key = "aa"', lines))
+    return load_toml(path, DeviceConfig).studies[0]
+
+
+def test_several_publishers_are_read_and_written_back(tmp_path: Path) -> None:
+    study = with_publishers(tmp_path, f"publishers = {KEYS}\npublisher_threshold = 2")
+    assert (study.publisher_key, study.publisher_pins) == (None, (tuple(KEYS), 2))
+    assert msgspec.toml.decode(msgspec.toml.encode(study), type=StudyConfig) == study
+    assert with_publishers(tmp_path, 'publisher_key = "AA"').publisher_pins == (("aa",), 1)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("", "expected publisher_key, or publishers with publisher_threshold, got neither"),
+        (f"publishers = {KEYS}", "publisher_threshold: expected how many of the 3 publishers"),
+        (f"publishers = {KEYS}\npublisher_threshold = 0", "expected 1 to 3"),
+        (f"publishers = {KEYS}\npublisher_threshold = 4", "expected 1 to 3"),
+        (f"publishers = {KEYS}\npublisher_threshold = 1.5", "publisher_threshold"),
+        (f"publishers = {[*KEYS, KEYS[0].upper()]}\npublisher_threshold = 2", "each key once"),
+        (f"publishers = {[f'{n:064x}' for n in range(17)]}\npublisher_threshold = 2", "1 to 16 keys, got 17"),
+        (f'publishers = {KEYS}\npublisher_threshold = 2\npublisher_key = "aa"', "got both"),
+        ('publisher_key = "aa"\npublisher_threshold = 1', "publisher_threshold: goes with publishers"),
+        ("publishers = []\npublisher_threshold = 1", "got neither"),
+    ],
+)
+def test_publishers_that_cannot_be_are_refused_by_the_name_of_the_key(tmp_path: Path, lines: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        with_publishers(tmp_path, lines)
 
 
 @pytest.mark.parametrize("tags", ['["IMU"]', '[""]', '"imu"', "[1]", f"{[f'tag-{n}' for n in range(65)]}"])

@@ -53,6 +53,26 @@ def test_other_terms_are_not_granted() -> None:
     assert "terms have changed" in consents.problem(STUDY, terms="new")
 
 
+def test_who_vouches_for_the_model_is_in_the_terms() -> None:
+    """Their order is not; and what was granted to a study with one publisher stays granted."""
+    assert terms_of(CONFIG, PRIVACY)["model from (publisher key)"] == "aa"
+
+    def terms(threshold: int, *keys: str) -> dict[str, str]:
+        changes = {"publisher_key": None, "publishers": keys, "publisher_threshold": threshold}
+        return terms_of(msgspec.structs.replace(CONFIG, **changes), PRIVACY)
+
+    assert terms(2, "cc", "aa", "dd")["model signed by at least 2 of (publisher keys)"] == "aa, cc, dd"
+    others = [terms(2, "aa", "cc"), terms(1, "aa", "cc"), terms(2, "aa", "dd"), terms_of(CONFIG, PRIVACY)]
+    digests = {terms_digest(found) for found in (terms(2, "aa", "cc", "dd"), *others)}
+    assert len(digests) == 5
+    assert terms_digest(terms(2, "dd", "AA", "cc")) in digests
+
+
+def test_the_terms_of_a_study_with_one_publisher_are_what_they_were_before_there_could_be_several() -> None:
+    before = "a6f23ac953f9f497ae3a2fba1e56205be38f6b8ff80a19e11f4f82c989c95b6b"
+    assert terms_digest(terms_of(CONFIG, PRIVACY)) == before
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from cryptography import x509
 
@@ -41,6 +42,7 @@ from device_client.checks.machine import (
 from device_client.checks.model import check_bundle, check_runtime
 from device_client.checks.storage import Volume, check_counter, check_store_key, check_volume, newest_line_s
 from device_client.checks.wearer import check_conditions, check_consent
+from device_client.config import StudyConfig
 from device_client.consent import Consents, terms_digest, terms_of
 from device_client.device_store import create_identity
 from device_client.doctor import run_doctor
@@ -49,6 +51,7 @@ from device_client.errors import DeviceError, StoreError
 from device_client.pseudonyms import Pseudonyms
 from firmware_sim.mosquitto_broker import MosquittoBroker, find_mosquitto, free_port, write_mosquitto_files
 from fl_protocol.adapters.mqtt import MqttTransport, TlsFiles
+from fl_protocol.broker_config import BrokerConfig
 from fl_protocol.enrolment import DAY_S
 from fl_protocol.errors import ConfigError
 from fl_protocol.signing import public_key_hex
@@ -56,6 +59,14 @@ from tests.enrolments import AGGREGATOR, BEGINS_S, NOW_S, Office, broken_copy
 from tests.virtual_fleet import bundle_folder, load_bundle
 
 HOST = "127.0.0.1"
+STUDY_CONFIG = StudyConfig(
+    tenant="clinic",
+    task="watch",
+    broker=BrokerConfig(HOST, 1883),
+    bundle="watch_features.covey",
+    publisher_key="aa" * 32,
+    aggregator_key="bb" * 32,
+)
 
 
 # --- running checks
@@ -338,8 +349,21 @@ def test_the_newest_whole_line_of_the_ledger_tells_a_time(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", sorted(path.stem for path in bundle_folder().glob("*.covey")))
 def test_every_bundled_model_runs_in_the_installed_runtime(name: str) -> None:
     bundle = load_bundle(name)
-    assert name in check_bundle(bundle).found
+    assert name in check_bundle(bundle, STUDY_CONFIG).found
     assert check_runtime(bundle).verdict == "ok"
+
+
+def test_the_models_check_says_who_vouches_for_it_and_warns_of_the_aggregators_key() -> None:
+    bundle = load_bundle("watch_features")
+    assert "signed by the pinned publisher" in check_bundle(bundle, STUDY_CONFIG).found
+    keys = ("aa" * 32, "cc" * 32, "dd" * 32)
+    several = msgspec.structs.replace(STUDY_CONFIG, publisher_key=None, publishers=keys, publisher_threshold=2)
+    found = check_bundle(bundle, several)
+    assert (found.verdict, "signed by at least 2 of the 3 pinned publishers" in found.found) == ("ok", True)
+    for study in (several, STUDY_CONFIG):
+        for aggregator in ("aa" * 32, " " + "AA" * 32):
+            found = check_bundle(bundle, msgspec.structs.replace(study, aggregator_key=aggregator))
+            assert (found.verdict, "publisher keygen" in found.advice) == ("warning", True)
 
 
 CA = make_ca("covey test", now_s=NOW_S)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device_client.status import status_text
-from device_client.terminal import visible
+from fl_protocol.terminal import visible
 from tests.device_client.one_device import TENANT, OneDevice
 
 

@@ -32,6 +32,8 @@ from firmware_sim.mosquitto_broker import find_mosquitto
 from firmware_sim.run_folder import RunFolder
 from firmware_sim.settings import AGGREGATOR, TASK, DemoSettings
 from fl_protocol.bundle import open_bundle
+from fl_protocol.errors import BundleError
+from fl_protocol.signing import public_key_from_hex
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHIN_S = 120.0
@@ -213,10 +215,13 @@ def check_epsilon_is_the_ledgers(demo: Demo) -> None:
 
 
 def check_model_runs_and_is_the_one_that_was_measured(demo: Demo) -> None:
-    """The bundle is signed by the aggregator; inference agrees with the trainable graph, and with the told accuracy."""
+    """Signed by the run's publisher, not its aggregator; inference agrees with the graph and what was told."""
     run, metrics = RunFolder(demo.folder), metrics_of(demo)
     files = AggregatorFiles.load(run.aggregator_toml)
-    bundle = open_bundle((demo.folder / "model.covey").read_bytes(), publisher=files.signing_key().public_key())
+    signed, publisher = (demo.folder / "model.covey").read_bytes(), (demo.folder / "publisher.pub").read_text()
+    bundle = open_bundle(signed, publisher=public_key_from_hex(publisher))
+    with pytest.raises(BundleError, match="not signed by the pinned publisher"):
+        open_bundle(signed, publisher=files.signing_key().public_key())
     store = store_of(demo)
     finished, last = (
         store.models.params(store.models.record(TASK, version)) for version in (demo.rounds + 1, demo.rounds)

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aggregator.config import AggregatorConfig
 from firmware_sim.mosquitto_broker import find_mosquitto, free_port
 from fl_protocol.bundle import open_bundle
+from fl_protocol.errors import BundleError
 from fl_protocol.signing import public_key_from_hex, public_key_hex
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +134,7 @@ def test_the_page_followed_by_hand_trains_a_model(tmp_path: Path) -> None:
             assert count == 1, name
         return re.sub(r"^port = 1883", f"port = {port}", text, flags=re.M)
 
+    (tmp_path / "p").mkdir()
     for name in ("a", "d"):
         (tmp_path / name).mkdir()
         bundle = (ROOT / "models" / "bundles" / "watch_features.covey").read_bytes()
@@ -200,7 +202,17 @@ def test_the_page_followed_by_hand_trains_a_model(tmp_path: Path) -> None:
         assert (tmp_path / "a" / "monday.backup").stat().st_size > 0
         desk.type("a", command("covey-aggregator model export"))
         exported = (tmp_path / "a" / "model" / "model.covey").read_bytes()
-        assert open_bundle(exported, publisher=public_key_from_hex(aggregator_key)).manifest.version > 1
+        publisher_key = desk.type("p", command("covey-aggregator publisher keygen"))
+        for pinned in (aggregator_key, publisher_key):
+            with pytest.raises(BundleError, match="nobody has signed it"):
+                open_bundle(exported, publisher=public_key_from_hex(pinned))
+        (tmp_path / "p" / "model").mkdir()
+        (tmp_path / "p" / "model" / "model.covey").write_bytes(exported)
+        (tmp_path / "p" / "watch_features.covey").write_bytes((tmp_path / "d" / "watch_features.covey").read_bytes())
+        assert publisher_key in desk.type("p", command("covey-aggregator publisher sign"))
+        signed = (tmp_path / "p" / "model" / "model.covey").read_bytes()
+        assert open_bundle(signed, publisher=public_key_from_hex(publisher_key)).manifest.version > 1
+        assert "signatures" in desk.type("p", command("covey-aggregator publisher show"))
         abort = [*command("covey-aggregator task abort"), "--yes"]
         assert "left for the coordinator" in desk.type("a", abort)
     finally:

@@ -63,7 +63,13 @@ MANIFEST = BundleManifest(
 MEMBERS = ("manifest.json", "signature", "graph.tflite", "infer.tflite", "params.npy", "keras.json", "frozen.npy")
 
 
-def pack(manifest: BundleManifest = MANIFEST, *, params: Any = PARAMS, infer: bytes = INFER) -> bytes:
+def pack(
+    manifest: BundleManifest = MANIFEST,
+    *,
+    params: Any = PARAMS,
+    infer: bytes = INFER,
+    publisher_key: Ed25519PrivateKey | None = PUBLISHER,
+) -> bytes:
     return pack_bundle(
         manifest,
         graph=GRAPH,
@@ -71,7 +77,7 @@ def pack(manifest: BundleManifest = MANIFEST, *, params: Any = PARAMS, infer: by
         params=params,
         keras_json=KERAS,
         frozen=FROZEN,
-        publisher_key=PUBLISHER,
+        publisher_key=publisher_key,
     )
 
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import base64
 import hashlib
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Meta
 from msgspec.structs import replace
 
 from fl_protocol import joining
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.helper_config import HelperPin
 from fl_protocol.joining import Address, Claim, EnrolmentAnswerMsg, EnrolmentRequestMsg, StudyPins
-from fl_protocol.message_base import KemName
-from fl_protocol.messages import encode
+from fl_protocol.message_base import Digest, KemName, Msg
+from fl_protocol.messages import decode, encode
+from fl_protocol.publishers import publisher_pins
 from fl_protocol.sealing import RoundKey
 from fl_protocol.signing import public_key_hex
 from tests.enrolments import broken_copy
@@ -207,3 +209,76 @@ def test_a_request_has_a_token_or_an_enrolment_and_a_grant_all_that_goes_with_it
             replace(ANSWER, **wrong)
     with pytest.raises(LocalMisuseError, match="own renewal key"):
         joining.signed_request(REQUEST, OTHER)
+
+
+# Who vouches for models.
+
+KEYS = tuple(bytes([number]) * 32 for number in (1, 2, 3))
+
+
+class OlderPins(Msg, frozen=True):
+    """What a device decodes that knows of one publisher only."""
+
+    publisher_key: Digest
+    helpers: Annotated[tuple[HelperPin, ...], Meta(max_length=8)]
+    broker: Address
+
+
+def several(**changes: Any) -> StudyPins:
+    given: dict[str, Any] = {
+        "publisher_key": None,
+        "publishers": KEYS,
+        "publisher_threshold": 2,
+        "helpers": (),
+        "broker": PINS.broker,
+    }
+    return StudyPins(**{**given, **changes})
+
+
+def test_one_publisher_reads_at_a_device_that_knows_of_no_others() -> None:
+    older = OlderPins(publisher_key=bytes(32), helpers=PINS.helpers, broker=PINS.broker)
+    assert encode(PINS) == encode(older)
+    assert decode(encode(PINS), OlderPins) == older
+    assert decode(encode(older), StudyPins) == PINS
+
+
+def test_a_device_that_knows_of_one_publisher_refuses_several_rather_than_pin_one_of_them() -> None:
+    with pytest.raises(ProtocolError):
+        decode(encode(several()), OlderPins)
+
+
+def test_several_publishers_and_their_threshold_reach_the_device() -> None:
+    found = decode(encode(several()), StudyPins)
+    assert found == several()
+    assert found.publisher_pins == (tuple(key.hex() for key in KEYS), 2)
+    keys = tuple(public_key_hex(key.public_key()) for key in (OTHER, RENEWAL, AGGREGATOR))
+    told = joining.study_pins(publisher_pins(None, keys, 2), helpers=(), broker=PINS.broker)
+    assert decode(encode(told), StudyPins).publisher_pins == (tuple(sorted(keys)), 2)
+    for alone in (publisher_pins(keys[0], (), None), publisher_pins(None, keys[:1], 1)):
+        assert joining.study_pins(alone, helpers=(), broker=PINS.broker).publisher_key == bytes.fromhex(keys[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"publishers": ()},
+        {"publishers": None},
+        {"publishers": KEYS[::-1]},
+        {"publishers": (KEYS[0], KEYS[0])},
+        {"publishers": tuple(bytes([n]) * 32 for n in range(17))},
+        {"publishers": (b"short",), "publisher_threshold": 1},
+        {"publisher_threshold": 0},
+        {"publisher_threshold": 4},
+        {"publisher_threshold": None},
+        {"publisher_key": bytes(32)},
+    ],
+)
+def test_publishers_that_cannot_be_are_a_protocol_error(fields: dict[str, Any]) -> None:
+    good = msgspec.msgpack.decode(encode(several()))
+    order = ["publisher_key", "helpers", "broker", "publishers", "publisher_threshold", "v"]
+    content = {**good, **fields}
+    with pytest.raises(ProtocolError):
+        decode(msgspec.msgpack.encode({name: content[name] for name in order if name in content}), StudyPins)
+    for left_out in ("publisher_key", "publishers", "publisher_threshold"):
+        with pytest.raises(ProtocolError):
+            decode(msgspec.msgpack.encode({n: v for n, v in good.items() if n != left_out}), StudyPins)

@@ -122,7 +122,7 @@ def test_a_field_of_another_type_is_refused(message: Msg) -> None:
         wrong += [True] if not isinstance(value, bool) else [0, 1]
         wrong += [2**64 - 1, -1, "x"] if not isinstance(value, str) else [1]
         optional = {"recipient", "most_participations", "delta", "control_digest", "secure", "credential"}
-        optional |= {"token", "enrolment", "pins"}
+        optional |= {"token", "enrolment", "pins", "publisher_key"}
         wrong += [None] if name not in optional else []
         for other in wrong:
             refused(packed({**fields, name: other}), type(message))

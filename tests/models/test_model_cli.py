@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from bundle_files import BUNDLES
 
+from fl_protocol.adapters.key_files import create_key
 from fl_protocol.bundle import open_bundle
-from models.publisher import create_key, load_public_key
+from models.publisher import load_public_key
 
 
 def covey_model(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ from bundle_files import BUNDLES, committed, synthetic
 from typer import Typer
 from typer.testing import CliRunner
 
+from fl_protocol.adapters.key_files import create_key
 from fl_protocol.bundle import open_bundle
 from fl_protocol.errors import BundleError, LocalMisuseError
 from models.central.checkpoints import CheckpointFolder
@@ -22,7 +23,7 @@ from models.central.training import (
     State,
 )
 from models.cli_train import train
-from models.publisher import create_key, load_public_key, write_public_key
+from models.publisher import load_public_key, write_public_key
 from tests.device_client.ports import PowerCutError
 
 # Data.

@@ -47,7 +47,9 @@ def plain(value: Any) -> Any:
     """A message or a field as JSON: structs as objects, bytes as hexadecimal."""
     if isinstance(value, msgspec.Struct):
         tag = {value.__struct_config__.tag_field: value.__struct_config__.tag} if value.__struct_config__.tag else {}
-        return tag | {name: plain(getattr(value, name)) for name in value.__struct_fields__}
+        return tag | {
+            name: plain(found) for name, found in msgspec.structs.asdict(value).items() if found is not msgspec.UNSET
+        }
     if isinstance(value, tuple):
         return [plain(part) for part in value]
     if isinstance(value, bytes):

@@ -130,7 +130,7 @@ def test_commands_act_as_their_user(operator: Operator, monkeypatch: pytest.Monk
     operator.says("device", "import", "./devices.csv", "CONFIG")
     operator.says("device", "remove", "CONFIG", "watch-7")
     operator.says("model", "tag", "watch", "0", "candidate", "CONFIG")
-    operator.says("model", "export", "watch", "CONFIG", "--out", "./out")
+    assert operator.run("model", "export", "watch", "CONFIG", "--out", "./out")[0] == 0
     operator.says("task", "pause", "watch", "CONFIG")
     assert operator.run("backup", "CONFIG", "--out", "./b.backup")[0] == 0
     store = operator.store()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from dataclasses import replace as with_fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ from fl_protocol.adapters.mqtt import MqttTransport, TlsFiles
 from fl_protocol.enrolment import DAY_S
 from fl_protocol.errors import ConfigError
 from fl_protocol.helper_config import HelperPin
-from fl_protocol.joining import Address, Claim, StudyPins, token_digest, token_text
+from fl_protocol.joining import Address, Claim, StudyPins, study_pins, token_digest, token_text
+from fl_protocol.publishers import publisher_pins
 from fl_protocol.signing import public_key_from_hex, public_key_hex
 from tests.device_client.joining.rig import DESK_KEY, STUDY, claim_of
 from tests.enrolments import AGGREGATOR, TASK, TENANT
@@ -283,6 +285,31 @@ def test_a_study_that_is_there_with_other_pins_is_refused_by_the_name_of_the_key
         assert code == 2
         assert name in err
         assert wearer.config.read_bytes() == text
+
+
+@needs_mosquitto
+@pytest.mark.parametrize("threshold", [1, 2])
+def test_a_study_with_several_publishers_is_joined_with_a_model_that_enough_of_them_signed(
+    wearer: Wearer, desk: RealDesk, threshold: int
+) -> None:
+    named = publisher_pins(None, (publisher(), public_key_hex(HELPER.public_key())), threshold)
+    told = study_pins(named, helpers=(), broker=Address("broker.example", 8883))
+    desk.service._desk = with_fields(desk.service._desk, pins={TASK: told})
+    wearer.claim = desk.claim
+    code, out, err = wearer.enroll(desk.token(), "--count", "1")
+    assert f"publishers, {threshold} of whom must have signed a model:" in out
+    assert all(key in out for key in named.keys)
+    if threshold == 2:
+        assert (code, wearer.config.read_text()) == (4, TOML)
+        assert "signed by 1 of the 2 pinned publishers, and 2 of them must have signed" in err
+        return
+    assert code == 0, err
+    (study,) = DeviceFiles.load(wearer.config).config.studies
+    assert (study.publisher_key, study.publisher_pins) == (None, named)
+    found = wearer.run("doctor")[1]
+    assert "signed by at least 1 of the 2 pinned publishers" in " ".join(found.split())
+    terms = wearer.run("consent", "list")[1]
+    assert "does not run: not granted" in terms
 
 
 def test_what_is_wrong_is_found_before_anybody_is_asked(wearer: Wearer) -> None:
