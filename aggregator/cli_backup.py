@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from aggregator import restore as restoring
 from aggregator.assembly import AggregatorFiles
 from aggregator.audit.log import AuditEvent, append, local_actor
 from aggregator.backup import backup as make_backup
 from aggregator.cli_options import Config, opened
-from aggregator.command_line import examples
+from aggregator.command_line import examples, progress_bar
 
 
 def register(app: typer.Typer) -> None:
@@ -33,8 +30,8 @@ def backup(config: Config, out: Annotated[Path, typer.Option(help="File to write
     The signing key is not in it: keep a copy of that file apart. Neither are rounds' keys, nor updates of a round that
     is open.
     """
-    with opened(config) as (_, store), _bar("backing up") as progress:
-        done = make_backup(store.database, store.blobs, out, now_s=time.time(), progress=progress)
+    with opened(config) as (_, store), progress_bar() as tell:
+        done = make_backup(store.database, store.blobs, out, now_s=time.time(), progress=partial(tell, "backing up"))
         told = AuditEvent(time.time(), local_actor(), "database.backed_up", "", {"rows": done.rows})
         with store.database.transaction() as connection:
             append(connection, told)
@@ -58,7 +55,7 @@ def restore(
     until `covey-aggregator task resume`.
     """
     store = AggregatorFiles.load(config).open_store()
-    with _bar("restoring") as progress:
+    with progress_bar() as tell:
         done = restoring.restore(
             backup_file,
             store.database,
@@ -66,18 +63,10 @@ def restore(
             now_s=time.time(),
             after_round=after_round,
             actor=local_actor(),
-            progress=progress,
+            progress=partial(tell, "restoring"),
         )
     store.close()
     made = datetime.fromtimestamp(done.created_s, timezone.utc)
     typer.echo(f"restored {done.rows} rows and {done.blobs} models and other large values of {made:%Y-%m-%d %H:%M} UTC")
     for task, number in sorted(done.numbers.items()):
         typer.echo(f"{task}: rounds go on after {number}; see covey-aggregator task show {task}")
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, where that is a terminal."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        line = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(line, completed=done, total=total)
