@@ -34,6 +34,7 @@ from aggregator.helper_calls import HelperCalls, HelperLink
 from aggregator.in_force import config_of, tasks_in_force
 from aggregator.ingest import OPENER, Opener
 from aggregator.intake import Intake, IntakeLimits
+from aggregator.revocation_notices import RevocationNotices
 from aggregator.service import AggregatorService
 from aggregator.shards import LeaseTerms
 from aggregator.store.aggregator_store import AggregatorStore
@@ -278,7 +279,17 @@ def make_service(
             note=partial(_noted, journal, now_s),
             now_s=now_s,
         )
+        notices = RevocationNotices(
+            tenant=tenant,
+            database=store.database,
+            signing_key=signing_key,
+            helpers=helpers or {},
+            line=calls,
+            note=partial(_noted, journal, now_s),
+            now_s=now_s,
+        )
         calls.listen(cosigning.hear)
+        calls.listen(notices.hear)
         fleet = FleetWatch(tenant=tenant, store=store, transport=transport, now_s=now_s) if watches_fleet else None
         ports = RunnerPorts(tenant, store, announcer, journal, entropy, now_s, name, calls)
         coordinator = Coordinator(
@@ -289,6 +300,7 @@ def make_service(
             terms=leases,
             pace=pace,
             cosigning=cosigning,
+            notices=notices,
             fleet=fleet,
             alarms=Alarms(store, now_s=now_s),
         )

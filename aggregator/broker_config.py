@@ -108,7 +108,14 @@ pattern read {root}/enrol/%c/answer
 """
 
 
-def mosquitto_acl(*, tenant: str, aggregator: str, workers: tuple[str, ...] = (), desk: str | None = None) -> str:
+def mosquitto_acl(
+    *,
+    tenant: str,
+    aggregator: str,
+    standbys: tuple[str, ...] = (),
+    workers: tuple[str, ...] = (),
+    desk: str | None = None,
+) -> str:
     """The ACL: a device writes its own uploads and presence, reads its own answers, manifests and models; no more.
 
     A helper of secure rounds reads requests to it, and writes its key and its answers. An ingest worker reads uploads
@@ -118,6 +125,7 @@ def mosquitto_acl(*, tenant: str, aggregator: str, workers: tuple[str, ...] = ()
     Args:
         tenant: name on the wire.
         aggregator: the aggregator's client id.
+        standbys: client ids of aggregators that stand by, with the same rights.
         workers: client ids of the ingest workers that run beside it.
         desk: client id of the enrolment desk, where devices renew their names.
 
@@ -125,27 +133,20 @@ def mosquitto_acl(*, tenant: str, aggregator: str, workers: tuple[str, ...] = ()
         LocalMisuseError: a name that is none, or one that is given twice.
     """
     root = f"fl/v1/{checked_name(tenant, 'tenant')}"
-    names = [checked_name(aggregator, "aggregator"), *(checked_name(worker, "worker") for worker in workers)]
+    leaders = [checked_name(aggregator, "aggregator"), *(checked_name(one, "standby") for one in standbys)]
+    names = [*leaders, *(checked_name(worker, "worker") for worker in workers)]
     if desk is not None:
         names.append(checked_name(desk, "desk"))
     if len(set(names)) < len(names):
-        raise LocalMisuseError(f"workers: expected names of their own, beside the aggregator's, got {names}")
+        raise LocalMisuseError(f"expected a name of its own for each beside the aggregator, got {names}")
+    leads = "".join(_leads(root, name) for name in leaders)
     ingest = "".join(f"user {name}\ntopic read {root}/up/#\ntopic write {root}/down/#\n\n" for name in workers)
     asks = answers = ""
     if desk is not None:
         answers = f"user {desk}\ntopic read {root}/enrol/+/request\ntopic write {root}/enrol/+/answer\n\n"
         asks = f"pattern write {root}/enrol/%u/request\npattern read {root}/enrol/%u/answer\n"
     return f"""# written by covey; %u is the name in the client's certificate
-user {aggregator}
-topic read {root}/up/#
-topic read {root}/state/+
-topic write {root}/round/#
-topic write {root}/model/#
-topic write {root}/down/#
-topic read {root}/helper/#
-topic write {root}/helper/+/request/#
-
-{ingest}{answers}pattern write {root}/up/+/%u/+/+
+{leads}{ingest}{answers}pattern write {root}/up/+/%u/+/+
 pattern write {root}/state/%u
 pattern read {root}/down/%u/+
 pattern read {root}/round/+
@@ -155,3 +156,17 @@ pattern write {root}/helper/%u/key
 pattern write {root}/helper/%u/refusal
 pattern write {root}/helper/%u/answer/+/+
 {asks}"""
+
+
+def _leads(root: str, name: str) -> str:
+    """What coordinates, or may have to."""
+    return f"""user {name}
+topic read {root}/up/#
+topic read {root}/state/+
+topic write {root}/round/#
+topic write {root}/model/#
+topic write {root}/down/#
+topic read {root}/helper/#
+topic write {root}/helper/+/request/#
+
+"""

@@ -28,6 +28,7 @@ broker_app = make_group("Files for mosquitto: TLS 1.3, client certificates, an A
     epilog=examples(
         "ca server --ca ca --host broker.example --out broker",
         "broker config --config aggregator.toml --worker worker-1 --worker worker-2 --out broker",
+        "broker config --config aggregator.toml --standby aggregator-2 --out broker",
         "broker config --config aggregator.toml --ca ca --out broker",
     ),
 )
@@ -35,6 +36,9 @@ def broker_config(
     config: Config,
     out: Out,
     name: Annotated[list[str], typer.Option("--worker", help="Name of an ingest worker; repeatable.")] = [],  # noqa: B006
+    standby: Annotated[
+        list[str], typer.Option("--standby", help="client_id of another `run` that stands by; repeatable.")
+    ] = [],  # noqa: B006
     listen: Annotated[str, typer.Option(help="Address that mosquitto listens on.")] = "0.0.0.0",  # noqa: S104
     user: Annotated[str, typer.Option(help="Account that mosquitto runs under.")] = "mosquitto",
     ca: Annotated[
@@ -55,6 +59,7 @@ def broker_config(
         "acl": mosquitto_acl(
             tenant=tenant,
             aggregator=section.aggregator.client_id,
+            standbys=tuple(standby),
             workers=tuple(name),
             desk=None if desk is None else desk.client_id,
         ),

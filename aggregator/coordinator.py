@@ -15,6 +15,7 @@ from aggregator.cosigning import Cosigning
 from aggregator.errors import AggregatorError, BlobError, DatabaseError, LostModelError
 from aggregator.fleet_watch import FleetWatch
 from aggregator.outage import Outage
+from aggregator.revocation_notices import RevocationNotices
 from aggregator.round_events import (
     AbortAsked,
     ClockJumped,
@@ -61,6 +62,7 @@ class Coordinator:
         terms: of its lease.
         pace: how often it looks for what.
         cosigning: looks after the audit log's checkpoints; None to leave that.
+        notices: tell helpers which devices were thrown out; None to leave that.
         fleet: listens to devices' presence; None to leave that.
         alarms: looked for when a round has closed; None to leave that.
     """
@@ -75,10 +77,11 @@ class Coordinator:
         terms: LeaseTerms = LeaseTerms(),  # noqa: B008 - frozen
         pace: Pace = Pace(),  # noqa: B008 - frozen
         cosigning: Cosigning | None = None,
+        notices: RevocationNotices | None = None,
         fleet: FleetWatch | None = None,
         alarms: Alarms | None = None,
     ) -> None:
-        self._cosigning, self._fleet, self._alarms = cosigning, fleet, alarms
+        self._cosigning, self._notices, self._fleet, self._alarms = cosigning, notices, fleet, alarms
         self._moved: set[str] = set()  # tasks whose rounds closed since the log was looked after
         self._terms, self._pace = terms, pace
         self.name, self._ports, self._load, self._monotonic_s = name, ports, load, monotonic_s
@@ -160,6 +163,8 @@ class Coordinator:
         looks = arrived or self._ports.calls.has_news or not happened_within(LOOK_EVERY_S, self._looked_s, now_s)
         failed: list[DatabaseError] = []
         if looks and self._connected:
+            if self._notices is not None:
+                self._notices.look_after()
             self._ports.calls.look_after()
             failed += self._note_clock_jump(now_s)
             if not happened_within(self._pace.orders_every_s, self._asked_s, now_s):

@@ -53,6 +53,9 @@ class HelperLink(Protocol):
     def cosign(self, request: bytes) -> None:
         """Send a signed request to co-sign; returns at once."""
 
+    def revoke(self, request: bytes) -> None:
+        """Send who was thrown out; returns at once."""
+
     def poll(self) -> list[bytes]:
         """Signed keys, answers and refusals that have come."""
 
@@ -125,17 +128,24 @@ class HelperCalls:
         self._helpers = {name: _Helper(identity) for name, identity in helpers.items()}
         self._data_bytes = chunk_data_bytes(None)
         self._sought_s = float("-inf")
-        self._listener: Listener = lambda _helper, _message: False
+        self._listeners: list[Listener] = []
         self.has_news = False
 
     def listen(self, listener: Listener) -> None:
         """Have somebody else look at each answer and refusal first."""
-        self._listener = listener
+        self._listeners.append(listener)
 
     def ask_to_cosign(self, helper: str, request: bytes) -> None:
         """Send a signed request to co-sign; returns at once, and is not asked again."""
         if helper in self._links:
             self._links[helper].cosign(request)
+        else:
+            self._publish(helper, request)
+
+    def tell_of_revocations(self, helper: str, request: bytes) -> None:
+        """Send who was thrown out; returns at once, and is not sent again."""
+        if helper in self._links:
+            self._links[helper].revoke(request)
         else:
             self._publish(helper, request)
 
@@ -313,16 +323,20 @@ class HelperCalls:
                 self._hear_key(helper, payload)
             case "answer":
                 whole = helper.transfers.accept(decode(payload, ChunkMsg), self._now_s())
-                if whole is not None and not self._listener(helper.identity, whole):
+                if whole is not None and not self._is_heard(helper.identity, whole):
                     self._hear_answer(helper, verify(whole, MaskSumMsg, helper.identity.key))
-            case "refusal" if not self._listener(helper.identity, payload):
+            case "refusal" if not self._is_heard(helper.identity, payload):
                 self._hear_refusal(helper, verify(payload, UnmaskRefusalMsg, helper.identity.key))
             case "request":
                 raise ProtocolError("requests are for helpers")
 
+    def _is_heard(self, helper: HelperIdentity, message: bytes) -> bool:
+        """Whether somebody else has taken a message. Raises ProtocolError, as they do."""
+        return any(listener(helper, message) for listener in self._listeners)
+
     def _hear_either(self, helper: _Helper, message: bytes) -> None:
         """An answer or a refusal, or a key. Raises ProtocolError."""
-        if self._listener(helper.identity, message):
+        if self._is_heard(helper.identity, message):
             return None
         key = helper.identity.key
         with suppress(ProtocolError):

@@ -24,6 +24,7 @@ from fl_protocol.messages import (
     decode,
     encode,
 )
+from fl_protocol.revocation_messages import RevocationsKeptMsg, RevokedDevicesMsg
 from fl_protocol.secagg.messages import (
     ContributionMsg,
     HelperKeyMsg,
@@ -44,6 +45,8 @@ Signable = (
     | CosignRequestMsg
     | CosignatureMsg
     | CosignRefusalMsg
+    | RevokedDevicesMsg
+    | RevocationsKeptMsg
 )
 S = TypeVar(
     "S",
@@ -58,6 +61,8 @@ S = TypeVar(
     CosignRequestMsg,
     CosignatureMsg,
     CosignRefusalMsg,
+    RevokedDevicesMsg,
+    RevocationsKeptMsg,
 )
 
 _CONTEXTS: dict[type, bytes] = {
@@ -74,6 +79,8 @@ _CONTEXTS: dict[type, bytes] = {
     CosignRequestMsg: b"covey v1 cosign request\0",
     CosignatureMsg: b"covey v1 cosignature\0",
     CosignRefusalMsg: b"covey v1 cosign refusal\0",
+    RevokedDevicesMsg: b"covey v1 revoked devices\0",
+    RevocationsKeptMsg: b"covey v1 revocations kept\0",
 }
 
 

@@ -43,7 +43,7 @@ class HelperReply:
     """What a helper answered, not verified.
 
     Args:
-        is_answer: a signed `MaskSumMsg` or `CosignatureMsg`; otherwise a signed refusal.
+        is_answer: a signed `MaskSumMsg`, `CosignatureMsg` or `RevocationsKeptMsg`; otherwise a signed refusal.
         data: its bytes.
     """
 
@@ -87,6 +87,10 @@ class HttpsHelper:
     def cosign(self, request: bytes) -> HelperReply:
         """Ask for a co-signature, by a signed `CosignRequestMsg`. Raises as `unmask`."""
         return self._post("/v1/cosign", request)
+
+    def revoke(self, request: bytes) -> HelperReply:
+        """Tell of devices that were thrown out, by a signed `RevokedDevicesMsg`. Raises as `unmask`."""
+        return self._post("/v1/revocations", request)
 
     def _post(self, path: str, request: bytes) -> HelperReply:
         """Ask with a request."""

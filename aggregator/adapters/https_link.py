@@ -69,6 +69,10 @@ class HttpsLink:
         """Post a signed request to co-sign, in the same way."""
         self._add(self._helper.cosign, request)
 
+    def revoke(self, request: bytes) -> None:
+        """Post who was thrown out, in the same way."""
+        self._add(self._helper.revoke, request)
+
     def _add(self, post: Post, request: bytes) -> None:
         """One more to post."""
         with self._changed:

@@ -29,6 +29,7 @@ from aggregator.helper.cosigning import named_cosign_request
 from aggregator.helper.helper_store import HelperStore, Refused
 from aggregator.helper.key_ring import Helper, KeyRing
 from aggregator.helper.known_devices import KnownDevices
+from aggregator.helper.revocations import Revocations, named_revocations
 from fl_protocol.adapters.journal import Journal
 from fl_protocol.integer_noise import Entropy
 from fl_protocol.secagg.errors import UnmaskRefusedError
@@ -40,7 +41,7 @@ class Reply:
     """What may be sent to who asked.
 
     Args:
-        is_answer: a signed `MaskSumMsg` or `CosignatureMsg`; otherwise a signed refusal.
+        is_answer: a signed `MaskSumMsg`, `CosignatureMsg` or `RevocationsKeptMsg`; otherwise a signed refusal.
         data: its bytes.
     """
 
@@ -79,6 +80,7 @@ class Answerer:
         self._entropy, self._now_s = entropy, now_s
         self._known = {tenant: KnownDevices(study) for tenant, study in studies.items()}
         self._cosigner = Cosigner(helper, logs=store.logs, journal=journal, now_s=now_s)
+        self._revocations = Revocations(helper, kept=store.revoked, journal=journal, now_s=now_s)
         self._one_at_a_time = threading.Lock()
 
     def answer(self, tenant: str, data: bytes) -> Reply:
@@ -98,6 +100,8 @@ class Answerer:
         with self._one_at_a_time:
             if named_cosign_request(data) is not None:
                 return Reply(*self._cosigner.answer(study, data))
+            if named_revocations(data) is not None:
+                return Reply(True, self._revocations.answer(study, data))
             try:
                 return Reply(True, self._answer(study, data))
             except UnmaskRefusedError as error:
@@ -114,6 +118,7 @@ class Answerer:
 
     def _answer_first(self, question: Question) -> bytes:
         """The answer to a round that had none."""
+        self._revocations.check(question.terms.tenant, question.devices)
         answer = signed_sum(
             question,
             self._keys.find(question.recipient),

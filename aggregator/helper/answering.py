@@ -6,8 +6,9 @@ The order of checks is part of what a helper promises:
 2. its manifest is signed by the same key, for an open secure round of this study
 3. the manifest names this helper, with a key that this helper has signed
 4. the round was not answered before: the same list gets the same bytes, any other none (`given_before`)
-5. every device of the list is known: listed here, or certified by a CA that is pinned here (`known_devices`)
-6. the list itself, entry by entry (`fl_protocol.secagg.parties.sum_of_masks`)
+5. no device of the list was thrown out, as far as this helper was told (`revocations`)
+6. every device of the list is known: listed here, or certified by a CA that is pinned here (`known_devices`)
+7. the list itself, entry by entry (`fl_protocol.secagg.parties.sum_of_masks`)
 
 Where the round asks for noise it is in the sum, which is then signed (`signed_sum`). What comes out must be durable
 before it is sent: a second sum of another list would tell the difference of two lists, and the same list with other
@@ -178,14 +179,14 @@ def signed_sum(
     minimum_cohort: int,
     entropy: Entropy,
 ) -> bytes:
-    """Check 6 and the answer, a signed `MaskSumMsg`. To be made durable before anybody sees it.
+    """Check 7 and the answer, a signed `MaskSumMsg`. To be made durable before anybody sees it.
 
     Args:
         question: not answered before.
         key: private half of the question's recipient; None if this helper does not have it (any more).
         helper: this helper's name.
         identity: signs.
-        device_keys: of the devices that it knows, from check 5.
+        device_keys: of the devices that it knows, from check 6.
         minimum_cohort: its own floor.
         entropy: cryptographic source, for noise.
 

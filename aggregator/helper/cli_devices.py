@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aggregator.command_line import make_group, say_json
+from aggregator.command_line import make_group, moment, say_json, say_table
 from aggregator.device_list import read_devices
 from aggregator.errors import AggregatorError
 from aggregator.helper.cli_options import AsJson, Config, examples, opened
@@ -64,3 +64,18 @@ def device_list(config: Config, as_json: AsJson = False) -> None:
         return
     for tenant, device, key in known:
         typer.echo(f"{tenant}  {device}  {key.hex()}")
+
+
+@device_app.command(
+    "revoked", epilog=examples("device revoked --config helper.toml", "device revoked --config helper.toml --json")
+)
+def device_revoked(config: Config, as_json: AsJson = False) -> None:
+    """List the devices that studies have told were thrown out; lists with one of them are refused, for ever."""
+    with opened(config) as (_, store):
+        found = store.revoked.all()
+    if as_json:
+        say_json([one._asdict() for one in found])
+        return
+    say_table(
+        "Thrown out", ("study", "device", "told"), [(one.tenant, one.device, moment(one.told_s)) for one in found]
+    )

@@ -14,6 +14,7 @@ from aggregator.errors import DatabaseError
 from aggregator.helper import schema
 from aggregator.helper.answer_ledger import AnswerLedger
 from aggregator.helper.cosigned_logs import CosignedLogs
+from aggregator.helper.revoked_devices import RevokedDevices
 from aggregator.store.blobs import Blobs
 from aggregator.store.database import Database
 from fl_protocol.message_base import KemName
@@ -35,7 +36,7 @@ class HelperDatabase(Database):
         super().__init__(f"sqlite:///{path}")
 
     def _migrate(self, blobs: Blobs | None, *, refuses_older: bool) -> None:
-        """Make the tables; of this store there is one version so far."""
+        """Make the tables that are missing: version 2 has one more than version 1, and no other difference."""
         del blobs, refuses_older
         with self.transaction() as connection:
             version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
@@ -221,7 +222,7 @@ class HelperStore:
         self.database = database
         self.keys, self.devices = Keys(database), DeviceRegister(database)
         self.answers, self.refusals = AnswerLedger(database), RefusalLog(database, most_refusals)
-        self.logs = CosignedLogs(database)
+        self.logs, self.revoked = CosignedLogs(database), RevokedDevices(database)
 
     def close(self) -> None:
         """Close all connections."""

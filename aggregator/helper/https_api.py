@@ -3,6 +3,7 @@
     POST /v1/unmask        body: a signed `UnmaskRequestMsg`; 200 with a signed `MaskSumMsg`, 409 with a signed
                            `UnmaskRefusalMsg`, 400 for what is ignored, 413 for what is too long, 503 for come again
     POST /v1/cosign        the same with `CosignRequestMsg`, `CosignatureMsg` and `CosignRefusalMsg`
+    POST /v1/revocations   the same with `RevokedDevicesMsg` and `RevocationsKeptMsg`; it is never refused
     GET  /v1/key/{tenant}  the signed `HelperKeyMsg`, 404 for a study that is not configured
     GET  /healthz          200 while there is a key that rounds may use
 
@@ -28,6 +29,7 @@ from aggregator.helper.answering import IgnoredError, tenant_named_in
 from aggregator.helper.config import HttpsSection
 from aggregator.helper.cosigning import named_cosign_request
 from aggregator.helper.key_ring import KeyRing
+from aggregator.helper.revocations import named_revocations
 from fl_protocol.adapters.config_files import relative_to_config
 from fl_protocol.errors import ConfigError
 from fl_protocol.limits import MAX_TRANSFER_BYTES
@@ -53,6 +55,7 @@ def make_api(answerer: Answerer, *, keys: KeyRing, tenants: Collection[str], now
 
     @api.post("/v1/unmask")
     @api.post("/v1/cosign")
+    @api.post("/v1/revocations")
     async def answer(request: Request) -> Response:
         if not room.acquire(blocking=False):
             return _told(503, "too many requests at once; come again")
@@ -63,9 +66,9 @@ def make_api(answerer: Answerer, *, keys: KeyRing, tenants: Collection[str], now
             room.release()
 
     def _answer(data: bytes) -> Response:
-        cosign = named_cosign_request(data)
+        aside = named_cosign_request(data) or named_revocations(data)
         try:
-            reply = answerer.answer(cosign.tenant if cosign is not None else tenant_named_in(data), data)
+            reply = answerer.answer(aside.tenant if aside is not None else tenant_named_in(data), data)
         except IgnoredError as error:
             return _told(400, str(error))
         except DatabaseError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import Column, Float, Integer, LargeBinary, MetaData, String, Table, Text, UniqueConstraint
 
-VERSION = 1
+VERSION = 2
 """Of this schema, in SQLite's `user_version`."""
 
 metadata = MetaData()
@@ -80,4 +80,12 @@ devices = Table(
     Column("tenant", String(64), primary_key=True),
     Column("device", String(64), primary_key=True),
     Column("public_key", LargeBinary(32), nullable=False),
+)
+# Security: rows are only added, and stay for ever.
+revoked_devices = Table(
+    "revoked_devices",
+    metadata,
+    Column("tenant", String(64), primary_key=True),
+    Column("device", String(64), primary_key=True),
+    Column("told_s", Float, nullable=False),
 )

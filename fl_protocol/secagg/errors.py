@@ -19,6 +19,7 @@ class UnmaskRefusal(str, enum.Enum):
     SECOND_LIST = "second_list"
     UNKNOWN_KEY = "unknown_key"
     BAD_MANIFEST = "bad_manifest"
+    REVOKED_DEVICE = "revoked_device"
 
 
 class UnmaskRefusedError(ProtocolError):

@@ -142,9 +142,22 @@ def test_workers_change_nobody_elses_rights() -> None:
         assert rights(SCALED, name) == rights(ACL, name)
 
 
+def test_one_that_stands_by_has_the_aggregators_rights_and_changes_nobody_elses() -> None:
+    paired = mosquitto_acl(tenant="clinic", aggregator="sum-1", standbys=("sum-2",), workers=("worker-1", "worker-2"))
+
+    def own(name: str) -> set[tuple[str, str]]:
+        return {(action, topic.replace(name, "NAME")) for action, topic in rights(paired, name)}
+
+    assert own("sum-2") == own("sum-1")
+    for name in ("sum-1", "watch-7", "worker-1"):
+        assert rights(paired, name) == rights(SCALED, name)
+
+
 def test_two_with_one_name_are_refused() -> None:
+    with pytest.raises(LocalMisuseError, match="expected a name of its own"):
+        mosquitto_acl(tenant="clinic", aggregator="sum-1", standbys=("sum-1",))
     for workers in (("sum-1",), ("worker-1", "worker-1")):
-        with pytest.raises(LocalMisuseError, match="workers: expected names of their own"):
+        with pytest.raises(LocalMisuseError, match="expected a name of its own"):
             mosquitto_acl(tenant="clinic", aggregator="sum-1", workers=workers)
 
 

@@ -33,6 +33,7 @@ from fl_protocol.messages import (
     UpdateEnvelopeMsg,
     UpdateHeaderMsg,
 )
+from fl_protocol.revocation_messages import RevocationsKeptMsg, RevokedDevicesMsg
 from fl_protocol.sealing import RoundKey, round_key_bytes
 from fl_protocol.secagg.errors import UnmaskRefusal
 from fl_protocol.secagg.messages import (
@@ -236,6 +237,8 @@ COSIGN_REFUSAL = CosignRefusalMsg(
     reason=CosignRefusal.SMALLER,
     detail="the log has 20 entries, and had 30",
 )
+REVOKED_DEVICES = RevokedDevicesMsg(tenant=TENANT, helper="helper-a", devices=(DEVICE, "watch-2"))
+REVOCATIONS_KEPT = RevocationsKeptMsg(tenant=TENANT, helper="helper-a", request_digest=SEALED_DIGEST)
 EXAMPLES: tuple[Msg, ...] = (
     PLAN,
     EVALUATION_PLAN,
@@ -284,6 +287,8 @@ EXAMPLES: tuple[Msg, ...] = (
     COSIGN_REQUEST,
     COSIGNATURE,
     COSIGN_REFUSAL,
+    REVOKED_DEVICES,
+    REVOCATIONS_KEPT,
     PresenceMsg(state="online", software="covey 0.1.0", reason="charger"),
     SignedMsg(payload=messages.encode(RECEIPT), signature=bytes(range(64))),
     PINS,

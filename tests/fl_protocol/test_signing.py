@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.log_messages import CosignatureMsg, CosignRefusalMsg, CosignRequestMsg
 from fl_protocol.messages import ChunkMsg, NackMsg, ReceiptMsg, RoundManifestMsg, SignedMsg, decode, encode
+from fl_protocol.revocation_messages import RevocationsKeptMsg, RevokedDevicesMsg
 from fl_protocol.secagg.messages import HelperKeyMsg, MaskSumMsg, UnmaskRefusalMsg, UnmaskRequestMsg
 from fl_protocol.signing import (
     Signable,
@@ -29,6 +30,8 @@ from tests.fl_protocol.examples import (
     MASK_SUM,
     NACK,
     RECEIPT,
+    REVOCATIONS_KEPT,
+    REVOKED_DEVICES,
     UNMASK_REFUSAL,
     UNMASK_REQUEST,
     helper_key,
@@ -48,6 +51,8 @@ SIGNED: dict[type, Signable] = {
     CosignRequestMsg: COSIGN_REQUEST,
     CosignatureMsg: COSIGNATURE,
     CosignRefusalMsg: COSIGN_REFUSAL,
+    RevokedDevicesMsg: REVOKED_DEVICES,
+    RevocationsKeptMsg: REVOCATIONS_KEPT,
 }
 ED25519_ORDER = 2**252 + 27742317777372353535851937790883648493
 """L of RFC 8032, section 5.1."""

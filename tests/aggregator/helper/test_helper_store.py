@@ -195,8 +195,22 @@ def test_devices_are_known_for_each_study_by_itself(store: HelperStore) -> None:
 def test_a_store_of_a_newer_version_is_not_touched(tmp_path: Path) -> None:
     made = HelperDatabase(tmp_path / "helper.db")
     with made.transaction() as connection:
-        connection.exec_driver_sql("PRAGMA user_version=2")
+        connection.exec_driver_sql("PRAGMA user_version=3")
     made.close()
-    with pytest.raises(DatabaseError, match="version 2"):
+    with pytest.raises(DatabaseError, match="version 3"):
         HelperDatabase(tmp_path / "helper.db")
     assert (tmp_path / "helper.db").stat().st_mode & 0o077 == 0
+
+
+def test_a_store_of_version_1_gets_what_it_lacks_and_keeps_what_it_has(tmp_path: Path) -> None:
+    made = HelperDatabase(tmp_path / "helper.db")
+    store = HelperStore(made)
+    store.devices.add_all("clinic", [("watch-1", device_key("a").public_key().public_bytes_raw())])
+    with made.transaction() as connection:
+        connection.exec_driver_sql("DROP TABLE revoked_devices")
+        connection.exec_driver_sql("PRAGMA user_version=1")
+    made.close()
+    again = HelperStore(HelperDatabase(tmp_path / "helper.db"))
+    assert [name for _, name, _ in again.devices.all()] == ["watch-1"]
+    assert again.revoked.add("clinic", ["watch-1"], now_s=1.0) == 1
+    again.close()

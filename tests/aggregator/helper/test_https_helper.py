@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import ssl
 import subprocess
@@ -27,9 +28,10 @@ from aggregator.helper_calls import HelperCalls, RoundAsked
 from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.limits import MAX_TRANSFER_BYTES
 from fl_protocol.log_messages import CosignatureMsg, CosignRefusal, CosignRefusalMsg
+from fl_protocol.revocation_messages import RevocationsKeptMsg, RevokedDevicesMsg
 from fl_protocol.secagg.messages import HelperKeyMsg, MaskSumMsg, UnmaskRefusalMsg, UnmaskRequestMsg
 from fl_protocol.secagg.terms import HelperIdentity, manifest_digest, secure_round
-from fl_protocol.signing import public_key_hex, verify
+from fl_protocol.signing import public_key_hex, sign, verify
 from tests.aggregator.helper.helper_desk import (
     DEVICES,
     HELPER,
@@ -164,6 +166,20 @@ def test_a_checkpoint_is_co_signed_over_https(site: Site) -> None:
     key, answer = link.poll()
     assert verify(answer, CosignatureMsg, IDENTITY.public_key()).size == 9
     assert verify(key, HelperKeyMsg, IDENTITY.public_key()).helper == HELPER
+
+
+def test_a_helper_is_told_of_revocations_over_https(site: Site) -> None:
+    told = sign(RevokedDevicesMsg(tenant=TENANT, helper=HELPER, devices=("watch-3",)), AGGREGATOR_KEY)
+    reply = site.client().revoke(told)
+    assert reply.is_answer
+    said = verify(reply.data, RevocationsKeptMsg, IDENTITY.public_key())
+    assert said.request_digest == hashlib.sha256(told).digest()
+    assert [one.device for one in site.desk.store.revoked.all()] == ["watch-3"]
+    link = HttpsLink(site.client(), TENANT)
+    link.revoke(told)
+    link.step()
+    _, answer = link.poll()
+    assert verify(answer, RevocationsKeptMsg, IDENTITY.public_key()) == said
 
 
 def aggregator_toml(folder: Path, certificates: Path, port: int, **changes: str) -> Path:
