@@ -100,7 +100,7 @@ def restored_onto(folder: Path, clinic: Clinic, kept: dict[str, bytes], backup: 
     there = Clinic(folder, clinic.port, clinic.claims_port)
     for name in ("aggregator", "enrolment"):
         issue_client(load_ca(folder / "ca"), folder / "keys", name=name, now_s=time.time())
-    there.command("restore", str(backup), *AT)
+    there.command("restore", str(backup), "--crl", "broker/crl.pem", *AT)
     machine = Machine(there)
     machine.start()
     there.command("task", "resume", TASK, *AT)
@@ -183,13 +183,17 @@ def test_the_same_devices_go_on_with_a_machine_that_was_restored_mid_round(
 ) -> None:
     number = receipts_are_lost(study)
     machine, (unlucky, steady, late) = study.machine, study.wrists
+    thief = Watch(study.clinic)
+    thief.join()
     backup = study.backup("monday.backup")
 
-    # The service goes on for a round and a half, whose updates die with it.
+    # The service goes on for a round and a half, whose updates die with it; somebody is thrown out.
+    study.clinic.command("device", "revoke", thief.enrolment, "--reason", "stolen", "--yes", *AT)
     late.start()
     machine.await_told("round_committed", round_number=number)
     for wrist in (steady, late):
         wrist.await_told("update_delivered", round_number=number + 1)
+    until(lambda: "revocation_enforced" in (study.clinic.folder / "desk.jsonl").read_text(), what="no list")
     machine.kill()
     os.kill(study.clinic.desk_pid, signal.SIGKILL)
     unlucky.start()
@@ -243,3 +247,6 @@ def test_the_same_devices_go_on_with_a_machine_that_was_restored_mid_round(
     shutil.copytree(study.clinic.folder / "claimant", machine.folder / "claimant")
     with desk_process(machine.folder):
         Watch(machine.clinic).join()
+        thief.clinic = machine.clinic
+        answer = thief.ask_with(thief.prepared(None))
+        assert (answer.outcome, "list of revoked certificates" in answer.detail) == ("revoked", True)
