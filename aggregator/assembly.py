@@ -38,7 +38,7 @@ from aggregator.revocation_notices import RevocationNotices
 from aggregator.service import AggregatorService
 from aggregator.shards import LeaseTerms
 from aggregator.store.aggregator_store import AggregatorStore
-from aggregator.store.database import Database
+from aggregator.store.database import Database, Older
 from aggregator.store.tasks import StoredTask
 from aggregator.task_runner import RunnerPorts, TaskRunner
 from aggregator.validation import load_validation
@@ -106,15 +106,17 @@ class AggregatorFiles:
             links[one.name] = HttpsLink(helper, self.config.aggregator.tenant).start()
         return links
 
-    def open_store(self, *, create: bool = True) -> AggregatorStore:
+    def open_store(self, *, create: bool = True, older: Older = "refuse") -> AggregatorStore:
         """The database and its blobs.
 
         Args:
             create: whether to make an SQLite file where there is none.
+            older: what is done with a database of an earlier version. Commands and services refuse it: another process
+                may be at work on it, and there is no way back without a backup.
 
         Raises:
             ConfigError: the configuration does not say where they are.
-            DatabaseError: there is none, or it fails.
+            DatabaseError: there is none, it fails, or it is refused.
         """
         section = self.config.aggregator
         url, blobs = section.database, section.blobs
@@ -137,7 +139,7 @@ class AggregatorFiles:
         elif "://" not in blobs:
             blobs = str(relative_to_config(self.path, blobs))
         store = open_blobs(blobs)
-        return AggregatorStore(Database(url, blobs=store), store)
+        return AggregatorStore(Database(url, blobs=store, older=older), store)
 
 
 def bundle_of(store: AggregatorStore, task: StoredTask) -> ModelBundle:

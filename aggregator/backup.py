@@ -12,20 +12,32 @@ import io
 import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, Table, select
+from sqlalchemy import Column, Connection, MetaData, Table, select
 
-from aggregator.backup_file import BLOBS, ERASED, MANIFEST, ROWS, TABLES, ManifestMsg, MemberMsg, digest_of, encode_row
+from aggregator.backup_file import (
+    BLOBS,
+    ERASED,
+    ERASED_EARLIER,
+    LEFT_OUT,
+    MANIFEST,
+    ROWS,
+    TABLES,
+    ManifestMsg,
+    MemberMsg,
+    digest_of,
+    encode_row,
+)
 from aggregator.errors import BlobError, DatabaseError
 from aggregator.store.blobs import Blobs
 from aggregator.store.database import Database
 from aggregator.store.migrations import newest_revision
-from aggregator.store.sweep import BLOB_COLUMNS, named_blobs
+from aggregator.store.sweep import BLOB_COLUMNS, blobs_named_in
 from fl_protocol.adapters.files import fsync_folder
 from fl_protocol.adapters.software import software_version
 from fl_protocol.errors import ConfigError
@@ -40,6 +52,24 @@ class BackedUp(NamedTuple):
     rows: int
     blobs: int
     num_bytes: int
+
+
+class _Source(NamedTuple):
+    """What is backed up: a view of the database, opened as often as it is wanted, its tables, and their revision."""
+
+    reading: Callable[[], AbstractContextManager[Connection]]
+    tables: Sequence[Table]
+    revision: str
+
+    def columns_of(self, table: Table) -> list[Column[str | None]]:
+        """Those of a table that name large values."""
+        known = {(column.table.name, column.name) for column in BLOB_COLUMNS}
+        return [column for column in table.columns if (table.name, column.name) in known]
+
+    def named(self) -> set[str]:
+        """All large values that rows name now."""
+        with self.reading() as connection:
+            return blobs_named_in(connection, (one for table in self.tables for one in self.columns_of(table)))
 
 
 def backup(
@@ -58,40 +88,85 @@ def backup(
         ConfigError: there is such a file already, or it cannot be written.
         DatabaseError: the database or the blob store fails, or lacks a large value that a row names.
     """
+    source = _Source(database.reading, TABLES, newest_revision())
+    return _write(source, blobs, path, now_s=now_s, progress=progress)
+
+
+def backup_as_it_is(
+    connection: Connection,
+    blobs: Blobs,
+    path: Path,
+    *,
+    revision: str,
+    now_s: float,
+    progress: Progress = lambda _done, _all: None,
+) -> BackedUp:
+    """Write a backup of a database of an earlier version, which software of that version restores; see `backup`.
+
+    Args:
+        connection: with a transaction, which nobody else's changes get into.
+        blobs: as `backup`.
+        path: as `backup`.
+        revision: of the database.
+        now_s: as `backup`.
+        progress: as `backup`.
+    """
+    source = _Source(lambda: nullcontext(connection), tables_as_they_are(connection), revision)
+    return _write(source, blobs, path, now_s=now_s, progress=progress)
+
+
+def tables_as_they_are(connection: Connection) -> list[Table]:
+    """What is backed up of a database of any version, as the database describes it."""
+    found = MetaData()
+    found.reflect(connection)
+    left_out = {table.name for table in LEFT_OUT} | {"alembic_version"}
+    return [table for table in found.sorted_tables if table.name not in left_out]
+
+
+def named_by_rows(connection: Connection) -> set[str]:
+    """The large values that rows of a database of any version name."""
+    return _Source(lambda: nullcontext(connection), tables_as_they_are(connection), "").named()
+
+
+def _write(source: _Source, blobs: Blobs, path: Path, *, now_s: float, progress: Progress) -> BackedUp:
+    """See `backup`."""
     with _new_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         members: dict[str, MemberMsg] = {}
-        num_rows, names = _add_rows(database, tar, members, path.parent)
-        pruned = _add_blobs(database, blobs, tar, members, names=names, progress=progress)
-        manifest = ManifestMsg(1, newest_revision(), software_version(), now_s, members, pruned)
+        num_rows, names = _add_rows(source, tar, members, path.parent)
+        pruned = _add_blobs(source, blobs, tar, members, names=names, progress=progress)
+        manifest = ManifestMsg(1, source.revision, software_version(), now_s, members, pruned)
         _add(tar, MANIFEST, msgspec.json.encode(manifest))
     return BackedUp(num_rows, len(names) - len(pruned), path.stat().st_size)
 
 
 def _add_rows(
-    database: Database, tar: tarfile.TarFile, members: dict[str, MemberMsg], folder: Path
+    source: _Source, tar: tarfile.TarFile, members: dict[str, MemberMsg], folder: Path
 ) -> tuple[int, list[str]]:
     """Every table as of one moment; how many rows, and the large values that they name."""
     count, names = 0, set[str]()
     with tempfile.TemporaryFile(dir=folder) as spool:
         ends = []
-        with database.reading() as connection:
-            for table in TABLES:
+        with source.reading() as connection:
+            for table in source.tables:
+                columns = [column.name for column in source.columns_of(table)]
                 for row in _rows(connection, table):
                     spool.write(encode_row(row))
-                    names |= {str(row[one.name]) for one in BLOB_COLUMNS if one.table is table and row[one.name]}
+                    # The first versions had the values themselves there.
+                    names |= {row[name] for name in columns if row[name] and isinstance(row[name], str)}
                     count += 1
                 ends.append(spool.tell())
         begin = 0
-        for table, end in zip(TABLES, ends, strict=True):
+        for table, end in zip(source.tables, ends, strict=True):
             _add_part(tar, f"{ROWS}{table.name}.jsonl", spool, begin, end, members=members)
             begin = end
     return count, sorted(names)
 
 
-def _rows(connection: Connection, table: Table) -> Iterator[dict[str, object]]:
+def _rows(connection: Connection, table: Table) -> Iterator[dict[str, Any]]:
     """A table's rows in the order of their keys, a few at a time in memory."""
     query = select(table).order_by(*table.primary_key.columns).execution_options(yield_per=500)
-    erased = ERASED.get(table.name, {})
+    unwanted = ERASED.get(table.name, {}) | ERASED_EARLIER.get(table.name, {})
+    erased = {name: None for name in unwanted if name in table.columns}
     for row in connection.execute(query).mappings():
         yield {**row, **erased}
 
@@ -112,7 +187,7 @@ def _add_part(
 
 
 def _add_blobs(
-    database: Database,
+    source: _Source,
     blobs: Blobs,
     tar: tarfile.TarFile,
     members: dict[str, MemberMsg],
@@ -127,7 +202,7 @@ def _add_blobs(
         try:
             data = blobs.get(name)
         except BlobError as error:
-            if name in named_blobs(database):
+            if name in source.named():
                 raise DatabaseError(f"the backup would lack {name}, which is in use: {error}") from error
             pruned.append(name)
             continue

@@ -24,12 +24,12 @@ from aggregator.store import schema
 
 MANIFEST = "manifest.json"
 ROWS, BLOBS = "rows/", "blobs/"
-_LEFT_OUT = {
+LEFT_OUT = {
     schema.partials,  # sums of the open round, under its key
     schema.leases,
     schema.workers,
 }
-TABLES: tuple[Table, ...] = tuple(table for table in schema.metadata.sorted_tables if table not in _LEFT_OUT)
+TABLES: tuple[Table, ...] = tuple(table for table in schema.metadata.sorted_tables if table not in LEFT_OUT)
 """What is backed up."""
 
 ERASED: dict[str, dict[str, None]] = {
@@ -37,6 +37,8 @@ ERASED: dict[str, dict[str, None]] = {
     "updates": {"segment": None, "start": None, "length": None},  # sealed under that key
 }
 """Columns of which no value is backed up."""
+ERASED_EARLIER: dict[str, dict[str, None]] = {"updates": {"change": None}}
+"""The same, of tables as they once were: an update itself."""
 
 _BLOCK_BYTES = 2**20
 
@@ -110,9 +112,9 @@ class BackupFile:
             self.manifest = _verified(path)
         if self.manifest.revision != revision:
             raise DatabaseError(
-                f"the backup {path} is of a database of revision {self.manifest.revision}, made by version "
-                f"{self.manifest.software}, and this software has revision {revision}; restore it with the version "
-                "that made it, then start this one on the restored database"
+                f"the backup {path} is of a database of revision {self.manifest.revision}, and this software has "
+                f"revision {revision}; restore it with the software of that revision, then run covey-aggregator "
+                "upgrade with this one"
             )
 
     def rows(self, table: Table) -> Iterator[dict[str, Any]]:

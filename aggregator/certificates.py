@@ -11,8 +11,10 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -133,6 +135,38 @@ def make_crl(ca: KeyPair, revoked: Iterable[tuple[int, float]], *, now_s: float)
         entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(_moment(at_s)).build()
         builder = builder.add_revoked_certificate(entry)
     return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+
+class RevocationList(NamedTuple):
+    """What a CRL says: the moment (Unix seconds) for each serial number, and until when it holds."""
+
+    revoked: dict[int, float]
+    ends_s: float
+
+
+def read_crl(data: bytes, ca_certificate: bytes) -> RevocationList:
+    """Read a list that `make_crl` wrote.
+
+    Args:
+        data: PEM.
+        ca_certificate: of the CA that has to have signed it, PEM.
+
+    Raises:
+        AggregatorError: it is no such list, or not signed by this CA.
+    """
+    try:
+        found = x509.load_pem_x509_crl(data)
+        signer = x509.load_pem_x509_certificate(ca_certificate).public_key()
+        # Security: it throws devices out for good.
+        is_signed = isinstance(signer, ec.EllipticCurvePublicKey) and found.is_signature_valid(signer)
+        ends = found.next_update_utc
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise AggregatorError(
+            f"expected a list of revoked certificates and a CA's certificate, PEM; {error}"
+        ) from error
+    if not is_signed or ends is None:
+        raise AggregatorError("the list of revoked certificates is not signed by the study's CA; name the broker's own")
+    return RevocationList({one.serial_number: one.revocation_date_utc.timestamp() for one in found}, ends.timestamp())
 
 
 def check_ca(ca: KeyPair) -> None:

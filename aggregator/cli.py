@@ -30,6 +30,7 @@ from aggregator.cli_options import AsJson, Config, opened
 from aggregator.cli_privacy import privacy_app
 from aggregator.cli_publisher import publisher_app
 from aggregator.cli_tasks import task_app
+from aggregator.cli_upgrade import register as register_upgrade
 from aggregator.cli_watch import register as register_watch
 from aggregator.cli_webhooks import webhook_app
 from aggregator.command_line import examples, make_app, plain_console, run_app, say_json
@@ -96,6 +97,7 @@ for _name, _group in (
 ):
     app.add_typer(_group, name=_name)
 register_backup(app)
+register_upgrade(app)
 register_api(app)
 register_watch(app)
 

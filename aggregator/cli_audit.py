@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from rich.console import Console
-from rich.progress import Progress
 
 from aggregator.assembly import AggregatorFiles
 from aggregator.audit.checkpoint_rows import Checkpoints
@@ -22,7 +19,7 @@ from aggregator.audit.entry_proofs import CheckedEntry, ProofRefusedError, check
 from aggregator.audit.export import export_log, verify_database, verify_file
 from aggregator.audit.verification import LogKeys, Verified
 from aggregator.cli_options import AsJson, Config, opened, write_files
-from aggregator.command_line import examples, make_group, moment, say_json, say_table
+from aggregator.command_line import examples, make_group, moment, progress_bar, say_json, say_table
 from fl_protocol.adapters.config_files import read_file
 from fl_protocol.errors import ConfigError
 from fl_protocol.helper_config import pinned
@@ -90,12 +87,12 @@ def audit_verify(
     """
     keys = _keys(config, tenant, aggregator_key, helper_key)
     kept = [_kept(path) for path in checkpoint]
-    with _bar("verifying") as progress:
+    with progress_bar() as tell:
         if export is not None:
-            found = verify_file(export, keys, kept=kept, progress=progress)
+            found = verify_file(export, keys, kept=kept, progress=partial(tell, "verifying"))
         elif config is not None:
             with opened(config) as (_, store):
-                found = verify_database(store.database, keys, kept=kept, progress=progress)
+                found = verify_database(store.database, keys, kept=kept, progress=partial(tell, "verifying"))
         else:
             raise ConfigError("expected --config, or a file that audit export wrote")
     if as_json:
@@ -109,10 +106,10 @@ def audit_verify(
 @audit_app.command("export", epilog=examples("audit export --config aggregator.toml --out log.jsonl"))
 def audit_export(config: Config, out: Annotated[Path, typer.Option(help="File to write; it must not exist.")]) -> None:
     """Write all entries and checkpoints to a file, which `audit verify` takes anywhere."""
-    with opened(config) as (files, store), _bar("exporting") as progress:
+    with opened(config) as (files, store), progress_bar() as tell:
         try:
             with out.open("xb") as file:
-                count = export_log(store.database, _origin(files), file, progress=progress)
+                count = export_log(store.database, _origin(files), file, progress=partial(tell, "exporting"))
         except OSError as error:
             raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from error
     typer.echo(f"{out}: {count} entries")
@@ -247,15 +244,3 @@ def _say_proved(found: CheckedEntry) -> None:
     typer.echo(f"proved: it is in the first {found.size} entries of {found.origin}")
     for key, at_s in found.cosigned_s.items():
         typer.echo(f"co-signed {moment(at_s)} with {key}")
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, where that is a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _done, _total: None
-        return
-    with Progress(console=console, transient=True) as bar:
-        line = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(line, completed=done, total=total)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
@@ -12,6 +13,7 @@ import msgspec
 import typer
 from rich import box
 from rich.console import Console, RenderableType
+from rich.progress import Progress
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -111,6 +113,18 @@ def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     for row in filled:
         table.add_row(*row)
     return table
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, where that is a terminal; called with what is done, how much is, how much there is."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _what, _done, _total: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        line = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(line, description=what, completed=done, total=total)
 
 
 def moment(at_s: float | None) -> str:

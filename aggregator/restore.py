@@ -8,6 +8,7 @@ service takes no step twice, it does not go on where the backup stopped:
   and so that no update made for a round after the backup can count in another of the same number;
 - receipts of before the backup are kept: what was accepted is not accepted twice;
 - enrolment tokens that were unused are withdrawn, since nobody can know whether one was used after the backup;
+- who was thrown out since is thrown out again, if the broker's last list of revoked certificates is given;
 - orders that were not carried out are dropped, and every task that was going on is paused until its operator resumes
 it.
 """
@@ -25,6 +26,8 @@ from sqlalchemy import Connection, Table, insert, select
 
 from aggregator.audit.log import AuditEvent, append
 from aggregator.backup_file import TABLES, BackupFile
+from aggregator.certificates import RevocationList
+from aggregator.enrolment.revocation import RevokedAgain, revoke_again
 from aggregator.errors import BlobError, DatabaseError
 from aggregator.store import schema
 from aggregator.store.blobs import Blobs, checked_blob_name
@@ -41,12 +44,20 @@ Progress = Callable[[int, int], None]
 
 
 class Restored(NamedTuple):
-    """What was restored: rows, large values, when the backup was made, and each task's number of the last round."""
+    """What was restored.
+
+    Args:
+        rows, blobs: how many rows and large values.
+        created_s: when the backup was made, Unix seconds.
+        numbers: of each task, that of its last round.
+        revoked: who was thrown out again; None if no list was given.
+    """
 
     rows: int
     blobs: int
     created_s: float
     numbers: dict[str, int]
+    revoked: RevokedAgain | None
 
 
 def restore(
@@ -57,6 +68,7 @@ def restore(
     now_s: float,
     after_round: int | None = None,
     actor: str = "aggregator",
+    listed: RevocationList | None = None,
     progress: Progress = lambda _done, _all: None,
 ) -> Restored:
     """Restore a backup; all of it, or nothing.
@@ -69,6 +81,7 @@ def restore(
         after_round: number above which every task's rounds go on: the newest that any device may have seen. By default
             a thousand above the backup's.
         actor: who restores it, as the audit log names them.
+        listed: the revoked certificates that the broker had last; who is on it stays out.
         progress: for people; called with how many large values are done, and how many there are.
 
     Raises:
@@ -92,11 +105,14 @@ def restore(
             rows = sum(_insert(connection, table, backup.rows(table), settled) for table in TABLES)
             told = {"backup_s": backup.manifest.created_s, "rows": rows}
             append(connection, AuditEvent(now_s, actor, "database.restored", "", told))
+            revoked = None
+            if listed is not None:
+                revoked = revoke_again(connection, listed, actor=actor, now_s=now_s)
     except BaseException:
         with suppress(BlobError):
             blobs.delete(name for name in names.values() if name is not None)
         raise
-    return Restored(rows, count, backup.manifest.created_s, settled.numbers)
+    return Restored(rows, count, backup.manifest.created_s, settled.numbers, revoked)
 
 
 def _refuse_rows(connection: Connection) -> None:

@@ -46,7 +46,7 @@ class MemoryBlobs:
 
     def stored(self) -> Iterator[StoredBlob]:
         """What there is, and since when."""
-        return iter([StoredBlob(name, written_s) for name, (_, written_s) in self._blobs.items()])
+        return iter([StoredBlob(name, written_s, len(data)) for name, (data, written_s) in self._blobs.items()])
 
     def kept(self) -> dict[str, tuple[bytes, float]]:
         """Everything, for `restore`: content, and Unix seconds since which it is there, by name."""

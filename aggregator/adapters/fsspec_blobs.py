@@ -98,7 +98,7 @@ class FsspecBlobs:
                 checked_blob_name(name)
             except BlobError:
                 continue  # somebody else's
-            yield StoredBlob(name, _written_s(facts))
+            yield StoredBlob(name, _written_s(facts), int(facts.get("size") or 0))
 
     def _limit(self, length: int) -> dict[str, float]:
         """The time limit of a write: aiohttp waits for ever for leave to send a body (RFC 9110, 10.1.1: Expect)."""

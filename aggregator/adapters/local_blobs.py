@@ -75,7 +75,8 @@ def _files(folder: os.DirEntry[str]) -> Iterator[StoredBlob]:
     for file in os.scandir(folder):
         name = f"{folder.name}/{file.name}"
         try:
-            yield StoredBlob(checked_blob_name(name), file.stat(follow_symlinks=False).st_mtime)
+            found = file.stat(follow_symlinks=False)
+            yield StoredBlob(checked_blob_name(name), found.st_mtime, found.st_size)
         except (FileNotFoundError, BlobError):
             continue
 

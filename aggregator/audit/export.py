@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
-from sqlalchemy import Connection
+from sqlalchemy import Connection, inspect
 
 from aggregator.audit.checkpoint_rows import stored_notes
 from aggregator.audit.checkpoints import CheckpointError, Note, parse_note
 from aggregator.audit.entries import LONGEST_ENTRY_BYTES, AuditError
 from aggregator.audit.log import StoredEntry, log_size, stored_entries
 from aggregator.audit.verification import LogKeys, LogVerifier, Verified
+from aggregator.store import schema
 from aggregator.store.database import Database
 from fl_protocol.errors import ConfigError
 
@@ -58,21 +59,34 @@ def verify_database(
     Raises:
         DatabaseError: it cannot be read.
     """
-    verifier = LogVerifier(keys)
     with database.reading() as connection:
-        total = log_size(connection)
-        try:
-            for one in merged(connection, kept):
-                if isinstance(one, Note):
-                    verifier.note(one)
-                else:
-                    verifier.entry(one.entry, leaf=one.leaf, listed=one[:5])
-                    if verifier.size % _TELL_EVERY == 0:
-                        progress(verifier.size, total)
-                if verifier.is_done:
-                    break
-        except AuditError as error:
-            verifier.bad_note(str(error))
+        return verify_log(connection, keys, kept=kept, progress=progress)
+
+
+def verify_log(
+    connection: Connection,
+    keys: LogKeys,
+    *,
+    kept: Iterable[Note] = (),
+    progress: Progress = lambda _done, _all: None,
+) -> Verified:
+    """The same within the caller's transaction; a database from before there was a log has an empty one."""
+    verifier = LogVerifier(keys)
+    if not inspect(connection).has_table(schema.audit_entries.name):
+        return verifier.finish()
+    total = log_size(connection)
+    try:
+        for one in merged(connection, kept):
+            if isinstance(one, Note):
+                verifier.note(one)
+            else:
+                verifier.entry(one.entry, leaf=one.leaf, listed=one[:5])
+                if verifier.size % _TELL_EVERY == 0:
+                    progress(verifier.size, total)
+            if verifier.is_done:
+                break
+    except AuditError as error:
+        verifier.bad_note(str(error))
     progress(verifier.size, total)
     return verifier.finish()
 

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from sqlalchemy import Connection, insert, select, update
 
 from aggregator.audit.log import AuditEvent, append
+from aggregator.certificates import RevocationList
 from aggregator.enrolment.register import EnrolmentRecord, State, find_enrolment, names_of
 from aggregator.errors import AggregatorError
 from aggregator.store import schema
@@ -23,6 +24,9 @@ _ACTIONS: dict[State, str] = {
     "quarantined": "device.quarantined",
     "revoked": "device.revoked",
 }
+
+
+_REVOKED_SINCE = "on the broker's list of revoked certificates when a backup of before was restored"
 
 
 class StateError(AggregatorError):
@@ -124,6 +128,45 @@ def not_enforced(connection: Connection) -> list[RevokedCertificate]:
 def note_enforced(connection: Connection, serials: Iterable[str], *, now_s: float) -> None:
     """Note since when the broker lets them in no more."""
     connection.execute(update(_REVOKED).where(_REVOKED.c.serial.in_(list(serials))).values(enforced_s=now_s))
+
+
+class RevokedAgain(NamedTuple):
+    """How many devices were thrown out again, and how many certificates are listed whose device nobody knows."""
+
+    devices: int
+    certificates: int
+
+
+def revoke_again(connection: Connection, listed: RevocationList, *, actor: str, now_s: float) -> RevokedAgain:
+    """Throw out whom a list of a later time has, which this database does not know; part of the caller's transaction.
+
+    A certificate on it whose device is not known either (it joined later) is listed all the same.
+
+    Args:
+        connection: with the transaction.
+        listed: verified.
+        actor: who does it, for the log.
+        now_s: Unix seconds.
+
+    Returns:
+        What was not known.
+    """
+    serials = {f"{serial:x}": at_s for serial, at_s in listed.revoked.items()}
+    names = schema.enrolment_names.c
+    owners = {row.serial: row.enrolment for row in connection.execute(select(names.serial, names.enrolment))}
+    devices = 0
+    for enrolment in sorted({owners[serial] for serial in serials if serial in owners}):
+        if enrolment_of(connection, enrolment, lock=True).state != "revoked":
+            change_state(connection, enrolment, "revoked", reason=_REVOKED_SINCE, actor=actor, now_s=now_s)
+            devices += 1
+    known = set(connection.execute(select(_REVOKED.c.serial)).scalars())
+    unknown = sorted(serials.keys() - known)
+    for serial in unknown:
+        # Without a name nobody is to be disconnected or told of; and nobody knows when it ends by itself.
+        times = {"revoked_s": serials[serial], "not_before_s": listed.ends_s, "not_after_s": listed.ends_s}
+        connection.execute(insert(_REVOKED).values(serial=serial, device="", **times))
+        append(connection, AuditEvent(now_s, actor, "certificate.revoked", serial, {"reason": _REVOKED_SINCE}))
+    return RevokedAgain(devices, len(unknown))
 
 
 def _list_certificates(connection: Connection, enrolment: str, now_s: float) -> None:

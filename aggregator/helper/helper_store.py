@@ -35,9 +35,9 @@ class HelperDatabase(Database):
     def __init__(self, path: Path) -> None:
         super().__init__(f"sqlite:///{path}")
 
-    def _migrate(self, url: str, blobs: Blobs | None) -> None:
+    def _migrate(self, blobs: Blobs | None, *, refuses_older: bool) -> None:
         """Make the tables that are missing: version 2 has one more than version 1, and no other difference."""
-        del url, blobs
+        del blobs, refuses_older
         with self.transaction() as connection:
             version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
             if version > schema.VERSION:

@@ -17,10 +17,11 @@ _NAME = re.compile(r"[a-z]{1,32}/(?:[0-9a-f]{32}|\.[0-9a-f]{32}\.tmp)")
 
 
 class StoredBlob(NamedTuple):
-    """A blob's name, and when it was written (Unix seconds by the store's clock)."""
+    """A blob's name, when it was written (Unix seconds by the store's clock), and its length."""
 
     name: str
     written_s: float
+    num_bytes: int
 
 
 class Blobs(Protocol):

@@ -7,19 +7,22 @@ instead of one failing half-way.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from aggregator.errors import ConflictError, DatabaseError
 from aggregator.store.blobs import Blobs
-from aggregator.store.migrations import is_current, upgrade
+from aggregator.store.migrations import exclusively, is_current, refuse_older, upgrade
 from aggregator.store.postgresql import postgresql_engine
 
+Older = Literal["migrate", "refuse", "leave"]
+"""What is done with a database of an earlier version: it is brought up to date, refused, or opened as it is."""
 _BUSY_TIMEOUT_MS = 10_000
 _LOST_RACES = {"40P01", "40001"}
 """PostgreSQL's deadlock and serialization failure: of transactions that met, this one was taken back."""
@@ -28,11 +31,12 @@ _MIGRATION_S = 3600.0
 
 
 class Database:
-    """A connection pool, with the schema brought up to date.
+    """A connection pool. An empty database gets its schema at once.
 
     Args:
         url: SQLAlchemy URL.
         blobs: where large values go that older versions kept in the database; needed only for those.
+        older: what is done with a database of an earlier version.
         answer_s: longest wait for an answer from PostgreSQL; one that is away for longer is a DatabaseError. SQLite
             waits up to ten seconds for another process' write.
 
@@ -40,30 +44,54 @@ class Database:
         DatabaseError: from every method, when the database fails.
     """
 
-    def __init__(self, url: str, *, blobs: Blobs | None = None, answer_s: float = 6.0) -> None:
+    def __init__(
+        self, url: str, *, blobs: Blobs | None = None, answer_s: float = 6.0, older: Older = "migrate"
+    ) -> None:
+        self.url = url
         with _translated("cannot be opened"):
             self.engine = _make_engine(url, answer_s)
         # The same pool of connections; options that every connection is asked for anew take longer than a small query.
         self._reader = self.engine.execution_options(**self._reads_only)
+        if older == "leave":
+            return
         try:
-            self._migrate(url, blobs)
+            self._migrate(blobs, refuses_older=older == "refuse")
         except DatabaseError:
             self.close()
             raise
 
-    def _migrate(self, url: str, blobs: Blobs | None) -> None:
+    def _migrate(self, blobs: Blobs | None, *, refuses_older: bool) -> None:
         """Bring the schema up to date; that may take as long as it takes."""
         with self.reading() as connection:
             if is_current(connection):
                 return
-        with _translated("cannot be brought up to date"):
-            engine = _make_engine(url, _MIGRATION_S) if not self.is_sqlite else self.engine
-            try:
-                upgrade(engine, blobs)
-            finally:
-                if engine is not self.engine:
-                    engine.dispose()
+            if refuses_older:
+                refuse_older(connection)
+        with _translated("cannot be brought up to date"), self._patient_engine() as engine:
+            upgrade(engine, blobs, refuses_older=refuses_older)
         self.empty_log()  # what older versions kept is erased from it too
+
+    @contextmanager
+    def migrating(self) -> Iterator[Connection]:
+        """One transaction in which nobody else migrates, and which may take an hour: all of it is durable, or none."""
+        with (
+            _translated("cannot be brought up to date"),
+            self._patient_engine() as engine,
+            exclusively(engine) as connection,
+        ):
+            yield connection
+
+    @contextmanager
+    def _patient_engine(self) -> Iterator[Engine]:
+        """An engine that waits for long statements."""
+        if self.is_sqlite:
+            yield self.engine
+            return
+        engine = _make_engine(self.url, _MIGRATION_S)
+        try:
+            yield engine
+        finally:
+            engine.dispose()
 
     @property
     def is_sqlite(self) -> bool:
@@ -99,6 +127,8 @@ class Database:
             try:
                 raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 busy, *_ = raw.fetchone() or (1,)
+            except sqlite3.Error as error:  # SQLAlchemy did not see it
+                raise DatabaseError(f"the database cannot be checkpointed: {error}") from error
             finally:
                 raw.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
                 raw.close()

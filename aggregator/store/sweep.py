@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sqlalchemy import Column, select
+from sqlalchemy import Column, Connection, select
 
 from aggregator.store import schema
 from aggregator.store.blobs import Blobs
@@ -75,9 +75,14 @@ class Sweeper:
 def named_blobs(database: Database, columns: Iterable[Column[str | None]] = BLOB_COLUMNS) -> set[str]:
     """The blobs that any row names. Raises DatabaseError."""
     with database.reading() as connection:
-        return {
-            name
-            for column in columns
-            for name in connection.execute(select(column).where(column.is_not(None)).distinct()).scalars()
-            if name
-        }
+        return blobs_named_in(connection, columns)
+
+
+def blobs_named_in(connection: Connection, columns: Iterable[Column[str | None]]) -> set[str]:
+    """The blobs that rows name in these columns, as of the caller's transaction."""
+    return {
+        name
+        for column in columns
+        for name in connection.execute(select(column).where(column.is_not(None)).distinct()).scalars()
+        if name and isinstance(name, str)
+    }

@@ -78,6 +78,7 @@ class Clinic:
     port: int
     claims_port: int
     requests_a_minute: int = 3000
+    task: str = TRAINING
     clients: list[MqttTransport] = field(default_factory=list)
     desk_pid: int = 0
 
@@ -97,7 +98,7 @@ class Clinic:
     def set_up(self) -> None:
         """As docs/operations.md has it."""
         (self.folder / "model.covey").write_bytes((BUNDLES / "watch_features.covey").read_bytes())
-        (self.folder / "watch.toml").write_text(TRAINING)
+        (self.folder / "watch.toml").write_text(self.task)
         (self.folder / "aggregator.toml").write_text(
             CONFIG.format(port=self.port, claims=self.claims_port, requests_a_minute=self.requests_a_minute)
         )
@@ -256,9 +257,9 @@ def await_line(journal: Path, process: subprocess.Popen[str], event: str, count:
 
 
 @contextmanager
-def running_clinic(folder: Path, *, requests_a_minute: int = 3000) -> Iterator[Clinic]:
-    """A clinic with everything running."""
-    clinic = Clinic(folder, free_port(), free_port(), requests_a_minute)
+def running_clinic(folder: Path, *, requests_a_minute: int = 3000, task: str = TRAINING) -> Iterator[Clinic]:
+    """A clinic with everything running but the aggregator."""
+    clinic = Clinic(folder, free_port(), free_port(), requests_a_minute, task)
     clinic.set_up()
     with ExitStack() as stack:
         for name, port in (("mosquitto", clinic.port), ("claims", clinic.claims_port)):

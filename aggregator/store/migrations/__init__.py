@@ -9,7 +9,10 @@ empty one gets the newest schema at once, without the steps that led to it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple
 
 from alembic import command
 from alembic.config import Config
@@ -38,7 +41,7 @@ def is_current(connection: Connection) -> bool:
     Raises:
         DatabaseError: the database is from a newer version of this software.
     """
-    revision = MigrationContext.configure(connection).get_current_revision()
+    revision = present_revision(connection)
     scripts = _scripts()
     if revision is not None and revision not in {script.revision for script in scripts.walk_revisions()}:
         raise DatabaseError(
@@ -48,29 +51,87 @@ def is_current(connection: Connection) -> bool:
     return revision == scripts.get_current_head()
 
 
-def upgrade(engine: Engine, blobs: Blobs | None = None) -> None:
+class Step(NamedTuple):
+    """A migration: the revision that it leads to, and what it does, for people."""
+
+    revision: str
+    what: str
+
+
+def present_revision(connection: Connection) -> str | None:
+    """The revision of a database; None for one from before there were any, or without a table."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def steps_from(revision: str | None) -> list[Step]:
+    """What takes a database of this revision to the newest, in order."""
+    found = reversed(list(_scripts().iterate_revisions("head", revision or "base")))
+    return [Step(script.revision, script.doc) for script in found]
+
+
+def is_empty(connection: Connection) -> bool:
+    """Whether there is not a single table."""
+    return not inspect(connection).get_table_names()
+
+
+@contextmanager
+def exclusively(engine: Engine) -> Iterator[Connection]:
+    """A transaction in which nobody else migrates.
+
+    Args:
+        engine: whose transactions begin with SQLite's write lock.
+    """
+    with _IN_THIS_PROCESS, engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
+        yield connection
+
+
+def upgrade(engine: Engine, blobs: Blobs | None = None, *, refuses_older: bool = False) -> None:
     """Bring a database up to date.
 
     Args:
         engine: whose transactions begin with SQLite's write lock.
         blobs: where large values go that older versions kept in the database.
+        refuses_older: whether only an empty database gets the schema, and one of an earlier version is left alone.
 
     Raises:
-        DatabaseError: it is from a newer version of this software, or has such values and `blobs` is None.
+        DatabaseError: it is from a newer version of this software, or has such values and `blobs` is None; or it is
+            refused.
         SQLAlchemyError: the database fails.
     """
-    with _IN_THIS_PROCESS, engine.begin() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
+    with exclusively(engine) as connection:
         if is_current(connection):
             return
-        if not inspect(connection).get_table_names():
-            schema.metadata.create_all(connection, checkfirst=False)
-            MigrationContext.configure(connection).stamp(_scripts(), "head")
-            return
-        config = _config()
-        config.attributes["connection"], config.attributes["blobs"] = connection, blobs
-        command.upgrade(config, "head")
+        if refuses_older:
+            refuse_older(connection)
+        migrate(connection, blobs)
+
+
+def refuse_older(connection: Connection) -> None:
+    """Raise DatabaseError if there are tables of an earlier version."""
+    if not is_current(connection) and not is_empty(connection):
+        revision = present_revision(connection)
+        raise DatabaseError(
+            f"the database is {of_revision(revision)}, and this software needs {newest_revision()}; stop every process "
+            "that uses it and run covey-aggregator upgrade, which makes a backup first"
+        )
+
+
+def of_revision(revision: str | None) -> str:
+    """A revision in words."""
+    return "from before there were revisions" if revision is None else f"of revision {revision}"
+
+
+def migrate(connection: Connection, blobs: Blobs | None) -> None:
+    """Bring a database up to date, as part of a transaction of `exclusively`; see `upgrade`."""
+    if is_empty(connection):
+        schema.metadata.create_all(connection, checkfirst=False)
+        MigrationContext.configure(connection).stamp(_scripts(), "head")
+        return
+    config = _config()
+    config.attributes["connection"], config.attributes["blobs"] = connection, blobs
+    command.upgrade(config, "head")
 
 
 def _config() -> Config:
