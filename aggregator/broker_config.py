@@ -138,7 +138,9 @@ def mosquitto_acl(
     if desk is not None:
         names.append(checked_name(desk, "desk"))
     if len(set(names)) < len(names):
-        raise LocalMisuseError(f"expected a name of its own for each beside the aggregator, got {names}")
+        raise LocalMisuseError(
+            f"workers and standbys: expected a name of its own for each, beside the aggregator, got {names}"
+        )
     leads = "".join(_leads(root, name) for name in leaders)
     ingest = "".join(f"user {name}\ntopic read {root}/up/#\ntopic write {root}/down/#\n\n" for name in workers)
     asks = answers = ""

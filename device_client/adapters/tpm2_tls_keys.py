@@ -1,17 +1,15 @@
-"""TLS keys that a TPM 2.0 makes and uses, and nobody else can: by the ``openssl`` command and its provider ``tpm2``.
+"""TLS keys that a TPM 2.0 makes and uses, and nobody else can.
 
 A key is a PEM file of some 400 bytes, encrypted to this TPM, which keeps nothing of it: a row of names takes no room
-there. It is fixed to the TPM (TPM 2.0, part 1, attribute fixedTPM). Requests for certificates are signed by the
-command; handshakes by the same provider within ``ssl`` (`fl_protocol.adapters.openssl_tpm2`). Signing keys of updates
-are Ed25519, which TPMs do not know; they stay in the encrypted store.
+there. It is fixed to the TPM (TPM 2.0, part 1, attribute fixedTPM). Signing keys of updates are Ed25519, which TPMs do
+not know; they stay in the encrypted store.
 """
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from cryptography.exceptions import InvalidSignature
@@ -22,14 +20,11 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from device_client.checks.identity import public_half
 from device_client.errors import KeyStoreError
 from device_client.tls_keys import TlsKey
-from fl_protocol.adapters.openssl_tpm2 import PEM_BEGINS, PREFER_TPM
+from fl_protocol.adapters import tpm2_command
+from fl_protocol.adapters.tpm2_command import PEM_BEGINS, TpmError
 from fl_protocol.integer_noise import Entropy
 
 Buffer = bytes | bytearray | memoryview
-_WITHIN_S = 60.0
-_PROVIDERS = ("-provider", "tpm2", "-provider", "default", "-propquery", PREFER_TPM)
-_TPM_ALONE = ("-provider", "tpm2")
-_LONGEST_REASON = 300
 _ECDSA = ec.ECDSA(hashes.SHA256())
 
 
@@ -38,15 +33,14 @@ class Tpm2TlsKeys:
 
     def check(self) -> None:
         """Raise KeyStoreError unless the TPM answers."""
-        _openssl("rand", "-hex", "8", providers=_TPM_ALONE)
+        with _told():
+            tpm2_command.check()
 
     def make(self, entropy: Entropy) -> TlsKey:
         """A new key, made by the TPM from its own entropy. Raises KeyStoreError."""
         del entropy
-        stored = _openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "group:P-256")
-        # Security: a provider that is not there must not lead to a key in software.
-        if not stored.startswith(PEM_BEGINS):
-            raise KeyStoreError(f"the TPM: expected a TSS2 PRIVATE KEY from openssl, got {stored[:40]!r}")
+        with _told():
+            stored = tpm2_command.make()
         return TlsKey(stored, _loaded(stored))
 
 
@@ -68,11 +62,18 @@ def tls_public_half(key: bytes) -> PublicKeyTypes:
 
 
 def _loaded(stored: bytes) -> Tpm2Key:
-    """A key that this TPM has made. Raises KeyStoreError, ValueError."""
-    found = serialization.load_pem_public_key(_openssl("pkey", "-pubout", given=stored))
-    if not isinstance(found, ec.EllipticCurvePublicKey):
-        raise ValueError("expected a key on P-256")
-    return Tpm2Key(stored, found)
+    """A key that this TPM has made. Raises KeyStoreError."""
+    with _told():
+        return Tpm2Key(stored, tpm2_command.public_half(stored))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raises KeyStoreError for TpmError."""
+    try:
+        yield
+    except TpmError as error:
+        raise KeyStoreError(str(error)) from error
 
 
 class Tpm2Key(ec.EllipticCurvePrivateKey):
@@ -104,10 +105,8 @@ class Tpm2Key(ec.EllipticCurvePrivateKey):
         """ECDSA with SHA-256, in DER. Raises KeyStoreError."""
         if not isinstance(signature_algorithm.algorithm, hashes.SHA256):
             raise KeyStoreError("the TPM: expected to sign with ECDSA and SHA-256")
-        with tempfile.TemporaryDirectory(prefix="covey-") as folder:
-            path = Path(folder) / "key.pem"
-            path.write_bytes(self._stored)
-            return _openssl("dgst", "-sha256", "-sign", str(path), given=bytes(data))
+        with _told():
+            return tpm2_command.sign(self._stored, hashlib.sha256(data).digest())
 
     def exchange(self, algorithm: ec.ECDH, peer_public_key: ec.EllipticCurvePublicKey) -> bytes:
         """Not what it is for. Raises KeyStoreError."""
@@ -138,27 +137,3 @@ class Tpm2Key(ec.EllipticCurvePrivateKey):
 def _keep_inside() -> NoReturn:
     """Raises KeyStoreError."""
     raise KeyStoreError("the TPM: the key is used inside it, to sign, and never leaves it")
-
-
-def _openssl(command: str, *arguments: str, given: bytes = b"", providers: Sequence[str] = _PROVIDERS) -> bytes:
-    """What the command writes. Raises KeyStoreError."""
-    asked = ["openssl", command, *providers, *arguments]
-    try:
-        done = subprocess.run(asked, input=given, capture_output=True, timeout=_WITHIN_S, check=False)
-    except FileNotFoundError as error:
-        raise KeyStoreError("the TPM: expected the command openssl; install openssl and tpm2-openssl") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KeyStoreError(f"the TPM: openssl {command} does not answer ({error})") from error
-    if done.returncode or not done.stdout:
-        raise KeyStoreError(f"the TPM: openssl {command} failed: {_reason(done.stderr)}")
-    return done.stdout
-
-
-def _reason(said: bytes) -> str:
-    """The cause in what openssl said, which names every layer that passed it on; and what to do."""
-    lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
-    causes = [line for line in lines if "ERROR" in line or "rror" in line] or lines or ["it said nothing"]
-    first = causes[0].strip()[:_LONGEST_REASON]
-    if "could not load the shared library" in first or "unable to load provider" in first:
-        return f"{first}; install tpm2-openssl"
-    return f"{first}; is there a TPM, and may this user open it (/dev/tpmrm0, group tss)?"

@@ -1,11 +1,10 @@
-"""TLS with a private key that only a TPM 2.0 can use, in Python's own ``ssl``: OpenSSL's provider ``tpm2``.
+"""TLS with a private key that only a TPM 2.0 can use, in Python's own ``ssl``.
 
 The key is a PEM file of the kind ``TSS2 PRIVATE KEY`` (made by tpm2-openssl): what it holds is encrypted to this TPM.
-``ssl`` has no call that loads a provider, so it is loaded into the very libcrypto that ``ssl`` is linked to, and only
-where such a key is used. Two providers then both know ECDSA, and which one signs is a property of the whole process
-(EVP_set_default_properties(3)). It is set for the handshakes of TPM keys alone, one at a time, and taken back: with it,
-a key in a file could sign nothing, and without it, OpenSSL 3.0 hands the public half of a TPM's key to software, which
-finds no private one.
+``ssl`` takes keys as files that OpenSSL can read whole, so OpenSSL is given the public half and a function that signs
+(EC_KEY_METHOD_new(3), deprecated since OpenSSL 3.0 and there in every 3.x), which asks the TPM
+(`fl_protocol.adapters.tpm2_command`). Only that key is signed with so: certificates of the other side are verified, and
+keys in files used, as in any other process, and connections do not wait for each other.
 """
 
 from __future__ import annotations
@@ -14,36 +13,43 @@ import _ssl
 import ctypes
 import ssl
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from fl_protocol.adapters import tpm2_command
+from fl_protocol.adapters.tpm2_command import PEM_BEGINS, TpmError
 from fl_protocol.errors import LocalMisuseError
 
-PEM_BEGINS = b"-----BEGIN TSS2 PRIVATE KEY-----"
-PREFER_TPM = "?provider=tpm2,tpm2.digest!=yes,tpm2.cipher!=yes"
-"""Signatures by the TPM; digests and ciphers, which every record needs, by software."""
-_ONE_AT_A_TIME = threading.RLock()
-_LOADED: list[int] = []
+_POINTER, _INT, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
+_LENGTH = ctypes.POINTER(ctypes.c_uint)
+# int sign(int type, const unsigned char *dgst, int dlen, unsigned char *sig, unsigned int *siglen,
+#          const BIGNUM *kinv, const BIGNUM *r, EC_KEY *eckey)
+_SIGN = ctypes.CFUNCTYPE(_INT, _INT, _POINTER, _INT, _POINTER, _LENGTH, _POINTER, _POINTER, _POINTER)
+_NID_P256, _EVP_PKEY_EC = 415, 408
+_LONGEST_SIGNATURE = 72
+"""Bytes of an ECDSA signature on P-256 in DER; OpenSSL has room for no more."""
+_SAID = threading.local()
+"""Why the TPM did not sign in this thread: OpenSSL passes on only that it did not."""
+_KEPT: list[Any] = []
+"""Functions that OpenSSL calls; Python must not forget them."""
 
 
 class TpmSocket(ssl.SSLSocket):
     """A connection whose handshake the TPM signs."""
 
     def do_handshake(self, block: bool = False) -> None:
-        """As `ssl.SSLSocket.do_handshake`."""
-        with _preferred():
+        """As `ssl.SSLSocket.do_handshake`; where the TPM did not sign, the error says why."""
+        _SAID.why = None
+        try:
             super().do_handshake(block)
-
-
-class SoftwareSocket(ssl.SSLSocket):
-    """A connection with a key in a file, in a process that has others whose keys are a TPM's."""
-
-    def do_handshake(self, block: bool = False) -> None:
-        """As `ssl.SSLSocket.do_handshake`."""
-        with _ONE_AT_A_TIME if _LOADED else nullcontext():
-            super().do_handshake(block)
+        except ssl.SSLError as error:
+            if _SAID.why is None:
+                raise
+            raise ssl.SSLError(error.errno, f"{error.strerror}; {_SAID.why}") from error
 
 
 def is_tpm_key(path: Path) -> bool:
@@ -56,57 +62,83 @@ def load_cert_chain(context: ssl.SSLContext, certificate: Path, key: Path) -> No
     """As `ssl.SSLContext.load_cert_chain`, for keys in files and keys of a TPM.
 
     Raises:
-        OSError: a file cannot be read; as ssl.SSLError, it holds no key, or none that this TPM can use.
-        LocalMisuseError: there is no provider for TPM keys.
+        OSError: a file cannot be read; as ssl.SSLError, it holds no certificate, or the key is not the certificate's.
+        LocalMisuseError: the TPM cannot use the key, or this Python's ``ssl`` cannot be given one.
     """
     if not is_tpm_key(key):
         context.load_cert_chain(certificate, key)
-        context.sslsocket_class = SoftwareSocket
         return
-    _load_provider()
-    with _preferred():
-        context.load_cert_chain(certificate, key)
+    certificate.read_bytes()  # for the sentence that Python has where it cannot
+    try:
+        private = _private_key(key.read_bytes())
+        native = _native(context)
+        read = _function("SSL_CTX_use_certificate_chain_file", _POINTER, _TEXT)(native, str(certificate).encode())
+        use = _function("SSL_CTX_use_PrivateKey", _POINTER, _POINTER)
+    except TpmError as error:
+        raise LocalMisuseError(f"the TLS key: {error}") from error
+    except AttributeError as error:
+        raise LocalMisuseError(
+            f"the TLS key is a TPM's, and {ssl.OPENSSL_VERSION} cannot be given one ({error}): expected OpenSSL 3"
+        ) from error
+    # OpenSSL holds the key against the certificate that it was given before.
+    if read != 1 or use(native, private) != 1:
+        _function("ERR_clear_error")()
+        raise ssl.SSLError(f"expected a certificate of the TPM's key {key} in {certificate}")
     context.sslsocket_class = TpmSocket
 
 
-def _load_provider() -> None:
-    """Load the provider, once. Raises LocalMisuseError."""
-    with _ONE_AT_A_TIME:
-        if _LOADED:
-            return
+@cache
+def _private_key(stored: bytes) -> int:
+    """An EVP_PKEY that has the public half and asks the TPM for signatures; as long as the process lives.
+
+    Raises:
+        TpmError: the TPM cannot use the key.
+        AttributeError: this OpenSSL has no such keys.
+    """
+    point = tpm2_command.public_half(stored).public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    method = _function("EC_KEY_METHOD_new", _POINTER, result=_POINTER)(_function("EC_KEY_OpenSSL", result=_POINTER)())
+    sign = _SIGN(_signer(stored))
+    _KEPT.append(sign)
+    _function("EC_KEY_METHOD_set_sign", _POINTER, _SIGN, _POINTER, _POINTER, result=None)(method, sign, None, None)
+    key = _function("EC_KEY_new_by_curve_name", _INT, result=_POINTER)(_NID_P256)
+    _function("EC_KEY_set_method", _POINTER, _POINTER)(key, method)
+    _function("EC_KEY_oct2key", _POINTER, _TEXT, ctypes.c_size_t, _POINTER)(key, point, len(point), None)
+    found = _function("EVP_PKEY_new", result=_POINTER)()
+    if _function("EVP_PKEY_assign", _POINTER, _INT, _POINTER)(found, _EVP_PKEY_EC, key) != 1:
+        raise TpmError("the TPM: expected OpenSSL to take its public half")
+    return int(found)
+
+
+def _signer(stored: bytes) -> Callable[..., int]:
+    """What OpenSSL calls for a signature; 1 if there is one."""
+
+    def sign(_type: int, digest: int, length: int, to: int, written: Any, *_: Any) -> int:
         try:
-            # The libraries that ssl is linked to, and no others: a second libcrypto would know nothing of this one.
-            load = _function("OSSL_PROVIDER_load", ctypes.c_void_p)
-            # An explicit one takes the default's place, unless that is explicit too (OSSL_PROVIDER(3)).
-            default, tpm = load(None, b"default"), load(None, b"tpm2")
-        except (OSError, AttributeError):
-            default = tpm = None
-        if not default or not tpm:
-            raise LocalMisuseError(
-                f"the TLS key is a TPM's, and {ssl.OPENSSL_VERSION} has no provider tpm2: expected OpenSSL 3 with the "
-                "package tpm2-openssl"
-            )
-        _LOADED.append(tpm)
+            signature = tpm2_command.sign(stored, ctypes.string_at(digest, length))
+        except (TpmError, OSError) as error:
+            _SAID.why = str(error)
+            return 0
+        if len(signature) > _LONGEST_SIGNATURE:
+            _SAID.why = f"the TPM: expected a signature of {_LONGEST_SIGNATURE} bytes at most, got {len(signature)}"
+            return 0
+        ctypes.memmove(to, signature, len(signature))
+        written[0] = len(signature)
+        return 1
+
+    return sign
 
 
-@contextmanager
-def _preferred() -> Iterator[None]:
-    """Meanwhile the TPM is preferred, and nobody else begins a handshake of ours."""
-    with _ONE_AT_A_TIME:
-        _set_properties(PREFER_TPM)
-        try:
-            yield
-        finally:
-            _set_properties("")
+def _native(context: ssl.SSLContext) -> int:
+    """The SSL_CTX of a context: the first member of CPython's object. Raises AttributeError."""
+    found = _POINTER.from_address(id(context) + object.__basicsize__).value
+    options = _function("SSL_CTX_get_options", _POINTER, result=ctypes.c_uint64)
+    if found is None or options(found) & 0xFFFF_FFFF != int(context.options) & 0xFFFF_FFFF:
+        raise AttributeError("the context is laid out in another way")
+    return found
 
 
-def _set_properties(query: str) -> None:
-    """Which implementations are fetched from now on."""
-    _function("EVP_set_default_properties", ctypes.c_int)(None, query.encode())
-
-
-def _function(name: str, result: Any) -> Any:
-    """A function of libcrypto that takes a library context and a text."""
+def _function(name: str, *arguments: Any, result: Any = _INT) -> Any:
+    """A function of the OpenSSL that ``ssl`` is linked to, and of no other. Raises AttributeError."""
     found = getattr(ctypes.CDLL(_ssl.__file__), name)
-    found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_char_p], result
+    found.argtypes, found.restype = list(arguments), result
     return found

@@ -1,11 +1,8 @@
-"""TLS keys in a TPM (in software): they sign and shake hands, and what is wrong with a TPM is said in words."""
+"""TLS keys in a TPM (in software): they are made there and sign, and what is wrong with a TPM is said in words."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,14 +15,11 @@ from device_client.adapters import tpm2_tls_keys
 from device_client.adapters.tpm2_tls_keys import Tpm2TlsKeys, tls_public_half
 from device_client.errors import KeyStoreError
 from device_client.pseudonyms import Pseudonyms
-from fl_protocol.adapters.openssl_tpm2 import PEM_BEGINS
+from fl_protocol.adapters.tpm2_command import PEM_BEGINS
 from fl_protocol.enrolment import PseudonymRequest, decode_file
-from tests.contracts.brokers import WITHIN_S
 from tests.contracts.software_tpm import SoftwareTpm, software_tpm
 from tests.device_client.ports import MemoryStore
 from tests.enrolments import TASK, TENANT, broken_copy
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -128,40 +122,3 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(KeyStoreError, match="install openssl and tpm2-openssl"):
         Tpm2TlsKeys().check()
-
-
-def shake_hands(tpm: SoftwareTpm, folder: Path, change: tuple[str, str] | None = None) -> tuple[int, str]:
-    """Exit code of the program of handshakes, and what it said: what it loads into ``ssl`` stays in a process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.contracts.tpm_handshakes", *([json.dumps(change)] if change else [])],
-        cwd=folder,
-        env={**os.environ, **tpm.environment, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=3 * WITHIN_S,
-        check=False,
-    )
-    return done.returncode, done.stderr
-
-
-def test_a_tpms_key_and_one_in_a_file_shake_hands_in_turns_and_at_once(tpm: SoftwareTpm, tmp_path: Path) -> None:
-    code, said = shake_hands(tpm, tmp_path)
-    assert code == 0, said
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        ('"?provider=tpm2,tpm2.digest!=yes,tpm2.cipher!=yes"', '""'),
-        ('            _set_properties("")', "            pass"),
-        ("with _ONE_AT_A_TIME if _LOADED else nullcontext():", "with nullcontext():"),
-        ("    context.sslsocket_class = TpmSocket", "    pass"),
-    ],
-    ids=["software is asked", "the TPM stays preferred", "all at once", "an ordinary socket"],
-)
-def test_a_handshake_that_takes_the_wrong_key_is_caught(
-    change: tuple[str, str], tpm: SoftwareTpm, tmp_path: Path
-) -> None:
-    code, said = shake_hands(tpm, tmp_path, change)
-    assert code == 1
-    assert "SSLError" in said

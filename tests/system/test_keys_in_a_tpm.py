@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key, l
 from device_client.assembly import DeviceFiles
 from device_client.pseudonyms import Pseudonyms
 from firmware_sim.mosquitto_broker import find_mosquitto
-from fl_protocol.adapters.openssl_tpm2 import PEM_BEGINS
+from fl_protocol.adapters.tpm2_command import PEM_BEGINS
 from fl_protocol.joining import parse_token
 from tests.contracts.brokers import WITHIN_S
 from tests.contracts.software_tpm import SoftwareTpm, need_tpm, software_tpm
