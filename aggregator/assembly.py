@@ -38,8 +38,10 @@ from aggregator.revocation_notices import RevocationNotices
 from aggregator.service import AggregatorService
 from aggregator.shards import LeaseTerms
 from aggregator.store.aggregator_store import AggregatorStore
+from aggregator.store.blobs import Blobs
 from aggregator.store.database import Database, Older
 from aggregator.store.tasks import StoredTask
+from aggregator.task_file import TaskConfig
 from aggregator.task_runner import RunnerPorts, TaskRunner
 from aggregator.validation import load_validation
 from aggregator.worker import IngestWorker
@@ -144,9 +146,13 @@ class AggregatorFiles:
 
 def bundle_of(store: AggregatorStore, task: StoredTask) -> ModelBundle:
     """A task's bundle, as it was when the task was created. Raises BundleError or DatabaseError."""
-    pins = config_of(task.spec, task.name).publisher_pins
-    publishers = pinned_publishers(f"of {task.name} in the database", pins)
-    return open_bundle(store.blobs.get(task.bundle), publisher=publishers)
+    return open_task_bundle(store.blobs, task.bundle, config_of(task.spec, task.name))
+
+
+def open_task_bundle(blobs: Blobs, name: str, config: TaskConfig) -> ModelBundle:
+    """A task's bundle, by the name of the large value. Raises BundleError or DatabaseError."""
+    publishers = pinned_publishers(f"of {config.name} in the database", config.publisher_pins)
+    return open_bundle(blobs.get(name), publisher=publishers)
 
 
 def assemble(files: AggregatorFiles, *, journal: Journal, worker: str | None = None) -> AggregatorService:

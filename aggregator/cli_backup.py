@@ -18,6 +18,7 @@ from aggregator.certificates import RevocationList, read_crl
 from aggregator.cli_options import Config, opened
 from aggregator.command_line import examples, progress_bar
 from aggregator.errors import AggregatorError
+from aggregator.lost_sums import LostSums
 from fl_protocol.adapters.config_files import read_file, relative_to_config
 from fl_protocol.errors import ConfigError
 
@@ -29,6 +30,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "restore monday.backup --config aggregator.toml",
             "restore monday.backup --config aggregator.toml --after-round 4711 --crl broker/crl.pem",
+            "restore monday.backup --config aggregator.toml --sums-lost gait=12 --sums-lost sleep=0",
         )
     )(restore)
 
@@ -57,6 +59,13 @@ def restore(
             help="Newest round that any device may have seen; default: 1000 above the backup's.",
         ),
     ] = None,
+    sums_lost: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[TASK=]N",
+            help="Sums that helpers answered since the backup (covey-helper audit), of tasks with [device_privacy].",
+        ),
+    ] = None,
     crl: Annotated[
         Path | None,
         typer.Option(help="The broker's list of revoked certificates as it was last: who is on it stays out."),
@@ -77,6 +86,7 @@ def restore(
             store.blobs,
             now_s=time.time(),
             after_round=after_round,
+            sums_lost=LostSums.parse(sums_lost or []),
             actor=local_actor(),
             listed=listed,
             progress=partial(tell, "restoring"),
@@ -85,7 +95,9 @@ def restore(
     made = datetime.fromtimestamp(done.created_s, timezone.utc)
     typer.echo(f"restored {done.rows} rows and {done.blobs} models and other large values of {made:%Y-%m-%d %H:%M} UTC")
     for task, number in sorted(done.numbers.items()):
-        typer.echo(f"{task}: rounds go on after {number}; see covey-aggregator task show {task}")
+        lost = done.sums_lost.get(task, 0)
+        counted = f"; its budget counts {lost} lost sums" if lost else ""
+        typer.echo(f"{task}: rounds go on after {number}{counted}; see covey-aggregator task show {task}")
     if done.revoked is not None:
         typer.echo(
             f"thrown out again: {done.revoked.devices} devices, and {done.revoked.certificates} certificates whose "

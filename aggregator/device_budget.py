@@ -83,7 +83,7 @@ class TaskBudget:
         for one in rounds:
             if (one.task, one.number) == (self._config.name, number) and one.manifest is not None:
                 opened_s = decode(one.manifest, RoundManifestMsg).opened_s
-                asked = AskedRound(number, one.manifest, opened_s, asked_s, arrived)
+                asked = AskedRound(number, one.manifest, opened_s, asked_s, arrived, self._update_length)
                 return self._why_not(partial(self._event, asked))
         return ""
 
@@ -118,7 +118,10 @@ class TaskBudget:
         ]
 
     def _event(self, asked: AskedRound) -> SecureSum:
-        """What happened in a round."""
+        """What happened in a round; of one that was lost, the most that can have."""
+        if asked.manifest is None:
+            during = (asked.opened_s, asked.asked_s)
+            return self._fewest(asked.number, during, length=asked.update_length)
         manifest = decode(asked.manifest, RoundManifestMsg)
         if manifest.secure is None:
             raise AggregatorError(f"round {asked.number} of {self._config.name} has no secure terms in the database")
@@ -129,17 +132,21 @@ class TaskBudget:
             number=asked.number,
             arrived=asked.arrived,
             during=(min(manifest.opened_s, asked.opened_s), asked.asked_s),
+            length=asked.update_length,
         )
 
     def _next(self, number: int, opens_s: float) -> SecureSum:
         """A round as it would be with the fewest updates. Raises LocalMisuseError."""
+        return self._fewest(number, (opens_s, opens_s + self._config.round_duration_s), length=self._update_length)
+
+    def _fewest(self, number: int, during: tuple[float, float], *, length: int) -> SecureSum:
+        """A round with the fewest updates that it would be asked for, which hide each other least."""
         config, secure = self._config, self._config.secure
         if secure is None:
             raise LocalMisuseError("a device-level budget needs the engine secure")
         clip = None if secure.adaptive_clipping is None else self._store.rounds.last_metric(config.name, NEXT_CLIP)
-        terms = terms_of(config, secure, self._update_length, helpers=[b""], clip=clip)
-        ends_s = opens_s + config.round_duration_s
-        return self._sum(terms, ("helper",), number=number, arrived=config.minimum_cohort, during=(opens_s, ends_s))
+        terms = terms_of(config, secure, length, helpers=[b""], clip=clip)
+        return self._sum(terms, ("helper",), number=number, arrived=config.minimum_cohort, during=during, length=length)
 
     def _sum(
         self,
@@ -149,12 +156,13 @@ class TaskBudget:
         number: int,
         arrived: int,
         during: tuple[float, float],
+        length: int,
     ) -> SecureSum:
         """The event of a round with these terms."""
         variance, secure, sigma = terms.device_noise_variance, self._config.secure, 0.0
         if secure is not None and secure.noise_from == "aggregator":
-            sigma = noise_sigma(self._config, secure, self._update_length, clip=terms.l2_norm_clip)
-        point = fixed_point_of(terms, self._update_length)
+            sigma = noise_sigma(self._config, secure, length, clip=terms.l2_norm_clip)
+        point = fixed_point_of(terms, length)
         return SecureSum(
             round=number,
             opened_s=min(during),

@@ -9,6 +9,7 @@ service takes no step twice, it does not go on where the backup stopped:
 - receipts of before the backup are kept: what was accepted is not accepted twice;
 - enrolment tokens that were unused are withdrawn, since nobody can know whether one was used after the backup;
 - who was thrown out since is thrown out again, if the broker's last list of revoked certificates is given;
+- sums that helpers were asked for since are counted into budgets at device level (`aggregator.lost_sums`);
 - orders that were not carried out are dropped, and every task that was going on is paused until its operator resumes
 it.
 """
@@ -29,6 +30,7 @@ from aggregator.backup_file import TABLES, BackupFile
 from aggregator.certificates import RevocationList
 from aggregator.enrolment.revocation import RevokedAgain, revoke_again
 from aggregator.errors import BlobError, DatabaseError
+from aggregator.lost_sums import UNSAID, LostSums, insert_lost
 from aggregator.store import schema
 from aggregator.store.blobs import Blobs, checked_blob_name
 from aggregator.store.database import Database
@@ -51,6 +53,7 @@ class Restored(NamedTuple):
         created_s: when the backup was made, Unix seconds.
         numbers: of each task, that of its last round.
         revoked: who was thrown out again; None if no list was given.
+        sums_lost: of each task with a budget at device level, the sums that its account has for those asked for since.
     """
 
     rows: int
@@ -58,6 +61,7 @@ class Restored(NamedTuple):
     created_s: float
     numbers: dict[str, int]
     revoked: RevokedAgain | None
+    sums_lost: dict[str, int]
 
 
 def restore(
@@ -67,6 +71,7 @@ def restore(
     *,
     now_s: float,
     after_round: int | None = None,
+    sums_lost: LostSums = UNSAID,
     actor: str = "aggregator",
     listed: RevocationList | None = None,
     progress: Progress = lambda _done, _all: None,
@@ -80,19 +85,21 @@ def restore(
         now_s: Unix seconds.
         after_round: number above which every task's rounds go on: the newest that any device may have seen. By default
             a thousand above the backup's.
+        sums_lost: how many sums helpers were asked for since the backup, where somebody knows.
         actor: who restores it, as the audit log names them.
         listed: the revoked certificates that the broker had last; who is on it stays out.
         progress: for people; called with how many large values are done, and how many there are.
 
     Raises:
-        DatabaseError: the backup is damaged or of another version, the database is not empty, or one of them fails.
+        DatabaseError: the backup is damaged or of another version, the database is not empty, one of them fails, or
+            nobody has said how many sums of a task with a budget at device level were asked for since.
     """
     backup = BackupFile(path, revision=newest_revision())
     with database.reading() as connection:
         _refuse_rows(connection)
     names: dict[str, str | None] = dict.fromkeys(backup.manifest.pruned)
     count = sum(name.startswith("blobs/") for name in backup.manifest.members)
-    settled = _Settled(backup.manifest.created_s, now_s, after_round, names)
+    settled = _Settled(backup.manifest.created_s, now_s, after_round, names, sums_lost)
     try:
         for done, (name, data) in enumerate(backup.blobs()):
             progress(done, count)
@@ -103,7 +110,8 @@ def restore(
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
             _refuse_rows(connection)
             rows = sum(_insert(connection, table, backup.rows(table), settled) for table in TABLES)
-            told = {"backup_s": backup.manifest.created_s, "rows": rows}
+            settled.insert_lost_sums(connection, blobs)
+            told = {"backup_s": backup.manifest.created_s, "rows": rows, "sums_lost": sum(settled.sums_lost.values())}
             append(connection, AuditEvent(now_s, actor, "database.restored", "", told))
             revoked = None
             if listed is not None:
@@ -112,7 +120,7 @@ def restore(
         with suppress(BlobError):
             blobs.delete(name for name in names.values() if name is not None)
         raise
-    return Restored(rows, count, backup.manifest.created_s, settled.numbers, revoked)
+    return Restored(rows, count, backup.manifest.created_s, settled.numbers, revoked, settled.sums_lost)
 
 
 def _refuse_rows(connection: Connection) -> None:
@@ -143,11 +151,18 @@ class _Settled:
     """What becomes of rows, given that time went on since they were backed up."""
 
     def __init__(
-        self, created_s: float, now_s: float, after_round: int | None, names: Mapping[str, str | None]
+        self,
+        created_s: float,
+        now_s: float,
+        after_round: int | None,
+        names: Mapping[str, str | None],
+        lost: LostSums,
     ) -> None:
-        self._now_s, self._after_round, self._names = now_s, after_round, names
+        self._created_s, self._now_s, self._after_round, self._names = created_s, now_s, after_round, names
+        self._lost, self._with_lost = lost, list[Mapping[str, Any]]()
         self._backup = f"the backup of {datetime.fromtimestamp(created_s, timezone.utc):%Y-%m-%d %H:%M} UTC"
         self.numbers: dict[str, int] = {}
+        self.sums_lost: dict[str, int] = {}
 
     def row(self, table: Table, row: dict[str, Any]) -> dict[str, Any]:
         """A row as it is restored."""
@@ -173,10 +188,15 @@ class _Settled:
 
     def _task(self, row: dict[str, Any]) -> dict[str, Any]:
         """Numbers go on above what devices may have seen; nothing begins by itself."""
-        number = row["number"] + ROUND_GAP if self._after_round is None else max(row["number"], self._after_round)
+        lost = self._lost.of_task(row, after_round=self._after_round)
+        number = row["number"] + ROUND_GAP if self._after_round is None else self._after_round
+        number = max(number, row["number"] + lost)
         if not 0 <= number < _LARGEST_ROUND:
             raise DatabaseError(f"rounds of task {row['task']} cannot go on after {number}: there is no larger number")
         self.numbers[row["task"]] = number
+        if lost:
+            self.sums_lost[row["task"]] = lost
+            self._with_lost.append(dict(row))
         changes: dict[str, Any] = {"number": number}
         if row["phase"] in {"idle", "open", "unmasking"}:
             changes |= {
@@ -185,6 +205,16 @@ class _Settled:
                 "reason": f"restored from {self._backup}; go on with covey-aggregator task resume",
             }
         return changes
+
+    def insert_lost_sums(self, connection: Connection, blobs: Blobs) -> None:
+        """Into the accounts of tasks with a budget at device level; all other rows are there."""
+        for task in self._with_lost:
+            count = self.sums_lost[task["task"]]
+            reason = (
+                f"lost since {self._backup}: a sum that helpers were asked for, counted as one of the fewest updates"
+            )
+            times = {"since_s": self._created_s, "now_s": self._now_s}
+            insert_lost(connection, blobs, task, count, reason=reason, **times)
 
     def _round(self, row: dict[str, Any]) -> dict[str, Any]:
         """A round that was open is over."""

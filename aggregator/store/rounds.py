@@ -47,17 +47,19 @@ class AskedRound(NamedTuple):
     """A secure round whose helpers were asked for the sum of their masks: with that the sum may be known.
 
     Args:
-        manifest: encoded.
+        manifest: encoded; None of a round that was lost with the database (`aggregator.lost_sums`).
         opened_s: Unix seconds, by the clock as it was when its helpers were asked.
         asked_s: Unix seconds.
-        arrived: updates in the sum.
+        arrived: updates in the sum; 0 of a lost round.
+        update_length: numbers in an update.
     """
 
     number: int
-    manifest: bytes
+    manifest: bytes | None
     opened_s: float
     asked_s: float
     arrived: int
+    update_length: int
 
 
 class RoundRecord(NamedTuple):
@@ -178,7 +180,10 @@ class Rounds:
         """Every round of a task whose helpers were asked, whatever came of it, in order."""
         table = schema.rounds
         query = (
-            select(table.c.number, table.c.manifest, table.c.opened_s, table.c.asked_s, _arrived(table))
+            select(
+                *(table.c.number, table.c.manifest, table.c.opened_s, table.c.asked_s),
+                *(_arrived(table), table.c.update_length),
+            )
             .where(table.c.task == task, table.c.asked_s.is_not(None))
             .order_by(table.c.number)
         )

@@ -1,0 +1,145 @@
+"""Sums that helpers were asked for between a backup and its restore: they have cost devices privacy, and no row tells.
+
+A task with a budget at device level may go on only with all of them in its account. Nobody but a helper knows how many
+they were (``covey-helper audit``); at most there was one for each round that was opened. Each becomes an aborted round
+that says so, above the backup's rounds, and costs what a round with the fewest updates would have cost
+(`aggregator.device_budget`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, func, insert, select
+
+from aggregator.assembly import open_task_bundle
+from aggregator.errors import DatabaseError
+from aggregator.in_force import config_of
+from aggregator.store import schema
+from aggregator.store.blobs import Blobs
+from fl_protocol.errors import ConfigError, LocalMisuseError
+
+MOST = 1_000_000
+"""Lost sums of a task; more than any budget has room for."""
+_AT_ONCE = 500
+_OVER = frozenset({"finished", "aborted"})
+
+
+@dataclass(frozen=True)
+class LostSums:
+    """How many there were.
+
+    Args:
+        number: of each task that is not in `of`; None if nobody has said.
+        of: by task.
+    """
+
+    number: int | None = None
+    of: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> LostSums:
+        """From ``12`` or ``TASK=12``, at most once each. Raises LocalMisuseError."""
+        found: dict[str, int] = {}
+        for text in texts:
+            task, _, number = text.rpartition("=")
+            if not number.isascii() or not number.isdecimal() or int(number) > MOST or task in found:
+                raise LocalMisuseError(
+                    f"sums lost: expected a number up to {MOST}, or TASK=NUMBER, each task once; got {text!r}"
+                )
+            found[task] = int(number)
+        return cls(found.pop("", None), found)
+
+    def of_task(self, row: Mapping[str, Any], *, after_round: int | None) -> int:
+        """Of a task that is restored.
+
+        Args:
+            row: the task's, as the backup has it.
+            after_round: the newest round that devices may have seen, if somebody knows: no more than these were opened.
+
+        Raises:
+            DatabaseError: it has a budget, and nobody has said.
+        """
+        task = row["task"]
+        if row["phase"] in _OVER or not _has_budget(row["spec"], task):
+            return 0
+        said = self.of.get(task, self.number)
+        if said is None and after_round is not None:
+            is_open = row["phase"] not in {"idle", "paused"}
+            said = min(MOST, max(0, after_round - row["number"]) + is_open)
+        if said is None:
+            raise DatabaseError(
+                f"task {task} has a budget at device level, and no backup knows which sums were asked for after it; "
+                f"count the rounds from {row['number']} on in covey-helper audit --task {task}, of any one of its "
+                "helpers, that covey-aggregator privacy spent does not have, and restore with --sums-lost "
+                f"{task}=NUMBER; or with --after-round NEWEST, which takes every round since for one"
+            )
+        return said
+
+
+UNSAID = LostSums()
+
+
+def _has_budget(spec: str, task: str) -> bool:
+    """Whether a task file has a budget at device level; one that cannot be read opens no round."""
+    try:
+        return bool(spec) and config_of(spec, task).device_privacy is not None
+    except ConfigError:
+        return False
+
+
+def insert_lost(
+    connection: Connection,
+    blobs: Blobs,
+    task: Mapping[str, Any],
+    count: int,
+    *,
+    reason: str,
+    since_s: float,
+    now_s: float,
+) -> None:
+    """Add rounds for a task's lost sums, numbered after the backup's last.
+
+    Args:
+        connection: of the transaction that restores; the task's rounds are in it.
+        blobs: with the task's bundle under its new name.
+        task: its row, with the number of its last round in the backup.
+        count: how many.
+        reason: for people.
+        since_s: when the backup was made, Unix seconds.
+        now_s: Unix seconds; every one was asked for between the two.
+
+    Raises:
+        DatabaseError, BundleError: the task's bundle cannot be read.
+    """
+    if not count:
+        return
+    name, rounds = task["task"], schema.rounds.c
+    config = config_of(task["spec"], name)
+    length = config.update_length(len(open_task_bundle(blobs, task["bundle"], config).shared_params))
+    digest = select(schema.models.c.digest).where(
+        schema.models.c.task == name, schema.models.c.version == task["version"]
+    )
+    last = int(connection.execute(select(func.max(rounds.number)).where(rounds.task == name)).scalar() or 0)
+    row = {
+        "task": name,
+        "outcome": "aborted",
+        "reason": reason,
+        "opened_s": since_s,
+        "deadline_s": now_s,
+        "closed_s": now_s,
+        "asked_s": now_s,
+        "kem": "",
+        "version": task["version"],
+        "model_digest": connection.execute(digest).scalar_one(),
+        "update_length": length,
+        "probability": task["probability"],
+        "late": 0,
+        "metrics": "{}",
+    }
+    numbers = range(max(last, task["number"]) + 1, max(last, task["number"]) + 1 + count)
+    for begin in range(0, count, _AT_ONCE):
+        some = numbers[begin : begin + _AT_ONCE]
+        connection.execute(insert(schema.rounds), [{**row, "number": number} for number in some])
