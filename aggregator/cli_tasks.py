@@ -28,8 +28,9 @@ def task_create(
     as_json: AsJson = False,
 ) -> None:
     """Check a task's file and what it names, and store all of it; a running coordinator opens the first round."""
-    with opened(config) as (_, store):
-        created = create_task(store, file, now_s=time.time(), actor=local_actor())
+    with opened(config) as (files, store):
+        key = files.signing_key().public_key()
+        created = create_task(store, file, now_s=time.time(), actor=local_actor(), aggregator_key=key)
         found = task_overview(store.tasks.get(created.config.name))
     if as_json:
         say_json(found)

@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from aggregator.adapters.graph_judge import GraphJudge
 from aggregator.audit.log import AuditEvent, append
 from aggregator.errors import AggregatorError
@@ -19,6 +21,7 @@ from fl_protocol.adapters.config_files import pinned_publishers, read_file, rela
 from fl_protocol.bundle import ModelBundle, open_bundle
 from fl_protocol.errors import ConfigError, LocalMisuseError
 from fl_protocol.messages import StatisticsPlanMsg
+from fl_protocol.publishers import Publishers
 from fl_protocol.secagg.messages import MOST_HELPERS
 
 
@@ -30,7 +33,14 @@ class CreatedTask:
     is_new: bool
 
 
-def create_task(store: AggregatorStore, path: Path, *, now_s: float, actor: str = "aggregator") -> CreatedTask:
+def create_task(
+    store: AggregatorStore,
+    path: Path,
+    *,
+    now_s: float,
+    actor: str = "aggregator",
+    aggregator_key: Ed25519PublicKey | None = None,
+) -> CreatedTask:
     """Create the task that a file describes.
 
     Args:
@@ -38,6 +48,7 @@ def create_task(store: AggregatorStore, path: Path, *, now_s: float, actor: str 
         path: of the task file; paths in it start at its folder.
         now_s: Unix seconds.
         actor: who creates it, as the audit log names them.
+        aggregator_key: what the aggregator signs with; it may be nobody's who publishes models.
 
     Raises:
         ConfigError: the file, or what it names, cannot be used.
@@ -47,7 +58,9 @@ def create_task(store: AggregatorStore, path: Path, *, now_s: float, actor: str 
     text = read_file(path, "the task file").decode(errors="replace")
     config = read_task(text, str(path))
     raw_bundle = read_file(relative_to_config(path, config.bundle), "bundle")
-    bundle = open_bundle(raw_bundle, publisher=pinned_publishers(path, config.publisher_pins))
+    publishers = pinned_publishers(path, config.publisher_pins)
+    _check_publishers(path, publishers, aggregator_key)
+    bundle = open_bundle(raw_bundle, publisher=publishers)
     _check_rule(path, config, len(bundle.shared_params))
     _check_features(path, config, bundle)
     _check_secure(path, config, bundle)
@@ -80,6 +93,16 @@ def create_task(store: AggregatorStore, path: Path, *, now_s: float, actor: str 
         }
         append(connection, AuditEvent(now_s, actor, "task.created", config.name, detail))
     return CreatedTask(config, is_new)
+
+
+def _check_publishers(path: Path, publishers: Publishers, aggregator_key: Ed25519PublicKey | None) -> None:
+    """Security: whoever has the aggregator's machine could have devices run any model. Raises ConfigError."""
+    if aggregator_key is not None and aggregator_key in publishers.keys:
+        raise ConfigError(
+            f"task file {path}: expected publishers' keys, got the aggregator's own among them: who has this machine "
+            "could have devices run any model; sign the bundle with another key (covey-aggregator publisher keygen and "
+            "sign) and pin that"
+        )
 
 
 def _check_rule(path: Path, config: TaskConfig, num_parameters: int) -> None:

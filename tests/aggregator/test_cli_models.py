@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from dp_accounting import GaussianDpEvent, rdp
 
+from aggregator.assembly import AggregatorFiles
 from aggregator.lineage_privacy import Lineage, lineage_of
 from aggregator.store.aggregator_store import AggregatorStore
 from fl_protocol.bundle import open_bundle
 from fl_protocol.errors import BundleError
-from fl_protocol.signing import public_key_from_hex
+from fl_protocol.signing import public_key_from_hex, public_key_hex
 from tests.aggregator.operator_desk import PUBLISHER, TRAINING, Operator, Running, one_sentence, operator
 from tests.enrolments import broken_copy
 
@@ -29,6 +30,14 @@ def trained(operator: Operator) -> Running:
     running.round("watch")
     running.round("watch")
     return running
+
+
+def test_a_task_whose_publisher_is_the_aggregator_is_not_created(operator: Operator) -> None:
+    operator.says("init", "CONFIG")
+    own = public_key_hex(AggregatorFiles.load(operator.config).signing_key().public_key())
+    operator.edit("watch.toml", PUBLISHER, own)
+    told = operator.run("task", "create", "./watch.toml", "CONFIG")
+    one_sentence(told, 2, "got the aggregator's own among them", "publisher keygen")
 
 
 def test_versions_are_listed_with_lineage_metrics_and_tags(operator: Operator, trained: Running) -> None:

@@ -64,6 +64,15 @@ def test_a_task_pins_several_publishers_and_keeps_to_them(tmp_path: Path) -> Non
         assert len(bundle_of(desk.store, desk.store.tasks.get(task.name)).shared_params) == D
 
 
+def test_the_aggregators_own_key_publishes_nothing(tmp_path: Path) -> None:
+    desk, own = Desk(tmp_path), Ed25519PrivateKey.from_private_bytes(b"\x77" * 32).public_key()
+    for threshold in (1, 2):
+        path = write(tmp_path, new(**several(threshold, STRANGER)))
+        with pytest.raises(ConfigError, match="expected publishers' keys, got the aggregator's own among them"):
+            create_task(desk.store, path, now_s=5.0, aggregator_key=own)
+    assert [one.name for one in desk.store.tasks.all()] == [TASK]
+
+
 def test_a_name_is_taken_once(tmp_path: Path) -> None:
     desk = Desk(tmp_path)
     created = create_task(desk.store, write(tmp_path, new()), now_s=5.0)
