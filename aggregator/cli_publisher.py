@@ -20,7 +20,7 @@ from aggregator.command_line import examples, make_group, say_json, say_table
 from fl_protocol.adapters.config_files import read_file
 from fl_protocol.adapters.files import write_atomic
 from fl_protocol.adapters.key_files import create_key, load_key
-from fl_protocol.bundle import ExaminedBundle, add_signature, check_derived, examine_bundle
+from fl_protocol.bundle import ExaminedBundle, add_signature, check_derived, examine_bundle, merge_signatures
 from fl_protocol.errors import BundleError, ConfigError, LocalMisuseError
 from fl_protocol.publishers import Publishers, check_signed
 from fl_protocol.signing import public_key_from_hex, public_key_hex
@@ -118,6 +118,18 @@ def publisher_sign(
     target = out if out is not None else bundle
     _write(target, signed, like=bundle)
     typer.echo(f"{target}: signed; it has {len(examined.signatures) + 1} signatures")
+
+
+@publisher_app.command("merge", epilog=examples("publisher merge anna.covey ben.covey --out model.covey"))
+def publisher_merge(
+    bundles: Annotated[list[Path], typer.Argument(help="Copies of one bundle that publishers signed apart.")],
+    out: Annotated[Path, typer.Option(help="File for the bundle with all their signatures.")],
+) -> None:
+    """Put the signatures of copies of one bundle together; whose they are, `publisher show` tells."""
+    first, *others = (read_file(bundle, "BUNDLES") for bundle in bundles)
+    merged = merge_signatures(first, others)
+    _write(out, merged, like=bundles[0])
+    typer.echo(f"{out}: it has {len(examine_bundle(merged).signatures)} signatures")
 
 
 @publisher_app.command(

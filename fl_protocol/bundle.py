@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -176,6 +176,35 @@ def add_signature(data: bytes, key: Ed25519PrivateKey) -> bytes:
         raise LocalMisuseError(f"The bundle has {MOST_PUBLISHERS} signatures, as many as it can hold: export it anew.")
     signatures = b"".join([*examined.signatures, key.sign(examined.signed)])
     return _zipped({**_read_members(data), _SIGNATURE: signatures})
+
+
+def merge_signatures(data: bytes, others: Sequence[bytes]) -> bytes:
+    """The signatures of copies of one bundle that publishers signed apart, on one of them.
+
+    Args:
+        data: a bundle file.
+        others: copies of it; they may have other signatures, and nothing else that is other.
+
+    Returns:
+        The bytes of the first with the others' signatures behind its own, each once; whose they are is not looked at.
+
+    Raises:
+        BundleError: one is damaged, or not a copy of the first.
+        LocalMisuseError: together they have more signatures than a bundle can hold.
+    """
+    first = examine_bundle(data)
+    signatures = dict.fromkeys(first.signatures)
+    for number, other in enumerate(others, 2):
+        examined = examine_bundle(other)
+        if examined.manifest_digest != first.manifest_digest:
+            raise BundleError(
+                f"Bundle {number} is not a copy of the first: its publishers signed {examined.manifest_digest.hex()}, "
+                f"those of the first {first.manifest_digest.hex()}."
+            )
+        signatures |= dict.fromkeys(examined.signatures)
+    if len(signatures) > MOST_PUBLISHERS:
+        raise LocalMisuseError(f"expected at most {MOST_PUBLISHERS} signatures together, got {len(signatures)}")
+    return _zipped({**_read_members(data), _SIGNATURE: b"".join(signatures)})
 
 
 def open_bundle(data: bytes, *, publisher: Publishers | Ed25519PublicKey, minimum_version: int = 0) -> ModelBundle:

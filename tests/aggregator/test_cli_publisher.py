@@ -174,6 +174,44 @@ def test_a_second_signature_and_what_is_no_bundle_are_refused_in_a_sentence(oper
     one_sentence(operator.run("publisher", "show", "./gone.covey"), 2, "gone.covey")
 
 
+def test_copies_that_were_signed_apart_are_put_together(operator: Operator) -> None:
+    keys = [keygen(operator, name) for name in ("anna", "ben", "cleo")]
+    for name in ("anna", "ben", "cleo"):
+        carried(operator, "model.covey", f"{name}/model.covey")
+    carried(operator, "model.covey", "unsigned.covey")
+    copies = ["./anna/model.covey", "./ben/model.covey"]
+    for name in ("anna", "ben", "cleo"):
+        operator.says("publisher", "sign", f"./{name}/model.covey", "--key", f"./{name}/publisher.key")
+    # The first twice, and one that its publisher has not signed: each signature is there once.
+    said = operator.says("publisher", "merge", *copies, *copies, "./unsigned.covey", "--out", "./both.covey")
+    assert said.endswith("both.covey: it has 3 signatures\n")  # with the one that the model came with
+    show = ["publisher", "show", "./both.covey", *(word for key in keys for word in ("--publisher", key))]
+    assert operator.json(*show, "--threshold", "2")["signed_by"] == keys[:2]
+    assert operator.run(*show, "--threshold", "3")[0] == 4
+    with pytest.raises(BundleError, match="signed by 0 of the 3"):
+        opened(device(operator, two_of(keys)))
+    carried(operator, "both.covey", "model.covey")
+    assert len(opened(device(operator, two_of(keys))).shared_params)
+
+
+def test_what_is_not_a_copy_is_not_put_together(operator: Operator) -> None:
+    other = operator.folder / "other.covey"
+    other.write_bytes((BUNDLES / "har_gru.covey").read_bytes())
+    told = operator.run("publisher", "merge", "./model.covey", "./other.covey", "--out", "./both.covey")
+    one_sentence(told, 4, "Bundle 2 is not a copy of the first")
+    other.write_bytes(other.read_bytes()[:-9])
+    one_sentence(operator.run("publisher", "merge", "./other.covey", "--out", "./both.covey"), 4, "not a readable zip")
+    many = [keygen(operator, f"p{number}") for number in range(17)]
+    copies = []
+    for number in range(len(many)):
+        copies.append(f"./p{number}/model.covey")
+        carried(operator, "model.covey", copies[-1][2:])
+        operator.says("publisher", "sign", copies[-1], "--key", f"./p{number}/publisher.key")
+    told = operator.run("publisher", "merge", *copies, "--out", "./both.covey")
+    assert (told[0], "expected at most 16 signatures together, got 18" in told[2]) == (1, True), told
+    assert not (operator.folder / "both.covey").exists()
+
+
 def test_a_signed_file_keeps_the_access_it_had(operator: Operator) -> None:
     keygen(operator, "anna")
     path = operator.folder / "model.covey"
