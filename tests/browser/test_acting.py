@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from playwright.sync_api import Error, expect
+from playwright.sync_api import expect
 from sqlalchemy import update
 
 from aggregator.store import schema
@@ -182,7 +182,10 @@ def test_a_button_that_is_there_by_mistake_still_asks_for_the_role(serve: Serve)
                 (
                     "aggregator.dashboard.tags",
                     "made = TextElement(tag=tag, text=content)",
-                    "made = TextElement(tag=tag, text=''); made.props['innerHTML'] = content",
+                    """made = TextElement(tag=tag, text=content)
+    if '<img' in content:
+        made = TextElement(tag=tag, text='')
+        made.props['innerHTML'] = content""",
                 )
             ],
             check_text,
@@ -193,5 +196,5 @@ def test_a_button_or_a_text_that_is_not_checked_is_caught(
     serve: Serve, changes: list[tuple[str, str, str]], check: Callable[[Dashboard], None]
 ) -> None:
     dashboard = serve(*changes)
-    with pytest.raises((AssertionError, Error)):
+    with pytest.raises(AssertionError):
         check(dashboard)
