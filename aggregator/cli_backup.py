@@ -63,7 +63,7 @@ def restore(
         list[str] | None,
         typer.Option(
             metavar="[TASK=]N",
-            help="Sums that helpers answered since the backup (covey-helper audit), of tasks with [device_privacy].",
+            help="Sums that helpers answered since the backup (covey-helper audit), of tasks with the engine secure.",
         ),
     ] = None,
     crl: Annotated[
@@ -96,8 +96,13 @@ def restore(
     typer.echo(f"restored {done.rows} rows and {done.blobs} models and other large values of {made:%Y-%m-%d %H:%M} UTC")
     for task, number in sorted(done.numbers.items()):
         lost = done.sums_lost.get(task, 0)
-        counted = f"; its budget counts {lost} lost sums" if lost else ""
+        counted = f"; its account has {lost} lost sums" if lost else ""
         typer.echo(f"{task}: rounds go on after {number}{counted}; see covey-aggregator task show {task}")
+    for task in done.sums_unsaid:
+        typer.echo(
+            f"{task}: privacy spent tells too little, without the sums that helpers were asked for since; covey-helper "
+            "audit tells how many, and restoring with --sums-lost into another empty database counts them"
+        )
     if done.revoked is not None:
         typer.echo(
             f"thrown out again: {done.revoked.devices} devices, and {done.revoked.certificates} certificates whose "

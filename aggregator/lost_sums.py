@@ -1,6 +1,7 @@
 """Sums that helpers were asked for between a backup and its restore: they have cost devices privacy, and no row tells.
 
-A task with a budget at device level may go on only with all of them in its account. Nobody but a helper knows how many
+A task with a budget at device level may go on only with all of them in its account; one without tells too small a
+figure until somebody has said. Nobody but a helper knows how many
 they were (``covey-helper audit``); at most there was one for each round that was opened. Each becomes an aborted round
 that says so, above the backup's rounds, and costs what a round with the fewest updates would have cost
 (`aggregator.device_budget`).
@@ -19,6 +20,7 @@ from aggregator.errors import DatabaseError
 from aggregator.in_force import config_of
 from aggregator.store import schema
 from aggregator.store.blobs import Blobs
+from aggregator.task_file import TaskConfig
 from fl_protocol.errors import ConfigError, LocalMisuseError
 
 MOST = 1_000_000
@@ -52,8 +54,8 @@ class LostSums:
             found[task] = int(number)
         return cls(found.pop("", None), found)
 
-    def of_task(self, row: Mapping[str, Any], *, after_round: int | None) -> int:
-        """Of a task that is restored.
+    def of_task(self, row: Mapping[str, Any], *, after_round: int | None) -> int | None:
+        """Of a task that is restored; None if nobody has said, of one that has an account and no budget.
 
         Args:
             row: the task's, as the backup has it.
@@ -62,32 +64,33 @@ class LostSums:
         Raises:
             DatabaseError: it has a budget, and nobody has said.
         """
-        task = row["task"]
-        if row["phase"] in _OVER or not _has_budget(row["spec"], task):
+        task, config = row["task"], _readable(row["spec"], row["task"])
+        if row["phase"] in _OVER or config is None or config.secure is None:
             return 0
         said = self.of.get(task, self.number)
-        if said is None and after_round is not None:
-            is_open = row["phase"] not in {"idle", "paused"}
-            said = min(MOST, max(0, after_round - row["number"]) + is_open)
-        if said is None:
+        if said is not None or config.device_privacy is None:
+            return said
+        if after_round is None:
             raise DatabaseError(
                 f"task {task} has a budget at device level, and no backup knows which sums were asked for after it; "
                 f"count the rounds from {row['number']} on in covey-helper audit --task {task}, of any one of its "
                 "helpers, that covey-aggregator privacy spent does not have, and restore with --sums-lost "
                 f"{task}=NUMBER; or with --after-round NEWEST, which takes every round since for one"
             )
-        return said
+        last: int = row["number"]
+        is_open = row["phase"] not in {"idle", "paused"}
+        return min(MOST, max(0, after_round - last) + is_open)
 
 
 UNSAID = LostSums()
 
 
-def _has_budget(spec: str, task: str) -> bool:
-    """Whether a task file has a budget at device level; one that cannot be read opens no round."""
+def _readable(spec: str, task: str) -> TaskConfig | None:
+    """A task's file; None of one that cannot be read, which opens no round."""
     try:
-        return bool(spec) and config_of(spec, task).device_privacy is not None
+        return config_of(spec, task) if spec else None
     except ConfigError:
-        return False
+        return None
 
 
 def insert_lost(

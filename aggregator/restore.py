@@ -53,7 +53,8 @@ class Restored(NamedTuple):
         created_s: when the backup was made, Unix seconds.
         numbers: of each task, that of its last round.
         revoked: who was thrown out again; None if no list was given.
-        sums_lost: of each task with a budget at device level, the sums that its account has for those asked for since.
+        sums_lost: of each task, the sums that its account has for those asked for since.
+        sums_unsaid: tasks that have an account and no budget, of which nobody has said how many there were.
     """
 
     rows: int
@@ -62,6 +63,7 @@ class Restored(NamedTuple):
     numbers: dict[str, int]
     revoked: RevokedAgain | None
     sums_lost: dict[str, int]
+    sums_unsaid: list[str]
 
 
 def restore(
@@ -120,7 +122,9 @@ def restore(
         with suppress(BlobError):
             blobs.delete(name for name in names.values() if name is not None)
         raise
-    return Restored(rows, count, backup.manifest.created_s, settled.numbers, revoked, settled.sums_lost)
+    return Restored(
+        rows, count, backup.manifest.created_s, settled.numbers, revoked, settled.sums_lost, settled.sums_unsaid
+    )
 
 
 def _refuse_rows(connection: Connection) -> None:
@@ -163,6 +167,7 @@ class _Settled:
         self._backup = f"the backup of {datetime.fromtimestamp(created_s, timezone.utc):%Y-%m-%d %H:%M} UTC"
         self.numbers: dict[str, int] = {}
         self.sums_lost: dict[str, int] = {}
+        self.sums_unsaid: list[str] = []
 
     def row(self, table: Table, row: dict[str, Any]) -> dict[str, Any]:
         """A row as it is restored."""
@@ -189,6 +194,9 @@ class _Settled:
     def _task(self, row: dict[str, Any]) -> dict[str, Any]:
         """Numbers go on above what devices may have seen; nothing begins by itself."""
         lost = self._lost.of_task(row, after_round=self._after_round)
+        if lost is None:
+            self.sums_unsaid.append(row["task"])
+            lost = 0
         number = row["number"] + ROUND_GAP if self._after_round is None else self._after_round
         number = max(number, row["number"] + lost)
         if not 0 <= number < _LARGEST_ROUND:

@@ -137,6 +137,21 @@ def test_every_round_that_may_have_been_is_taken_for_a_sum(disk: LostDisk, tmp_p
     database.close()
 
 
+def test_without_a_budget_it_is_restored_and_said_that_the_account_is_too_small(tmp_path: Path) -> None:
+    fleet = secure_fleet(tmp_path, rounds=2, secure=NOISY)
+    fleet.run(until=lambda: fleet.state.committed == 1)
+    backup(fleet.store.database, fleet.store.blobs, tmp_path / "monday.backup", now_s=fleet.clock.now_s())
+    for number, (said, unsaid, sums) in enumerate([(UNSAID, [TASK], 1), (LostSums(3), [], 4)]):
+        database, blobs = Database(f"sqlite:///{tmp_path / f'{number}.db'}"), LocalBlobs(tmp_path / f"{number}")
+        now_s = fleet.clock.now_s()
+        done = restoring.restore(
+            tmp_path / "monday.backup", database, blobs, now_s=now_s, after_round=70, sums_lost=said
+        )
+        assert done.sums_unsaid == unsaid
+        assert len(account(fleet, AggregatorStore(database, blobs)).events()) == sums
+        database.close()
+
+
 def row(**values: object) -> dict[str, object]:
     text = 'name = "gait"\n[plan]\nkind = "training"\n'
     return {"task": "gait", "spec": text, "phase": "open", "number": 7, **values}
