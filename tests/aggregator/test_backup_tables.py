@@ -113,7 +113,7 @@ def test_what_was_backed_up_comes_back_into_either_database(
     # One more: the audit log says that it was.
     entry, *earlier = AuditLog(empty).page()
     assert (entry.action, entry.actor, entry.at_s) == ("database.restored", "aggregator", LATER_S)
-    assert entry.detail == {"backup_s": NOW_S, "rows": done.rows}
+    assert entry.detail == {"backup_s": NOW_S, "rows": done.rows, "sums_lost": 0}
     assert len(earlier) == 5
 
 
