@@ -20,6 +20,10 @@ BROKEN_COPIES = re.compile(r"test_\w+_(is|are)_(caught|noticed)")
 """What a test is called that breaks our code on purpose, and expects the check beside it to fail."""
 
 SEARCHES = {
+    # Power that is lost at any statement of a migration stays in both: tests/aggregator/store/test_migrations.py.
+    "tests/aggregator/test_upgrade.py": (
+        "test_an_upgrade_that_is_killed_leaves_the_old_database_and_the_next_goes_through",
+    ),
     "tests/device_client/recordings/test_window_store_power_cuts.py": (
         "test_windows_survive_a_power_cut_at_every_boundary_of_three_days",
     ),
@@ -73,6 +77,8 @@ MANY_PROCESSES = {
         "test_the_page_followed_by_hand_trains_a_model",
         "test_the_pages_certificates_and_acl_let_aggregator_and_worker_in",
     ),
+    # What is measured against a virtual fleet is in both; here processes are only ended.
+    "tests/system/test_virtual_against_live.py": ("test_ctrl_c_ends_every_process_and_leaves_results",),
     "tests/benchmarks/test_aggregator_load.py": ("test_a_tiny_load_goes_through_and_both_rounds_close",),
     "tests/benchmarks/test_device_footprint.py": ("test_an_install_is_what_pip_added",),
     "tests/benchmarks/test_peers.py": (
