@@ -13,7 +13,7 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -227,7 +227,7 @@ def _header(name: str, num_bytes: int) -> tarfile.TarInfo:
 @contextmanager
 def _new_file(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name when it is whole."""
-    if path.exists():
+    if os.path.exists(path):  # Path's own raises where the folder may not be searched
         raise ConfigError(f"the backup {path}: there is such a file already, and it is not replaced; name another")
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -241,4 +241,5 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise ConfigError(f"the backup {path} cannot be written ({error.strerror})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()

@@ -133,12 +133,12 @@ def upgrade(
 @contextmanager
 def _all_or_nothing(database: Database, revision: str | None, path: Path) -> Iterator[None]:
     """Whatever fails is one sentence, which says how the database is."""
-    existed = path.exists()
+    existed = os.path.exists(path)
     try:
         yield
     except Exception as error:
         cause = str(error) if isinstance(error, CoveyError) else f"{type(error).__name__}: {error}"
-        kept = f", and the backup {path} is whole" if path.exists() and not existed else ""
+        kept = f", and the backup {path} is whole" if os.path.exists(path) and not existed else ""
         raise DatabaseError(f"{_as_it_is(database, revision)}{kept}: {cause}") from error
 
 

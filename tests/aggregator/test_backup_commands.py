@@ -13,6 +13,7 @@ from aggregator.command_line import make_app
 from aggregator.errors import DatabaseError
 from aggregator.store.database import Database
 from aggregator.store.tasks import Tasks
+from fl_protocol.errors import ConfigError
 from tests.aggregator.store.rows import TASK, put_all_kinds
 
 APP = make_app("covey-aggregator", "For a test.")
@@ -58,3 +59,13 @@ def test_a_mistyped_configuration_does_not_back_up_an_empty_database(tmp_path: P
     with pytest.raises(DatabaseError, match="there is no database"):
         call("backup", "--config", write_config(tmp_path / "here"), "--out", tmp_path / "covey.backup")
     assert not (tmp_path / "covey.backup").exists()
+
+
+def test_a_backup_that_can_be_nowhere_is_one_sentence(tmp_path: Path) -> None:
+    here = write_config(tmp_path / "here")
+    database = Database(f"sqlite:///{tmp_path / 'here' / 'a.db'}")
+    put_all_kinds(database, LocalBlobs(tmp_path / "here" / "a.db.blobs"))
+    database.close()
+    for out in (here / "a.backup", tmp_path / ("x" * 300), tmp_path / "nowhere" / "a.backup"):
+        with pytest.raises(ConfigError, match=r"the backup .* cannot be written"):
+            call("backup", "--config", here, "--out", out)
