@@ -60,7 +60,8 @@ class Alarms:
 
     def _dropout(self, task: str) -> list[tuple[str, dict[str, Any]]]:
         """Whether far fewer took part in the last round than in those before it."""
-        closed = [one for one in self._store.rounds.history(task, last=ROUNDS_BEFORE + 2) if one.closed_s is not None]
+        history = self._store.rounds.history(task, last=ROUNDS_BEFORE + 2, only_seen=True)
+        closed = [one for one in history if one.closed_s is not None]
         expected = expected_of(closed[:-1])
         if expected is None or 2 * closed[-1].arrived >= expected:
             return []

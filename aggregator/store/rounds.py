@@ -278,15 +278,24 @@ class Rounds:
             return [(row.number, row.closed_s is not None) for row in connection.execute(query.limit(limit))]
 
     def history(
-        self, task: str, *, last: int | None = None, numbers: Collection[int] | None = None
+        self, task: str, *, last: int | None = None, numbers: Collection[int] | None = None, only_seen: bool = False
     ) -> list[RoundRecord]:
-        """What became of a task's rounds, oldest first; only the `last` ones, or those with these numbers, if given."""
+        """What became of a task's rounds, oldest first.
+
+        Args:
+            task: that they are of.
+            last: only so many, the newest.
+            numbers: only those with these numbers.
+            only_seen: without those that were lost with a database (`aggregator.lost_sums`): who was in them?
+        """
         table = schema.rounds
         query = (
             select(table, _arrived(table).label("arrived")).where(table.c.task == task).order_by(table.c.number.desc())
         )
         if numbers is not None:
             query = query.where(table.c.number.in_(list(numbers)))
+        if only_seen:
+            query = query.where(table.c.kem != "")
         with self._database.reading() as connection:
             rows = connection.execute(query.limit(last) if last is not None else query).all()
         return [

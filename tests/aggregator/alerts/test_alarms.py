@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, insert, select, update
 
 from aggregator.alerts import alarms
 from aggregator.alerts.alarms import budget_share
@@ -88,6 +88,30 @@ def check_dropouts(study: SeededStudy, module: Any) -> None:
     assert told(study, OPEN, module) == [first]
     close_a_round(study, 0)
     assert len(told(study, OPEN, module)) == 2
+
+
+def check_lost_rounds_tell_nothing(study: SeededStudy, module: Any) -> None:
+    """Devices that stay away after a restore, whose lost rounds have no updates, are told of all the same."""
+    for _ in range(6):
+        close_a_round(study, 0)
+    rounds = schema.rounds
+    with study.store.database.transaction() as connection:
+        lost = (rounds.c.task == OPEN) & (rounds.c.number > 8)
+        connection.execute(update(rounds).where(lost).values(kem="", outcome="aborted"))
+    close_a_round(study, 3)
+    with study.store.database.transaction() as connection:
+        connection.execute(update(rounds).where(rounds.c.task == OPEN, rounds.c.number == 15).values(kem="x25519"))
+    assert told(study, OPEN, module) == [("fleet.dropout", f"{OPEN}/15", {"count": 3, "expected": 20.0})]
+
+
+def test_lost_rounds_keep_no_alarm_silent(make: Make) -> None:
+    check_lost_rounds_tell_nothing(make(rounds=8, masked_rounds=1, arrived=20), alarms)
+
+
+def test_alarms_that_listen_to_lost_rounds_are_caught(make: Make) -> None:
+    broken = broken_copy("aggregator.alerts.alarms", (", only_seen=True", ""))
+    with pytest.raises(AssertionError):
+        check_lost_rounds_tell_nothing(make(rounds=8, masked_rounds=1, arrived=20), broken)
 
 
 def test_devices_that_stay_away_are_told_of_once_an_episode(make: Make) -> None:
