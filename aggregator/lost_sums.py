@@ -9,7 +9,7 @@ that says so, above the backup's rounds, and costs what a round with the fewest 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,10 @@ from aggregator.store.blobs import Blobs
 from aggregator.task_file import TaskConfig
 from fl_protocol.errors import ConfigError, LocalMisuseError
 
-MOST = 1_000_000
-"""Lost sums of a task; more than any budget has room for."""
+MOST = 100_000
+"""Lost sums of a task; more than any budget has room for. To account for so many takes some ten seconds."""
+MOST_INFERRED = 10_000
+"""Rounds that are taken for sums where nobody has said how many there were."""
 _AT_ONCE = 500
 _OVER = frozenset({"finished", "aborted"})
 
@@ -46,10 +48,11 @@ class LostSums:
         """From ``12`` or ``TASK=12``, at most once each. Raises LocalMisuseError."""
         found: dict[str, int] = {}
         for text in texts:
-            task, _, number = text.rpartition("=")
-            if not number.isascii() or not number.isdecimal() or int(number) > MOST or task in found:
+            task, equals, number = text.rpartition("=")
+            is_number = number.isascii() and number.isdecimal() and len(number) <= len(str(MOST))
+            if not is_number or int(number) > MOST or task in found or (equals and not task):
                 raise LocalMisuseError(
-                    f"sums lost: expected a number up to {MOST}, or TASK=NUMBER, each task once; got {text!r}"
+                    f"sums lost: expected a number up to {MOST}, or TASK=NUMBER, each task once; got {text[:80]!r}"
                 )
             found[task] = int(number)
         return cls(found.pop("", None), found)
@@ -65,21 +68,43 @@ class LostSums:
             DatabaseError: it has a budget, and nobody has said.
         """
         task, config = row["task"], _readable(row["spec"], row["task"])
-        if row["phase"] in _OVER or config is None or config.secure is None:
+        if row["phase"] in _OVER:
+            return 0
+        if after_round is not None and after_round < row["number"]:
+            raise DatabaseError(
+                f"--after-round is for all tasks, and {task} had had round {row['number']} already when the backup was "
+                f"made, so devices may have seen more than {after_round}; name the newest round of any task"
+            )
+        if config is None or config.secure is None:
             return 0
         said = self.of.get(task, self.number)
         if said is not None or config.device_privacy is None:
             return said
-        if after_round is None:
+        is_open = row["phase"] == "open"
+        inferred = MOST_INFERRED + 1 if after_round is None else after_round - int(row["number"]) + is_open
+        if inferred > MOST_INFERRED:
             raise DatabaseError(
                 f"task {task} has a budget at device level, and no backup knows which sums were asked for after it; "
-                f"count the rounds from {row['number']} on in covey-helper audit --task {task}, of any one of its "
-                "helpers, that covey-aggregator privacy spent does not have, and restore with --sums-lost "
-                f"{task}=NUMBER; or with --after-round NEWEST, which takes every round since for one"
+                f"count the rounds from {row['number'] + (not is_open)} on in covey-helper audit --task {task}, of a "
+                "helper whose store is older than the backup (of several, the largest number), and restore with "
+                f"--sums-lost {task}=NUMBER; or with --after-round NEWEST, which takes every round since for one, up "
+                f"to {MOST_INFERRED} of them"
             )
-        last: int = row["number"]
-        is_open = row["phase"] not in {"idle", "paused"}
-        return min(MOST, max(0, after_round - last) + is_open)
+        return inferred
+
+    def check_names(self, tasks: Container[str], counted: Container[str]) -> None:
+        """Raise DatabaseError if a number was said for a task that the backup has not, or that has no lost sums.
+
+        Args:
+            tasks: of the backup.
+            counted: those whose sums are counted.
+        """
+        for task, number in sorted(self.of.items()):
+            if task not in tasks or (number and task not in counted):
+                raise DatabaseError(
+                    f"--sums-lost {task}={number}: expected a task of the backup that has the engine secure and was "
+                    "not over, and there is none of that name"
+                )
 
 
 UNSAID = LostSums()

@@ -119,7 +119,10 @@ def restore(
             if listed is not None:
                 revoked = revoke_again(connection, listed, actor=actor, now_s=now_s)
     except BaseException:
-        with suppress(BlobError):
+        with suppress(BlobError, DatabaseError):
+            # The commit may have got through and only its answer be lost: then the values are in use.
+            with database.reading() as connection:
+                _refuse_rows(connection)
             blobs.delete(name for name in names.values() if name is not None)
         raise
     return Restored(
@@ -163,7 +166,7 @@ class _Settled:
         lost: LostSums,
     ) -> None:
         self._created_s, self._now_s, self._after_round, self._names = created_s, now_s, after_round, names
-        self._lost, self._with_lost = lost, list[Mapping[str, Any]]()
+        self._lost, self._with_lost, self._opened_s = lost, list[Mapping[str, Any]](), dict[str, float]()
         self._backup = f"the backup of {datetime.fromtimestamp(created_s, timezone.utc):%Y-%m-%d %H:%M} UTC"
         self.numbers: dict[str, int] = {}
         self.sums_lost: dict[str, int] = {}
@@ -197,8 +200,10 @@ class _Settled:
         if lost is None:
             self.sums_unsaid.append(row["task"])
             lost = 0
-        number = row["number"] + ROUND_GAP if self._after_round is None else self._after_round
-        number = max(number, row["number"] + lost)
+        # Those that were asked for are not all that were opened: the gap is for the others.
+        number = row["number"] + lost + ROUND_GAP
+        if self._after_round is not None:
+            number = max(row["number"] + lost, self._after_round)
         if not 0 <= number < _LARGEST_ROUND:
             raise DatabaseError(f"rounds of task {row['task']} cannot go on after {number}: there is no larger number")
         self.numbers[row["task"]] = number
@@ -215,19 +220,24 @@ class _Settled:
         return changes
 
     def insert_lost_sums(self, connection: Connection, blobs: Blobs) -> None:
-        """Into the accounts of tasks with a budget at device level; all other rows are there."""
+        """Into the accounts of tasks; all other rows are there. Raises DatabaseError: a number is for no such task."""
+        self._lost.check_names(self.numbers, self.sums_lost)
         for task in self._with_lost:
-            count = self.sums_lost[task["task"]]
+            name = task["task"]
             reason = (
                 f"lost since {self._backup}: a sum that helpers were asked for, counted as one of the fewest updates"
             )
-            times = {"since_s": self._created_s, "now_s": self._now_s}
-            insert_lost(connection, blobs, task, count, reason=reason, **times)
+            # Devices may have been in the round that was open then since it opened.
+            since_s = min(self._created_s, self._opened_s.get(name, self._created_s))
+            count, now_s = self.sums_lost[name], self._now_s
+            insert_lost(connection, blobs, task, count, reason=reason, since_s=since_s, now_s=now_s)
 
     def _round(self, row: dict[str, Any]) -> dict[str, Any]:
         """A round that was open is over."""
         if row["outcome"] not in {"open", "closing"}:
             return {}
+        task = row["task"]
+        self._opened_s[task] = min(row["opened_s"], self._opened_s.get(task, row["opened_s"]))
         reason = f"given up when {self._backup} was restored: no backup has its key or its updates"
         return {"outcome": "aborted", "reason": reason, "closed_s": self._now_s}
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import stat
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from aggregator import restore as restoring
 from aggregator.adapters.local_blobs import LocalBlobs
@@ -22,6 +24,7 @@ from aggregator.restore import ROUND_GAP, restore
 from aggregator.store import schema
 from aggregator.store.blobs import Blobs
 from aggregator.store.database import Database
+from aggregator.store.sweep import named_blobs
 from fl_protocol.errors import ConfigError
 from tests.aggregator.full_database import LATER_S, NOW_S, SECRET, blobs, empty, full, rows
 from tests.aggregator.store.rows import TASK, model_row
@@ -288,6 +291,40 @@ def test_a_restore_that_fails_half_way_leaves_nothing(
     assert_empty(empty, there)
     monkeypatch.setattr(restoring, "_insert", insert_rows)
     restore(made, empty, there, now_s=LATER_S)
+
+
+def check_an_answer_that_is_lost_costs_no_model(
+    module: ModuleType, made: Path, database: Database, folder: Path
+) -> None:
+    """The commit gets through, and what would say so does not."""
+    there, transaction = LocalBlobs(folder / "restored"), database.transaction
+
+    @contextmanager
+    def without_an_answer() -> Iterator[Connection]:
+        with transaction() as connection:
+            yield connection
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "transaction", without_an_answer)
+        with pytest.raises(KeyboardInterrupt):
+            module.restore(made, database, there, now_s=LATER_S)
+    named = named_blobs(database)
+    assert named
+    assert all(there.get(name) for name in named)
+
+
+def test_a_restore_whose_answer_is_lost_is_whole(made: Path, empty: Database, tmp_path: Path) -> None:
+    check_an_answer_that_is_lost_costs_no_model(restoring, made, empty, tmp_path)
+
+
+def test_a_restore_that_deletes_what_it_committed_is_caught(made: Path, empty: Database, tmp_path: Path) -> None:
+    broken = broken_copy(
+        restoring.__name__,
+        ("                _refuse_rows(connection)\n            blobs", "                pass\n            blobs"),
+    )
+    with pytest.raises(BlobError):
+        check_an_answer_that_is_lost_costs_no_model(broken, made, empty, tmp_path)
 
 
 def test_progress_is_told(full: Database, blobs: Blobs, tmp_path: Path) -> None:
