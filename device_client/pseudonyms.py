@@ -143,7 +143,7 @@ class Pseudonyms:
         store: holds them, encrypted.
         tenant: the study's.
         task: the study's.
-        tls_keys: where the TLS keys of new names come from.
+        tls_keys: where TLS keys are made and used.
 
     Raises:
         StoreError: from every method that reads or writes.
@@ -300,6 +300,10 @@ class Pseudonyms:
             left = tuple(one for one in self._row.installed if one.id not in ended)
             self._keep(_Row(prepared=self._row.prepared, installed=left))
         return ended
+
+    def tls_key(self, one: Pseudonym) -> ec.EllipticCurvePrivateKey:
+        """The TLS key of a name, to sign with. Raises KeyStoreError."""
+        return self._tls_keys.load(one.tls_key)
 
     def erase(self) -> None:
         """Delete all names and keys of this study."""

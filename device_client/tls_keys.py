@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
+from device_client.errors import KeyStoreError
 from fl_protocol.integer_noise import Entropy
 
 
@@ -35,6 +37,9 @@ class TlsKeys(Protocol):
             KeyStoreError: whatever holds the keys cannot be used.
         """
 
+    def load(self, stored: bytes) -> ec.EllipticCurvePrivateKey:
+        """A key that was made before, to sign with. Raises KeyStoreError: it cannot be used."""
+
     def check(self) -> None:
         """Raise KeyStoreError unless a key could be made now."""
 
@@ -51,3 +56,16 @@ class SoftwareTlsKeys:
         drawn = int.from_bytes(entropy((order.bit_length() + 64) // 8), "big")
         key = ec.derive_private_key(drawn % (order - 1) + 1, ec.SECP256R1())
         return TlsKey(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), key)
+
+    def load(self, stored: bytes) -> ec.EllipticCurvePrivateKey:
+        """From PEM without a password. Raises KeyStoreError."""
+        try:
+            key = load_pem_private_key(stored, None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise KeyStoreError(
+                f"a TLS key: expected one that the store holds whole ({error}); if it is a TPM's, set "
+                'tls_keys = "tpm2" in [device]'
+            ) from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise KeyStoreError("a TLS key: expected one on P-256")
+        return key

@@ -25,6 +25,7 @@ from fl_protocol.limits import MAX_PACKET_BYTES
 from fl_protocol.message_base import Digest, KemName, Msg, Name, RecipientKeyMsg, Seconds
 from fl_protocol.messages import SignedMsg, decode, encode
 from fl_protocol.publishers import MOST_PUBLISHERS, PublisherPins, publisher_pins
+from fl_protocol.renewal_proof import RenewalProofMsg
 from fl_protocol.sealing import RoundKey, open_sealed, seal_to
 from fl_protocol.signing import public_key_from_hex
 
@@ -176,6 +177,7 @@ class EnrolmentRequestMsg(Msg, frozen=True):
         renewal_key: Ed25519 public key that signed this request, 32 bytes.
         answer_to: HPKE key that the answer is sealed to; made for this request.
         names: a pseudonym request (`fl_protocol.enrolment`), a file's bytes.
+        proof: that a renewal comes from the device; left out with a token.
     """
 
     tenant: Name
@@ -186,10 +188,13 @@ class EnrolmentRequestMsg(Msg, frozen=True):
     renewal_key: Digest
     answer_to: RecipientKeyMsg
     names: Annotated[bytes, Meta(min_length=1, max_length=MAX_NAMES_BYTES)]
+    proof: RenewalProofMsg | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if (self.token is None) == (self.enrolment is None):
             raise ValueError("token and enrolment: expected one of them")
+        if self.token is not None and self.proof is not UNSET:
+            raise ValueError("proof: expected none with a token")
 
 
 class EnrolmentAnswerMsg(Msg, frozen=True):

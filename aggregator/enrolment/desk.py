@@ -1,9 +1,10 @@
 """The desk: from a request to its answer, and what the database has of it, in one transaction.
 
-A request with a token makes an enrolment; one that is signed by an enrolment's renewal key gives it further names. The
-same request again gets the same answer, so an answer that was lost on the way costs nothing; so does a request for the
-same names that was sent again under another client id, since a device whose name on the wire has changed meanwhile
-cannot send the old one. A request that is refused uses no token up.
+A request with a token makes an enrolment; one that is signed by an enrolment's renewal key, and by the TLS key of a
+name that it was granted last, gives it further names. The same request again gets the same answer, so an answer that
+was lost on the way costs nothing; so does a request for the same names that was sent again under another client id,
+since a device whose name on the wire has changed meanwhile cannot send the old one. A request that is refused uses no
+token up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cryptography import x509
+from msgspec import UNSET
 from msgspec.structs import replace
 from sqlalchemy import Connection
 
@@ -36,6 +38,7 @@ from fl_protocol.enrolment import DAY_S, PseudonymAnswer, PseudonymRequest, deco
 from fl_protocol.errors import ProtocolError
 from fl_protocol.joining import EnrolmentAnswerMsg, EnrolmentRequestMsg, Outcome, StudyPins, token_digest
 from fl_protocol.messages import decode, encode
+from fl_protocol.renewal_proof import check_proof
 
 RENEWED_PERIODS = 2
 """A row of names is renewed when it has fewer whole periods left."""
@@ -125,7 +128,7 @@ class Desk:
     def _place(
         self, connection: Connection, request: EnrolmentRequestMsg, digest: bytes, *, now_s: float, lock: bool
     ) -> _Place | EnrolmentAnswerMsg:
-        """Where a request belongs, or the answer that it was given before. Raises _NotGrantedError."""
+        """Where a request belongs, or the answer that it was given before. Raises _NotGrantedError, ProtocolError."""
         # The token first: whoever waits for it finds what was enrolled with it meanwhile.
         token = None if request.token is None else find_token(connection, token_digest(request.token), lock=lock)
         known = find_enrolment(connection, enrolment_id(request.renewal_key), lock=lock)
@@ -141,6 +144,7 @@ class Desk:
             return _Place(owner, now_s, None)
         if known is None or known.enrolment != request.enrolment or known.task != request.task:
             raise _NotGrantedError("not_enrolled", "no enrolment here has this renewal key; enrol with a token")
+        _check_proof(request, known.enrolment, given)
         due_s = known.lasts_until_s - RENEWED_PERIODS * self.admitter.period_days * DAY_S
         if now_s < due_s:
             raise _NotGrantedError("too_early", "this device has names for long enough yet", due_s - now_s)
@@ -189,6 +193,19 @@ def _check_quota(connection: Connection, owner: str, *, now_s: float, lock: bool
         raise _NotGrantedError(
             "quota_exhausted", f"{owner} has its {quota} device(s) already; the operator can raise the quota"
         )
+
+
+def _check_proof(request: EnrolmentRequestMsg, enrolment: str, given: EnrolmentAnswerMsg) -> None:
+    """Whether a renewal comes from who can use a TLS key of the names `given`. Raises ProtocolError."""
+    # Security: the renewal key alone may be copied; TLS keys in a TPM are not.
+    check_proof(
+        None if request.proof is UNSET else request.proof,
+        decode_file(given.names, PseudonymAnswer),
+        tenant=request.tenant,
+        task=request.task,
+        enrolment=enrolment,
+        names=request.names,
+    )
 
 
 def _is_for(answer: EnrolmentAnswerMsg, request: EnrolmentRequestMsg) -> bool:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from device_client.checks.identity import public_half
 from device_client.errors import KeyStoreError
-from device_client.tls_keys import TlsKey
+from device_client.tls_keys import SoftwareTlsKeys, TlsKey
 from fl_protocol.adapters import tpm2_command
 from fl_protocol.adapters.tpm2_command import PEM_BEGINS, TpmError
 from fl_protocol.integer_noise import Entropy
@@ -42,6 +42,10 @@ class Tpm2TlsKeys:
         with _told():
             stored = tpm2_command.make()
         return TlsKey(stored, _loaded(stored))
+
+    def load(self, stored: bytes) -> ec.EllipticCurvePrivateKey:
+        """A key of this TPM, or one in software from before there was one. Raises KeyStoreError."""
+        return _loaded(stored) if stored.startswith(PEM_BEGINS) else SoftwareTlsKeys().load(stored)
 
 
 def tls_public_half(key: bytes) -> PublicKeyTypes:

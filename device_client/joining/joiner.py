@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from msgspec.structs import replace
+
 from device_client.device_store import study_blob
 from device_client.errors import StoreError
 from device_client.events import Note, Publish, Subscribe, Unsubscribe
@@ -36,6 +38,7 @@ from fl_protocol.enrolment import PseudonymAnswer, decode_file
 from fl_protocol.errors import ConfigError, LocalMisuseError, ProtocolError
 from fl_protocol.integer_noise import Entropy
 from fl_protocol.joining import Claim, Token
+from fl_protocol.renewal_proof import RenewalProofMsg, signed_proof
 from fl_protocol.signing import public_key_from_hex
 
 
@@ -138,7 +141,11 @@ class Joiner:
         """Forget that the last request was refused: its cause may be gone. Raises StoreError."""
         state = self.state
         if state is not None and state.refusal is not None:
-            self._write(JoiningState(claim=state.claim, membership=state.membership, request=state.request))
+            request = state.request
+            if request is not None and request.enrolment is not None and request.proof is None:
+                # Made by software that knew of no proofs: it is prepared anew.
+                request = replace(request, names=b"", client="", signed=b"")
+            self._write(JoiningState(claim=state.claim, membership=state.membership, request=request))
             self._begin()
 
     def tell(self, event: Event, way: Transport | None) -> None:
@@ -159,8 +166,21 @@ class Joiner:
 
     def _prepare(self, way: Transport | None) -> None:
         """Always names that nobody has seen: a request that was handed on by file must not come this way too."""
-        request = self.names.prepare(count=self._count, entropy=self._entropy, anew=True)
-        self.tell(Prepared(request), way)
+        names = self.names.prepare(count=self._count, entropy=self._entropy, anew=True)
+        self.tell(Prepared(names, self._proof(names)), way)
+
+    def _proof(self, names: bytes) -> RenewalProofMsg | None:
+        """For a renewal: signed by the last of the names that the desk knows, and that are not forgotten."""
+        member = self.state.membership if self.state is not None else None
+        request = self.state.request if self.state is not None else None
+        if member is None or request is None or request.enrolment is None:
+            return None
+        known = [one for one in self.names.installed() if one.id in member.names or not member.names]
+        if not known:
+            return None
+        study, key = self._claim, self.names.tls_key(known[-1])
+        asked = {"tenant": study.tenant, "task": study.task, "enrolment": request.enrolment}
+        return signed_proof(known[-1].id, key, names=names, **asked)
 
     def _install(self, action: Install, way: Transport | None) -> None:
         """Take what was granted, unless a process that was killed has taken it already."""

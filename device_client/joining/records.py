@@ -11,12 +11,15 @@ from typing import Literal
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from device_client.errors import StoreError
+from fl_protocol.enrolment import PseudonymAnswer, decode_file
 from fl_protocol.errors import LocalMisuseError
 from fl_protocol.integer_noise import Entropy
 from fl_protocol.joining import Claim, EnrolmentRequestMsg, Outcome, StudyPins, Token, signed_request, token_digest
+from fl_protocol.renewal_proof import RenewalProofMsg
 from fl_protocol.sealing import RoundKey, round_key_bytes
 
 RENEWED_PERIODS = 2
@@ -46,6 +49,8 @@ class OpenRequest(msgspec.Struct, frozen=True):
         token: secret of the token; None for a renewal.
         enrolment: what is renewed; None for a claim.
         names: the pseudonym request; empty until it is prepared.
+        proof: that a renewal of these names comes from this device; None for a claim, and where no name is left to
+            sign it.
         client: MQTT client id that `signed` is for; empty until it is known.
         signed: the exact bytes that are sealed and sent.
         granted: pseudonym answer that is to be installed; empty until then.
@@ -65,15 +70,20 @@ class OpenRequest(msgspec.Struct, frozen=True):
     enrolled: str = ""
     pins: StudyPins | None = None
     replaces: bool = False
+    proof: RenewalProofMsg | None = None
 
 
 class Membership(msgspec.Struct, frozen=True):
-    """An enrolment: what it is called, its raw private renewal key, what is pinned, and the token's digest."""
+    """An enrolment: what it is called, its raw private renewal key, what is pinned, and the token's digest.
+
+    `names` are the ids that were granted last; empty in what was stored before they were kept.
+    """
 
     enrolment: str
     renewal_key: bytes
     pins: StudyPins
     token: bytes
+    names: tuple[str, ...] = ()
 
 
 class JoiningState(msgspec.Struct, frozen=True):
@@ -179,6 +189,7 @@ def addressed(state: JoiningState, client: str) -> JoiningState:
         renewal_key=key.public_key().public_bytes_raw(),
         answer_to=answer_key(state.claim, request).recipient(),
         names=request.names,
+        proof=UNSET if request.proof is None else request.proof,
     )
     return replace(state, request=replace(request, client=client, signed=signed_request(message, key)))
 
@@ -193,13 +204,15 @@ def with_grant_installed(state: JoiningState) -> JoiningState:
 
     Raises:
         LocalMisuseError: nothing was granted.
+        ProtocolError: what was granted, and checked before, cannot be read.
     """
     request = state.request
     if request is None or request.pins is None:
         raise LocalMisuseError(f"{state.study}: expected a request that was granted")
     kept = state.membership.token if state.membership is not None else b""
     token = token_digest(request.token) if request.token is not None else kept
-    member = Membership(request.enrolled, request.renewal_key, request.pins, token)
+    names = tuple(one.id for one in decode_file(request.granted, PseudonymAnswer).certificates)
+    member = Membership(request.enrolled, request.renewal_key, request.pins, token, names)
     return JoiningState(claim=state.claim, membership=member)
 
 

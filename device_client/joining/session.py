@@ -33,6 +33,7 @@ from fl_protocol.errors import ProtocolError
 from fl_protocol.integer_noise import Entropy
 from fl_protocol.joining import EnrolmentAnswerMsg, opened_answer, sealed_request
 from fl_protocol.recency import happened_within
+from fl_protocol.renewal_proof import RenewalProofMsg
 from fl_protocol.signing import public_key_from_hex
 from fl_protocol.topics import enrolment_topic
 from fl_protocol.transport import Received
@@ -59,9 +60,15 @@ class Offline:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Names and their keys are durable; `names` is the pseudonym request."""
+    """Names and their keys are durable.
+
+    Args:
+        names: the pseudonym request.
+        proof: that a renewal of them comes from this device; None for a claim, and where no name is left to sign it.
+    """
 
     names: bytes
+    proof: RenewalProofMsg | None = None
 
 
 @dataclass(frozen=True)
@@ -210,8 +217,8 @@ class JoiningSession:
         request = self.state.request
         if request is None:
             return []
-        keep = self._keep(replace(self.state, request=replace(request, names=event.names, client="", signed=b"")))
-        return [keep, *self._go_on(now_s)]
+        prepared = replace(request, names=event.names, proof=event.proof, client="", signed=b"")
+        return [self._keep(replace(self.state, request=prepared)), *self._go_on(now_s)]
 
     def _received(self, event: Received, now_s: float) -> list[Action]:
         """An answer, or what somebody passes off as one."""

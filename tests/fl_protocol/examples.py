@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
 
 from fl_protocol import messages
 from fl_protocol.errors import RefusalReason
@@ -33,6 +34,7 @@ from fl_protocol.messages import (
     UpdateEnvelopeMsg,
     UpdateHeaderMsg,
 )
+from fl_protocol.renewal_proof import RenewalProofMsg
 from fl_protocol.revocation_messages import RevocationsKeptMsg, RevokedDevicesMsg
 from fl_protocol.sealing import RoundKey, round_key_bytes
 from fl_protocol.secagg.errors import UnmaskRefusal
@@ -223,6 +225,8 @@ ENROLMENT_REQUEST = EnrolmentRequestMsg(
     answer_to=RecipientKeyMsg(kem="x25519", public_key=SEALED_DIGEST),
     names=b"{}",
 )
+RENEWAL_PROOF = RenewalProofMsg(name="p" + "0" * 32, signature=bytes(range(70)))
+RENEWAL_REQUEST = replace(ENROLMENT_REQUEST, token=None, enrolment="e" + "0" * 32, proof=RENEWAL_PROOF)
 
 
 COSIGN_REQUEST = CosignRequestMsg(
@@ -293,6 +297,8 @@ EXAMPLES: tuple[Msg, ...] = (
     SignedMsg(payload=messages.encode(RECEIPT), signature=bytes(range(64))),
     PINS,
     ENROLMENT_REQUEST,
+    RENEWAL_REQUEST,
+    RENEWAL_PROOF,
     EnrolmentAnswerMsg(
         request_digest=SEALED_DIGEST, outcome="enrolled", enrolment="e" + "0" * 32, names=b"{}", pins=PINS
     ),

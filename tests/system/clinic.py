@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import UNSET, UnsetType
 
 from aggregator.cli import main
 from device_client.adapters.certificate_files import tls_files
@@ -35,6 +36,7 @@ from fl_protocol.joining import (
     sealed_request,
     signed_request,
 )
+from fl_protocol.renewal_proof import RenewalProofMsg, signed_proof
 from fl_protocol.sealing import RoundKey
 from fl_protocol.signing import public_key_from_hex
 from fl_protocol.topics import enrolment_topic
@@ -179,8 +181,16 @@ class Watch:
         """The desk's answer."""
         return self.ask_with(self.prepared(token))
 
-    def prepared(self, token: bytes | None, *, count: int = 3, client: str | None = None) -> bytes:
+    def prepared(
+        self,
+        token: bytes | None,
+        *,
+        count: int = 3,
+        client: str | None = None,
+        proof: RenewalProofMsg | UnsetType = UNSET,
+    ) -> bytes:
         """A signed request, by default of a client of the claim broker; without a token, to be renewed."""
+        names = self.names.prepare(count=count, entropy=os.urandom)
         request = EnrolmentRequestMsg(
             tenant=TENANT,
             task=TASK,
@@ -189,9 +199,17 @@ class Watch:
             enrolment=None if token is not None else self.enrolment,
             renewal_key=self.renewal.public_key().public_bytes_raw(),
             answer_to=self.answers.recipient(),
-            names=self.names.prepare(count=count, entropy=os.urandom),
+            names=names,
+            proof=self.proof(names) if token is None and proof is UNSET else proof,
         )
         return signed_request(request, self.renewal)
+
+    def proof(self, names: bytes) -> RenewalProofMsg | UnsetType:
+        """That it is renewed with these names; none where it has none."""
+        if not (installed := self.names.installed()):
+            return UNSET
+        key = self.names.tls_key(installed[-1])
+        return signed_proof(installed[-1].id, key, tenant=TENANT, task=TASK, enrolment=self.enrolment, names=names)
 
     def ask_with(self, signed: bytes) -> EnrolmentAnswerMsg:
         """The answer to a request at the claim broker."""

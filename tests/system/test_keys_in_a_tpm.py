@@ -17,16 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_der_private_key, load_pem_private_key
 
+from device_client.adapters.tpm2_tls_keys import Tpm2TlsKeys
 from device_client.assembly import DeviceFiles
+from device_client.joining.joiner import kept_state
 from device_client.pseudonyms import Pseudonyms
+from device_client.tls_keys import SoftwareTlsKeys
 from firmware_sim.mosquitto_broker import find_mosquitto
 from fl_protocol.adapters.tpm2_command import PEM_BEGINS
 from fl_protocol.joining import parse_token
+from fl_protocol.renewal_proof import signed_proof
 from tests.contracts.brokers import WITHIN_S
 from tests.contracts.software_tpm import SoftwareTpm, need_tpm, software_tpm
-from tests.system.clinic import BUNDLES, ROOT, TASK, TENANT, Clinic, running_clinic
+from tests.system.clinic import BUNDLES, ROOT, TASK, TENANT, Clinic, Watch, running_clinic
 
 pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
 CONFIG = """[device]
@@ -140,6 +145,38 @@ def test_a_device_joins_and_connects_and_another_machine_with_all_its_files_does
         assert "the TPM" in without["certificate"]["found"]
     # And back: nothing was spoilt.
     assert wearer.findings(tpm.environment)["broker"]["verdict"] == "ok"
+
+
+def test_who_has_all_its_files_and_not_its_tpm_gets_no_further_names(
+    clinic: Clinic, tpm: SoftwareTpm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The renewal key is in the store; with it, and TLS keys in software, one place after the other could be taken."""
+    wearer = wearer_in(tmp_path / "device", clinic)
+    code, said = wearer.enroll(tpm.environment)
+    assert code == 0, said
+    with closing(DeviceFiles.load(wearer.folder / "device.toml").open_store()) as store:
+        state, names = kept_state(store, f"{TENANT}/{TASK}"), Pseudonyms(store, tenant=TENANT, task=TASK).installed()
+    assert state is not None
+    assert state.membership is not None
+    thief = Watch(clinic)
+    thief.renewal = Ed25519PrivateKey.from_private_bytes(state.membership.renewal_key)
+    thief.enrolment = state.membership.enrolment
+    answer = thief.ask_with(thief.prepared(None))
+    assert answer.outcome == "refused"
+    assert "signed by a TLS key" in answer.detail
+    made_up = SoftwareTlsKeys().make(os.urandom).key
+    asked = {"tenant": TENANT, "task": TASK, "enrolment": thief.enrolment}
+    for one in names:
+        proof = signed_proof(one.id, made_up, names=thief.names.prepare(entropy=os.urandom), **asked)
+        answer = thief.ask_with(thief.prepared(None, proof=proof))
+        assert answer.outcome == "refused"
+        assert f"not signed by the TLS key of {one.id}" in answer.detail
+    # With the TPM, and nothing else changed, it is granted.
+    for name, value in tpm.environment.items():
+        monkeypatch.setenv(name, value)
+    own = Tpm2TlsKeys().load(names[-1].tls_key)
+    proof = signed_proof(names[-1].id, own, names=thief.names.prepare(entropy=os.urandom), **asked)
+    assert thief.ask_with(thief.prepared(None, proof=proof)).outcome == "renewed"
 
 
 def test_without_a_tpm_nobody_joins_and_it_is_not_done_in_software(clinic: Clinic, tmp_path: Path) -> None:

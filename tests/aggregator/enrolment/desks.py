@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import UNSET, UnsetType
 
 from aggregator.admission import Admitter
 from aggregator.enrolment import desk as desk_module
@@ -26,6 +27,7 @@ from fl_protocol.joining import (
     signed_request,
     token_digest,
 )
+from fl_protocol.renewal_proof import RenewalProofMsg, signed_proof
 from fl_protocol.sealing import RoundKey
 from tests.device_client.ports import MemoryStore
 from tests.enrolments import AGGREGATOR, CA, NOW_S, TASK, TENANT, Office
@@ -55,6 +57,7 @@ class Asking:
         self, token: bytes | None, *, count: int = 3, anew: bool = False, **changes: Any
     ) -> EnrolmentRequestMsg:
         """What it asks, for a token or, without one, as a renewal."""
+        names = self.names.prepare(count=count, entropy=self.entropy, anew=anew)
         content: dict[str, Any] = {
             "tenant": TENANT,
             "task": TASK,
@@ -63,7 +66,8 @@ class Asking:
             "enrolment": None if token is not None else self.enrolment,
             "renewal_key": self.renewal.public_key().public_bytes_raw(),
             "answer_to": self.answer_key.recipient(),
-            "names": self.names.prepare(count=count, entropy=self.entropy, anew=anew),
+            "names": names,
+            "proof": UNSET if token is not None else self.proof(names),
         }
         return EnrolmentRequestMsg(**(content | changes))
 
@@ -71,6 +75,14 @@ class Asking:
     def enrolment(self) -> str:
         """What its enrolment is called."""
         return desk_module.enrolment_id(self.renewal.public_key().public_bytes_raw())
+
+    def proof(self, names: bytes, **changes: Any) -> RenewalProofMsg | UnsetType:
+        """That it renews with these names, by the last that it has; none where it has none."""
+        if not (installed := self.names.installed()):
+            return UNSET
+        one = installed[-1]
+        said = {"tenant": TENANT, "task": TASK, "enrolment": self.enrolment, "names": names}
+        return signed_proof(one.id, self.names.tls_key(one), **(said | changes))
 
     def install(self, answer: EnrolmentAnswerMsg) -> None:
         """Take what it was granted."""

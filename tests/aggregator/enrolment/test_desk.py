@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from cryptography import x509
+from msgspec import UNSET
 from msgspec.structs import replace
 from sqlalchemy import select, update
 
@@ -20,10 +21,12 @@ from aggregator.enrolment.revocation import change_state
 from aggregator.store import schema
 from aggregator.store.aggregator_store import AggregatorStore
 from aggregator.store.database import Database
+from device_client.tls_keys import SoftwareTlsKeys
 from fl_protocol.enrolment import DAY_S, PseudonymAnswer, decode_file
 from fl_protocol.joining import EnrolmentAnswerMsg
+from fl_protocol.renewal_proof import signed_proof
 from tests.aggregator.enrolment.desks import PINS, Asking, DeskOffice
-from tests.enrolments import BEGINS_S, NOW_S, PERIOD_S, TASK, broken_copy
+from tests.enrolments import BEGINS_S, NOW_S, PERIOD_S, TASK, TENANT, broken_copy
 
 
 def audited(office: DeskOffice) -> list[dict[str, Any]]:
@@ -169,6 +172,29 @@ def check_a_renewal_needs_its_key(module: ModuleType) -> None:
     assert office.ask(device, device.request(None), now_s=late_s).outcome == "renewed"
 
 
+def check_a_renewal_needs_a_tls_key_that_it_has(module: ModuleType) -> None:
+    """Whoever has copied all of a device's files, but cannot use its TLS keys, gets no name."""
+    office, device = DeskOffice(module), Asking("a")
+    device.install(office.ask(device, device.request(office.token())))
+    thief, other = Asking("thief"), Asking("b")
+    other.install(office.ask(other, other.request(office.token())))
+    thief.renewal = device.renewal
+    late_s, own = BEGINS_S + 2 * PERIOD_S, thief.request(None)
+    said = {"tenant": TENANT, "task": TASK, "enrolment": device.enrolment}
+    name, made_up = device.names.installed()[-1].id, SoftwareTlsKeys().make(thief.entropy).key
+    seen = device.proof(device.request(None, anew=True).names)
+    for proof, reason in (
+        (UNSET, "got one without"),
+        (signed_proof(name, made_up, names=own.names, **said), "not signed by the TLS key"),
+        (seen, "not signed by the TLS key"),
+        (other.proof(own.names, enrolment=device.enrolment), "names that were granted last"),
+    ):
+        answer = office.ask(thief, replace(own, proof=proof), now_s=late_s)
+        assert answer.outcome == "refused"
+        assert reason in answer.detail
+    assert office.ask(device, device.request(None), now_s=late_s).outcome == "renewed"
+
+
 def check_a_renewal_is_not_for_hoarding(module: ModuleType) -> None:
     office, device = DeskOffice(module), Asking("a")
     device.install(office.ask(device, device.request(office.token(), count=4)))
@@ -190,6 +216,7 @@ CHECKS: list[tuple[Callable[[ModuleType], None], tuple[str, str]]] = [
     (check_who_is_out_gets_nothing, ('if known is not None and known.state != "active":', "if False:")),
     (check_who_is_out_gets_nothing, ('known.state != "active":', 'known.state == "revoked":')),
     (check_a_renewal_needs_its_key, ("enrolment_id(request.renewal_key), lock", "request.enrolment or '', lock")),
+    (check_a_renewal_needs_a_tls_key_that_it_has, ("        _check_proof(request", "        (request")),
     (check_a_renewal_is_not_for_hoarding, ("if now_s < due_s:", "if False:")),
 ]
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
 from sqlalchemy import select, update
 
 from aggregator.enrolment.register import withdraw_tokens
 from aggregator.store import schema
 from device_client.joining import joiner as joiner_module
+from device_client.joining.records import encode_state
 from device_client.joining.words import refusal_words
 from device_client.pseudonyms import Pseudonym
 from firmware_sim.faults.packets import PacketRates
@@ -33,7 +36,7 @@ from tests.device_client.joining.rig import (
     run,
 )
 from tests.device_client.ports import MemoryStore
-from tests.enrolments import NOW_S, PERIOD_S, TASK, TENANT
+from tests.enrolments import AGGREGATOR, NOW_S, PERIOD_S, TASK, TENANT, broken_copy
 
 YEAR_S = 365.25 * DAY_S
 DESKS_OWN = Ed25519PrivateKey.from_private_bytes(b"\x66" * 32)
@@ -235,6 +238,88 @@ def test_a_renewal_adds_names_and_an_early_one_is_sent_again_later() -> None:
     rig.clock.time_s += 2 * PERIOD_S
     run(rig, device, until=lambda: not device.joiner.is_asking, most_s=2 * DAY_S)
     assert rig.outcomes()[-1] == "renewed"
+    assert len(device.names.installed()) == 6
+
+
+def check_names_that_have_ended_and_kills_do_not_keep_it_out(module: Any) -> None:
+    """The key of the last name signs for the next, long after the name has ended."""
+    rig = DeskRig()
+    device = JoiningDevice(rig, module=module)
+    join(rig, device)
+    rig.clock.time_s += 3 * PERIOD_S + 90 * DAY_S
+    device.names.forget_expired(rig.clock.time_s)
+    device.restart()
+    renew(rig, device)
+    assert device.outcome == ""
+    device.names.forget_expired(rig.clock.time_s)
+    assert len(device.names.installed()) == 3
+    # And by a name of that row, when the first is forgotten.
+    rig.clock.time_s += 2 * PERIOD_S
+    device.restart()
+    renew(rig, device)
+    assert device.outcome == ""
+
+
+def test_names_that_have_ended_and_kills_do_not_keep_it_out() -> None:
+    check_names_that_have_ended_and_kills_do_not_keep_it_out(joiner_module)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("Prepared(names, self._proof(names))", "Prepared(names)"),
+        ("self._proof(names))", "self._proof(b'others'))"),
+        ("known[-1].id, key", "self.names.installed()[0].id, key"),
+    ],
+)
+def test_a_joiner_whose_renewals_prove_nothing_gets_no_names(change: tuple[str, str]) -> None:
+    broken = broken_copy("device_client.joining.joiner", change)
+    with pytest.raises(AssertionError):
+        check_names_that_have_ended_and_kills_do_not_keep_it_out(broken)
+
+
+def test_names_that_came_by_file_since_do_not_keep_it_out() -> None:
+    """The desk knows those that it has granted, and no others."""
+    rig = DeskRig()
+    device = JoiningDevice(rig)
+    join(rig, device)
+    rig.clock.time_s += 2 * PERIOD_S
+    device.names.prepare(count=3, entropy=rig.office._entropy)
+    by_file: list[bytes] = []
+    rig.office.admitter.admit(
+        device.names.prepare(entropy=os.urandom), now_s=NOW_S + 3 * PERIOD_S, deliver=by_file.append
+    )
+    device.names.install(by_file[0], aggregator_key=AGGREGATOR.public_key())
+    assert len(device.names.installed()) == 6
+    renew(rig, device)
+    assert device.outcome == ""
+    assert len(device.names.installed()) == 9
+
+
+def test_a_renewal_from_software_that_proved_nothing_is_prepared_anew_once_it_was_refused() -> None:
+    rig = DeskRig()
+    device = JoiningDevice(
+        rig,
+        module=broken_copy("device_client.joining.joiner", ("Prepared(names, self._proof(names))", "Prepared(names)")),
+    )
+    join(rig, device)
+    rig.clock.time_s += 2 * PERIOD_S
+    renew(rig, device)
+    state = device.joiner.state
+    assert state is not None
+    assert state.refusal is not None
+    assert device.outcome == "refused"
+    assert "bring the device's software up to date" in refusal_words(STUDY, state.refusal)
+    assert state.membership is not None
+    # As it was stored before names were kept.
+    device.store.write(
+        device.joiner._blob, encode_state(replace(state, membership=replace(state.membership, names=())))
+    )
+    device.module = joiner_module
+    device.restart()
+    device.joiner.ask_again()
+    run(rig, device, until=lambda: not device.joiner.is_asking)
+    assert device.outcome == ""
     assert len(device.names.installed()) == 6
 
 
