@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import _ssl
 import ctypes
+import os
 import ssl
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ _NID_P256, _EVP_PKEY_EC = 415, 408
 _LONGEST_SIGNATURE = 72
 """Bytes of an ECDSA signature on P-256 in DER; OpenSSL has room for no more."""
 _SAID = threading.local()
-"""Why the TPM did not sign in this thread: OpenSSL passes on only that it did not."""
+"""The exception for which the TPM did not sign in this thread: OpenSSL passes on only that it did not."""
 _KEPT: list[Any] = []
 """Functions that OpenSSL calls; Python must not forget them."""
 
@@ -43,13 +45,26 @@ class TpmSocket(ssl.SSLSocket):
 
     def do_handshake(self, block: bool = False) -> None:
         """As `ssl.SSLSocket.do_handshake`; where the TPM did not sign, the error says why."""
+        if threading.current_thread() is not threading.main_thread():
+            self._shake_hands(block)
+            return
+        # Security: Ctrl-C is raised in the main thread alone, and there between any two instructions, so before the
+        # first of the function that signs: OpenSSL would be answered by chance.
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(self._shake_hands, block).result()
+
+    def _shake_hands(self, block: bool) -> None:
+        """In a thread that no signal interrupts."""
         _SAID.why = None
         try:
             super().do_handshake(block)
         except ssl.SSLError as error:
-            if _SAID.why is None:
+            why = _SAID.why
+            if why is None:
                 raise
-            raise ssl.SSLError(error.errno, f"{error.strerror}; {_SAID.why}") from error
+            if not isinstance(why, Exception):
+                raise why from error
+            raise ssl.SSLError(error.errno, f"{error.strerror}; {str(why) or type(why).__name__}") from error
 
 
 def is_tpm_key(path: Path) -> bool:
@@ -72,16 +87,18 @@ def load_cert_chain(context: ssl.SSLContext, certificate: Path, key: Path) -> No
     try:
         private = _private_key(key.read_bytes())
         native = _native(context)
-        read = _function("SSL_CTX_use_certificate_chain_file", _POINTER, _TEXT)(native, str(certificate).encode())
+        read = _function("SSL_CTX_use_certificate_chain_file", _POINTER, _TEXT)(native, os.fsencode(certificate))
         use = _function("SSL_CTX_use_PrivateKey", _POINTER, _POINTER)
+        check = _function("SSL_CTX_check_private_key", _POINTER)
     except TpmError as error:
         raise LocalMisuseError(f"the TLS key: {error}") from error
     except AttributeError as error:
         raise LocalMisuseError(
             f"the TLS key is a TPM's, and {ssl.OPENSSL_VERSION} cannot be given one ({error}): expected OpenSSL 3"
         ) from error
-    # OpenSSL holds the key against the certificate that it was given before.
-    if read != 1 or use(native, private) != 1:
+    # OpenSSL holds the key against the certificate that it was given before; one of another kind, such as RSA, only
+    # when it is asked to.
+    if read != 1 or use(native, private) != 1 or check(native) != 1:
         _function("ERR_clear_error")()
         raise ssl.SSLError(f"expected a certificate of the TPM's key {key} in {certificate}")
     context.sslsocket_class = TpmSocket
@@ -114,15 +131,19 @@ def _signer(stored: bytes) -> Callable[..., int]:
 
     def sign(_type: int, digest: int, length: int, to: int, written: Any, *_: Any) -> int:
         try:
+            written[0] = 0
             signature = tpm2_command.sign(stored, ctypes.string_at(digest, length))
-        except (TpmError, OSError) as error:
-            _SAID.why = str(error)
+            if len(signature) > _LONGEST_SIGNATURE:
+                raise TpmError(
+                    f"the TPM: expected {_LONGEST_SIGNATURE} bytes of signature at most, got {len(signature)}"
+                )
+            ctypes.memmove(to, signature, len(signature))
+            written[0] = len(signature)
+        # Security: of a function that raises, OpenSSL reads the answer and the length off memory that nobody has
+        # written, and sends so many bytes to the broker.
+        except BaseException as error:
+            _SAID.why = error
             return 0
-        if len(signature) > _LONGEST_SIGNATURE:
-            _SAID.why = f"the TPM: expected a signature of {_LONGEST_SIGNATURE} bytes at most, got {len(signature)}"
-            return 0
-        ctypes.memmove(to, signature, len(signature))
-        written[0] = len(signature)
         return 1
 
     return sign

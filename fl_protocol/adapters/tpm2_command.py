@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
@@ -56,9 +57,12 @@ def public_half(stored: bytes) -> ec.EllipticCurvePublicKey:
 
 def sign(stored: bytes, digest: bytes) -> bytes:
     """ECDSA, in DER, over a digest of 32 bytes that is SHA-256's. Raises TpmError."""
-    with tempfile.TemporaryDirectory(prefix="covey-") as folder:
-        path = Path(folder) / "key.pem"
-        path.write_bytes(stored)
+    with ExitStack() as stack:
+        try:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="covey-"))) / "key.pem"
+            path.write_bytes(stored)
+        except OSError as error:
+            raise TpmError(f"the TPM: its key cannot be handed to openssl in a file ({error})") from error
         return _openssl("pkeyutl", "-sign", "-inkey", str(path), "-pkeyopt", "digest:sha256", given=digest)
 
 

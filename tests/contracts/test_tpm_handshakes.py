@@ -8,9 +8,10 @@ import os
 import shutil
 import socket
 import ssl
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from aggregator.certificates import KeyPair, certify, issue, make_ca
 from device_client.adapters.tpm2_tls_keys import Tpm2TlsKeys
 from device_client.tls_keys import SoftwareTlsKeys, TlsKeys
-from fl_protocol.adapters import mqtt, openssl_tpm2
+from fl_protocol.adapters import mqtt, openssl_tpm2, tpm2_command
 from fl_protocol.adapters.mqtt import TlsFiles, tls_context
+from fl_protocol.adapters.tpm2_command import TpmError
 from fl_protocol.errors import LocalMisuseError
 from tests.contracts.brokers import WITHIN_S
 from tests.contracts.software_tpm import SoftwareTpm, software_tpm
@@ -184,6 +186,10 @@ def test_a_certificate_of_another_key_is_refused(ca: KeyPair, tmp_path: Path) ->
     shutil.copy(other.certificate, files.certificate)
     with pytest.raises(LocalMisuseError, match="expected a certificate of the TPM's key"):
         tls_context(files)
+    theirs = rsa.generate_private_key(65537, 2048)
+    files.certificate.write_bytes(larger(ca, theirs)[0].certificate)
+    with pytest.raises(LocalMisuseError, match="expected a certificate of the TPM's key"):
+        tls_context(files)
     files.certificate.write_bytes(b"rubbish")
     with pytest.raises(LocalMisuseError, match="expected a certificate of the TPM's key"):
         tls_context(files)
@@ -226,7 +232,7 @@ def test_a_tpm_that_goes_is_the_reason_and_comes_back(
     [
         ("(method, sign, None, None)", "(method, _SIGN(0), None, None)"),
         ("    context.sslsocket_class = TpmSocket", "    pass"),
-        ("            return 0\n        if len", "            return 1\n        if len"),
+        ("            return 0\n        return 1", "            return 1\n        return 1"),
     ],
     ids=["nobody signs", "an ordinary socket", "a failure is none"],
 )
@@ -237,3 +243,92 @@ def test_a_handshake_without_the_tpms_signature_is_caught(
     monkeypatch.setattr(mqtt, "load_cert_chain", broken.load_cert_chain)
     with pytest.raises((AssertionError, OSError, pytest.fail.Exception)):
         check_the_reason(ca, server, tmp_path / "tpm", monkeypatch)
+
+
+def check_whatever_is_raised_while_it_signs(
+    ca: KeyPair, server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handshake fails by it, where ctypes alone would answer OpenSSL with what happened to be in memory."""
+    context = tls_context(client_files(ca, Tpm2TlsKeys(), folder))
+    with monkeypatch.context() as failing:
+        for raised in (MemoryError("no room"), ValueError("a mistake"), OSError("no file"), TpmError("the TPM: no")):
+            failing.setattr(tpm2_command, "sign", raising(raised))
+            with pytest.raises(ssl.SSLError, match=str(raised)):
+                shake_hands(context, server.port)
+        for left in (KeyboardInterrupt(), SystemExit(3)):
+            failing.setattr(tpm2_command, "sign", raising(left))
+            with pytest.raises(type(left)):
+                shake_hands(context, server.port)
+        failing.setattr(tpm2_command, "sign", lambda _stored, _digest: bytes(73))
+        with pytest.raises(ssl.SSLError, match="72 bytes of signature at most, got 73"):
+            shake_hands(context, server.port)
+    shake_hands(context, server.port)
+
+
+def raising(raised: BaseException) -> Callable[[bytes, bytes], bytes]:
+    def sign(_stored: bytes, _digest: bytes) -> bytes:
+        raise raised
+
+    return sign
+
+
+@pytest.mark.usefixtures("tpm")
+def test_whatever_is_raised_while_it_signs_is_the_reason(
+    ca: KeyPair, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_whatever_is_raised_while_it_signs(ca, server, tmp_path / "tpm", monkeypatch)
+
+
+def check_no_signal_comes_between(ca: KeyPair, server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handlers of signals run in the main thread, before any instruction of it."""
+    signed_by: list[threading.Thread] = []
+    sign = tpm2_command.sign
+
+    def spy(stored: bytes, digest: bytes) -> bytes:
+        signed_by.append(threading.current_thread())
+        return sign(stored, digest)
+
+    monkeypatch.setattr(tpm2_command, "sign", spy)
+    context = tls_context(client_files(ca, Tpm2TlsKeys(), folder))
+    shake_hands(context, server.port)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(shake_hands, context, server.port).result()
+    assert len(signed_by) == 2
+    assert threading.main_thread() not in signed_by
+
+
+@pytest.mark.usefixtures("tpm")
+def test_no_signal_comes_between(ca: KeyPair, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threading.current_thread() is threading.main_thread()
+    check_no_signal_comes_between(ca, server, tmp_path / "tpm", monkeypatch)
+
+
+@pytest.mark.usefixtures("tpm")
+@pytest.mark.parametrize(
+    "case",
+    [
+        (check_whatever_is_raised_while_it_signs, ("except BaseException as", "except (TpmError, OSError) as")),
+        (check_whatever_is_raised_while_it_signs, ("if not isinstance(why, Exception):", "if False:")),
+        (check_no_signal_comes_between, ("is not threading.main_thread()", "is not None")),
+    ],
+)
+def test_a_signer_that_lets_openssl_answer_by_chance_is_caught(
+    case: tuple[Callable[[KeyPair, Server, Path, pytest.MonkeyPatch], None], tuple[str, str]],
+    ca: KeyPair,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check, change = case
+    broken = broken_copy(openssl_tpm2.__name__, change)
+    monkeypatch.setattr(mqtt, "load_cert_chain", broken.load_cert_chain)
+    with pytest.raises((AssertionError, OSError, KeyboardInterrupt, SystemExit, pytest.fail.Exception)):
+        check(ca, server, tmp_path / "tpm", monkeypatch)
+
+
+@pytest.mark.usefixtures("tpm")
+def test_without_room_for_the_keys_file_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Tpm2TlsKeys().make(os.urandom)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(TpmError, match="its key cannot be handed to openssl in a file"):
+        tpm2_command.sign(made.stored, bytes(32))
