@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import NamedTuple
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, MetaData, func, inspect, make_url, select
+from sqlalchemy.exc import OperationalError
 
 from aggregator.audit.export import verify_log
 from aggregator.audit.log import AuditEvent, append
@@ -39,6 +40,8 @@ Progress = Callable[[str, int, int], None]
 _ROWS_TAKE = 3
 """Bytes that the rows of a backup need on the disk while it is made, for each byte of the database; see the tests."""
 
+_LOCKS_WITHIN_S = 5
+"""For whoever connects between the first look for other connections and the locks."""
 _LOOKS, _LEAVES_WITHIN_S = 20, 2.0
 """How often it is looked for other connections, and how long one that was closed may take to be gone."""
 
@@ -104,6 +107,8 @@ def upgrade(
         database.close()  # our own connections are nobody else's
         _refuse_open_file(database)
         with database.migrating() as connection:
+            if present_revision(connection) != before:
+                raise DatabaseError("another upgrade was quicker")
             _refuse_company(connection, now_s)
             _refuse_small_disk(connection, database, blobs, path.parent)
             counted, log = _counts(connection), verify_log(connection, keys, progress=partial(progress, "verifying"))
@@ -166,7 +171,11 @@ def _refuse_open_file(database: Database) -> None:
             alone.execute("PRAGMA locking_mode=EXCLUSIVE")
             alone.execute("BEGIN EXCLUSIVE")
             alone.execute("ROLLBACK")
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
+            if error.sqlite_errorcode & 0xFF not in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+                raise DatabaseError(
+                    f"{name} cannot be written ({error}); is it this user's, and is there room?"
+                ) from error
             raise DatabaseError(
                 f"another process has {name} open ({error}); stop covey-aggregator run, worker, api, enrolment run and "
                 "whatever else reads it, then run this again"
@@ -176,9 +185,10 @@ def _refuse_open_file(database: Database) -> None:
 def _refuse_company(connection: Connection, now_s: float) -> None:
     """Raise DatabaseError if a process has a lease, was heard of just now, or has a connection to PostgreSQL."""
     tables = set(inspect(connection).get_table_names())
-    if connection.dialect.name == "postgresql":
-        for name in sorted(tables):  # whoever comes now waits until it is over
-            connection.exec_driver_sql(f'LOCK TABLE "{name}" IN ACCESS EXCLUSIVE MODE')
+    is_postgresql = connection.dialect.name == "postgresql"
+    if is_postgresql:
+        _refuse_other_connections(connection)
+        _lock(connection, sorted(tables))  # whoever comes now waits until it is over
     leases, workers, at_work = schema.leases.c, schema.workers.c, set[str]()
     if {"leases", "workers"} <= tables:
         held = (leases.until_s > now_s) & (leases.until_s <= now_s + LONGEST_S)
@@ -190,7 +200,28 @@ def _refuse_company(connection: Connection, now_s: float) -> None:
             f"{', '.join(sorted(at_work))} is at work on this database, or was until {LEASE_S:.0f} s ago; stop it, or "
             "if it was killed wait that long, then run this again"
         )
-    if connection.dialect.name == "postgresql" and (others := _other_connections(connection)):
+    if is_postgresql:
+        _refuse_other_connections(connection)
+
+
+def _lock(connection: Connection, tables: Sequence[str]) -> None:
+    """Keep everybody else from PostgreSQL's tables. Raises DatabaseError: somebody does not let go of one."""
+    before = connection.exec_driver_sql("SHOW lock_timeout").scalar_one()
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCKS_WITHIN_S}s'")
+    for name in tables:
+        try:
+            connection.exec_driver_sql(f'LOCK TABLE "{name}" IN ACCESS EXCLUSIVE MODE')
+        except OperationalError as error:
+            raise DatabaseError(
+                f"the table {name} cannot be had ({str(error.orig).strip()}): another connection is in a transaction; "
+                "stop whatever reads this database, then run this again"
+            ) from error
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{before}'")
+
+
+def _refuse_other_connections(connection: Connection) -> None:
+    """Raise DatabaseError if another client is connected to PostgreSQL's database."""
+    if others := _other_connections(connection):
         raise DatabaseError(
             f"{others} other connections to this database are open; stop covey-aggregator run, worker, api, enrolment "
             "run and whatever else reads it, then run this again"

@@ -73,21 +73,24 @@ class Database:
 
     @contextmanager
     def migrating(self) -> Iterator[Connection]:
-        """One transaction in which nobody else migrates, and which may take an hour: all of it is durable, or none."""
+        """One transaction in which nobody else migrates, and which may take an hour: all of it is durable, or none.
+
+        SQLite's file is this connection's alone meanwhile: whoever else opens it is told that it is locked.
+        """
         with (
             _translated("cannot be brought up to date"),
-            self._patient_engine() as engine,
+            self._patient_engine(alone=True) as engine,
             exclusively(engine) as connection,
         ):
             yield connection
 
     @contextmanager
-    def _patient_engine(self) -> Iterator[Engine]:
-        """An engine that waits for long statements."""
-        if self.is_sqlite:
+    def _patient_engine(self, *, alone: bool = False) -> Iterator[Engine]:
+        """An engine that waits for long statements, or one whose connection is alone with SQLite's file."""
+        if self.is_sqlite and not alone:
             yield self.engine
             return
-        engine = _make_engine(self.url, _MIGRATION_S)
+        engine = _make_engine(self.url, _MIGRATION_S, alone=alone)
         try:
             yield engine
         finally:
@@ -139,18 +142,21 @@ class Database:
         self.engine.dispose()
 
 
-def _make_engine(url: str, answer_s: float) -> Engine:
+def _make_engine(url: str, answer_s: float, *, alone: bool = False) -> Engine:
     """An engine whose every wait ends."""
     if make_url(url).get_backend_name() == "postgresql":
         return postgresql_engine(url, answer_s=answer_s)
     engine = create_engine(url)
     if engine.dialect.name == "sqlite":
-        _prepare_sqlite(engine)
+        _prepare_sqlite(engine, alone=alone)
     return engine
 
 
-def _prepare_sqlite(engine: Engine) -> None:
+def _prepare_sqlite(engine: Engine, *, alone: bool) -> None:
     """WAL, full fsync, overwriting of freed pages, and the write lock at a transaction's beginning."""
+    pragmas = [f"busy_timeout={_BUSY_TIMEOUT_MS}", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"]
+    if alone:  # before the log is first looked at, or others who look at it would be known of (sqlite.org/wal.html)
+        pragmas.insert(0, "locking_mode=EXCLUSIVE")
     if engine.url.database not in {None, "", ":memory:"}:
         # Security: it holds open rounds' keys; the log beside it takes over its mode.
         Path(str(engine.url.database)).touch(mode=0o600)
@@ -158,7 +164,7 @@ def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # or the driver would begin by itself, and only at the first write
-        for pragma in (f"busy_timeout={_BUSY_TIMEOUT_MS}", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
+        for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")

@@ -16,7 +16,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Engine, create_engine, event, insert, inspect, select, text, update
+from sqlalchemy import Engine, create_engine, event, insert, inspect, make_url, select, text, update
 
 from aggregator import upgrade as upgrading
 from aggregator.adapters.local_blobs import LocalBlobs
@@ -174,7 +174,7 @@ def test_nothing_is_upgraded_while_somebody_reads(old: Database, blobs: Blobs, t
 
 COMPANY = {
     "leases": ("if at_work:", "if False:"),
-    "connections": ("_other_connections(connection)):", "0):"),
+    "connections": ("if others := _other_connections(connection):", "if others := 0:"),
     "files": ("_refuse_open_file(database)\n        with", "with"),
 }
 
@@ -193,8 +193,99 @@ def test_an_upgrade_that_does_not_look_around_is_caught(
         pytest.skip("of the other database")
     api = Database(old.url, blobs=blobs, older="leave")
     assert plan(api).steps
-    assert upgraded(old, blobs, tmp_path, module=module).rows > 0
+    if old.is_sqlite:  # then the connection that migrates finds that it is not alone
+        with pytest.raises(DatabaseError, match="database is locked"):
+            upgraded(old, blobs, tmp_path, module=module)
+    else:
+        assert upgraded(old, blobs, tmp_path, module=module).rows > 0
     api.close()
+
+
+def test_an_open_transaction_is_told_and_not_waited_for(old: Database, blobs: Blobs, tmp_path: Path) -> None:
+    if old.is_sqlite:
+        pytest.skip("of the other database")
+    other = create_engine(old.url)
+    with other.connect() as connection:
+        connection.execute(select(schema.devices)).all()  # and it stays in its transaction
+        refused(old, blobs, tmp_path, "1 other connections to this database are open")
+        module = broken_copy("aggregator.upgrade", COMPANY["connections"])
+        with pytest.raises(DatabaseError, match=r"the table devices cannot be had .* another connection is in a trans"):
+            upgraded(old, blobs, tmp_path, module=module)
+    other.dispose()
+    assert upgraded(old, blobs, tmp_path).rows > 0
+
+
+def test_of_two_upgrades_the_later_writes_nothing(old: Database, blobs: Blobs, tmp_path: Path) -> None:
+    """It looked at the database before the other one took it."""
+
+    def other(_what: str) -> None:
+        upgraded(old, blobs, tmp_path)
+
+    module = broken_copy(
+        "aggregator.upgrade", ("        database.close()", "        meanwhile('')\n        database.close()")
+    )
+    module.meanwhile = other  # type: ignore[attr-defined]
+    with pytest.raises(DatabaseError, match="another upgrade was quicker"):
+        module.upgrade(old, blobs, tmp_path / "later.backup", keys=KEYS, actor="local:maria", now_s=NOW_S)
+    assert not (tmp_path / "later.backup").exists()
+    assert plan(old).steps == []
+
+
+def newcomer(old: Database, folder: Path) -> str:
+    """What a process gets that comes while an upgrade is at work: it would write later, as its own version does."""
+    code = (
+        "import sys\nfrom sqlalchemy import create_engine\nengine = create_engine(sys.argv[1])\n"
+        "with engine.begin() as c: print('found', *c.exec_driver_sql('SELECT version_num FROM alembic_version').one())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, old.url], cwd=folder, capture_output=True, text=True, check=False
+    )
+    return done.stdout + done.stderr
+
+
+def check_a_newcomer_is_kept_out(old: Database, blobs: Blobs, folder: Path) -> None:
+    told: list[str] = []
+
+    def progress(what: str, _done: int, _all: int) -> None:
+        if what == "backing up" and not told:
+            told.append(newcomer(old, folder))
+
+    upgrading.upgrade(
+        old, blobs, folder / "before.backup", keys=KEYS, actor="local:maria", now_s=NOW_S, progress=progress
+    )
+    (said,) = told
+    assert "database is locked" in said
+    assert "found" not in said
+    # And the file is everybody's again.
+    assert newcomer(old, folder) == f"found {newest_revision()}\n"
+
+
+def test_a_process_that_comes_while_it_is_at_work_is_kept_out(old: Database, blobs: Blobs, tmp_path: Path) -> None:
+    if not old.is_sqlite:
+        pytest.skip("of the other database, whose tables are locked")
+    check_a_newcomer_is_kept_out(old, blobs, tmp_path)
+
+
+def test_an_upgrade_that_lets_others_in_is_caught(
+    old: Database, blobs: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not old.is_sqlite:
+        pytest.skip("of the other database")
+    broken = broken_copy("aggregator.store.database", ("locking_mode=EXCLUSIVE", "locking_mode=NORMAL"))
+    monkeypatch.setattr(Database, "migrating", broken.Database.migrating)
+    monkeypatch.setattr(Database, "_patient_engine", broken.Database._patient_engine)
+    with pytest.raises(AssertionError):
+        check_a_newcomer_is_kept_out(old, blobs, tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_told_as_what_it_is(old: Database, blobs: Blobs, tmp_path: Path) -> None:
+    if not old.is_sqlite:
+        pytest.skip("of the other database")
+    old.close()
+    name = make_url(old.url).database or ""
+    Path(name).write_bytes(b"rubbish" * 1000)
+    with pytest.raises(DatabaseError, match=r"cannot be written \(file is not a database\)"):
+        upgrading._refuse_open_file(old)
 
 
 @contextmanager
