@@ -24,6 +24,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from msgspec import Meta
 
+from fl_protocol.ed25519_keys import public_key_from_bytes
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.messages import Name
 
@@ -171,7 +172,7 @@ def signed_entry(*, tenant: str, task: str, pseudonym: str, csr: str, key: Ed255
 def entry_signature_is_valid(entry: PseudonymEntry, *, tenant: str, task: str) -> bool:
     """Whether the holder of the entry's signing key asked for exactly this, in this study; runs at the aggregator."""
     try:
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(entry.signing_key))
+        key = public_key_from_bytes(bytes.fromhex(entry.signing_key))
         signed = _entry_bytes(tenant, task, entry.id, entry.signing_key, entry.csr)
         key.verify(bytes.fromhex(entry.signature), signed)
     except (InvalidSignature, ValueError):

@@ -18,6 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from msgspec import UNSET, Meta, UnsetType
 
+from fl_protocol.ed25519_keys import public_key_from_bytes
 from fl_protocol.enrolment import MAX_FILE_BYTES, HexKey, Pem
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.helper_config import HelperPin
@@ -285,9 +286,11 @@ def decode_claim(data: bytes) -> Claim:
     if len(data) > MAX_FILE_BYTES:
         raise ProtocolError(f"not a claim: expected at most {MAX_FILE_BYTES} bytes, got {len(data)}")
     try:
-        return msgspec.json.decode(data, type=Claim, strict=True)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        claim = msgspec.json.decode(data, type=Claim, strict=True)
+        public_key_from_hex(claim.aggregator_key)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LocalMisuseError) as error:
         raise ProtocolError(f"not a claim: {error}") from error
+    return claim
 
 
 def signed_request(request: EnrolmentRequestMsg, key: Ed25519PrivateKey) -> bytes:
@@ -322,8 +325,8 @@ def opened_request(
     outer = decode(signed, SignedMsg)
     request = decode(outer.payload, EnrolmentRequestMsg)
     try:
-        Ed25519PublicKey.from_public_bytes(request.renewal_key).verify(outer.signature, _REQUEST + outer.payload)
-    except InvalidSignature:
+        public_key_from_bytes(request.renewal_key).verify(outer.signature, _REQUEST + outer.payload)
+    except (InvalidSignature, ValueError):
         raise ProtocolError("the enrolment request is not signed by its own renewal key") from None
     if (request.tenant, request.task, request.client) != (tenant, task, client):
         raise ProtocolError("the enrolment request is for another study or from another client")

@@ -12,6 +12,7 @@ from typing import TypeVar
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from fl_protocol.ed25519_keys import public_key_from_bytes
 from fl_protocol.errors import LocalMisuseError, ProtocolError
 from fl_protocol.log_messages import CosignatureMsg, CosignRefusalMsg, CosignRequestMsg
 from fl_protocol.messages import (
@@ -137,15 +138,22 @@ def public_key_from_hex(text: str) -> Ed25519PublicKey:
     """A public key from the 64 hex digits that files and configurations hold.
 
     Raises:
-        LocalMisuseError: not 64 hex digits.
+        LocalMisuseError: not 64 hex digits, or a key that anybody can sign for.
     """
     try:
-        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text.strip()))
+        raw = bytes.fromhex(text.strip())
+        Ed25519PublicKey.from_public_bytes(raw)
     except ValueError:
         # Its beginning only: somebody may have named the file of a private key.
         raise LocalMisuseError(
             f"expected an Ed25519 public key as 64 hex digits, got {len(text.strip())} characters that begin with "
             f"{text.strip()[:8]!r}"
+        ) from None
+    try:
+        return public_key_from_bytes(raw)
+    except ValueError as error:
+        raise LocalMisuseError(
+            f"expected an Ed25519 public key that only its owner can sign for, got {error}"
         ) from None
 
 

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fl_protocol.client_certificates import key_info, load_certificate, period_under
+from fl_protocol.ed25519_keys import public_key_from_bytes
 from fl_protocol.enrolment import Period, pseudonym_id
 from fl_protocol.errors import ProtocolError
 from fl_protocol.secagg.messages import DeviceCredentialMsg
@@ -66,7 +67,7 @@ def certified_device(
     try:
         certificate = x509.load_der_x509_certificate(credential.certificate)
         tls_key = key_info(certificate.public_key())
-        signing_key = Ed25519PublicKey.from_public_bytes(credential.signing_key)
+        signing_key = public_key_from_bytes(credential.signing_key)
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise ProtocolError(f"the credential of {device}: expected a certificate in DER and a key; {error}") from error
     named = pseudonym_id(tenant=tenant, task=task, signing_key=credential.signing_key, tls_key=tls_key)
