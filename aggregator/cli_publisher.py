@@ -28,6 +28,12 @@ from fl_protocol.terminal import visible
 
 publisher_app = make_group("Publishers, who vouch for models: their keys, and their signatures on bundles.")
 Bundle = Annotated[Path, typer.Argument(help="A model bundle, such as model.covey.", show_default=False)]
+OnlyThese = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--publisher", metavar="HEX", help="Leave out signatures that are none of this publisher's; may be given again."
+    ),
+]
 _LONGEST_DESCRIPTION = 300
 
 
@@ -98,6 +104,7 @@ def publisher_sign(
         typer.Option(help="A bundle that you trust: sign only what training from it can give, its graph and all."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File for the signed bundle. Default: in place of BUNDLE.")] = None,
+    publisher: OnlyThese = None,
 ) -> None:
     """Put one more signature on a bundle, and say what is signed; no database or configuration is needed.
 
@@ -114,20 +121,21 @@ def publisher_sign(
         )
     if origin is not None:
         check_derived(examined.bundle, examine_bundle(read_file(origin, "--origin")).bundle)
-    signed = add_signature(data, signer)
+    signed = add_signature(data, signer, only=_keys(publisher))
     target = out if out is not None else bundle
     _write(target, signed, like=bundle)
-    typer.echo(f"{target}: signed; it has {len(examined.signatures) + 1} signatures")
+    typer.echo(f"{target}: signed; it has {len(examine_bundle(signed).signatures)} signatures")
 
 
 @publisher_app.command("merge", epilog=examples("publisher merge anna.covey ben.covey --out model.covey"))
 def publisher_merge(
     bundles: Annotated[list[Path], typer.Argument(help="Copies of one bundle that publishers signed apart.")],
     out: Annotated[Path, typer.Option(help="File for the bundle with all their signatures.")],
+    publisher: OnlyThese = None,
 ) -> None:
     """Put the signatures of copies of one bundle together; whose they are, `publisher show` tells."""
     first, *others = (read_file(bundle, "BUNDLES") for bundle in bundles)
-    merged = merge_signatures(first, others)
+    merged = merge_signatures(first, others, only=_keys(publisher))
     _write(out, merged, like=bundles[0])
     typer.echo(f"{out}: it has {len(examine_bundle(merged).signatures)} signatures")
 
@@ -176,10 +184,17 @@ def _named(keys: list[str], threshold: int | None) -> Publishers | None:
         if threshold is not None:
             raise ConfigError("--threshold: expected --publisher HEX with it, for each publisher that may sign")
         return None
-    found: list[Ed25519PublicKey] = []
+    found = _keys(keys)
     try:
-        found.extend(public_key_from_hex(key) for key in keys)
-        return Publishers(tuple(found), len(found) if threshold is None else threshold)
+        return Publishers(found, len(found) if threshold is None else threshold)
+    except LocalMisuseError as error:
+        raise ConfigError(f"--publisher: {error}") from error
+
+
+def _keys(keys: list[str] | None) -> tuple[Ed25519PublicKey, ...]:
+    """Public keys of an option. Raises ConfigError."""
+    try:
+        return tuple(public_key_from_hex(key) for key in keys or ())
     except LocalMisuseError as error:
         raise ConfigError(f"--publisher: {error}") from error
 

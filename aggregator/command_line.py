@@ -20,6 +20,7 @@ from rich.text import Text
 
 from fl_protocol.adapters.software import software_version
 from fl_protocol.errors import CoveyError
+from fl_protocol.terminal import visible
 
 ExitCodes = Sequence[tuple[type[CoveyError], int]]
 _WIDTH_IN_FILES = 200
@@ -73,7 +74,8 @@ def run_app(app: Callable[[], Any], name: str, exit_codes: ExitCodes) -> None:
     try:
         app()
     except CoveyError as error:
-        sys.stderr.write(f"{name}: {error}\n")
+        # Security: some of it may be what came from outside, such as a name in a bundle that nobody vouches for.
+        sys.stderr.write(f"{visible(f'{name}: {error}')}\n")
         sys.exit(next(code for kind, code in exit_codes if isinstance(error, kind)))
 
 

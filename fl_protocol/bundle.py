@@ -17,8 +17,8 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -27,7 +27,15 @@ from numpy.typing import NDArray
 
 from fl_protocol.errors import BundleError, LocalMisuseError
 from fl_protocol.model_manifest import BundleManifest, decode_manifest
-from fl_protocol.publishers import MOST_PUBLISHERS, Publishers, check_signed, signatures_in, signers_among
+from fl_protocol.publishers import (
+    MOST_PUBLISHERS,
+    Publishers,
+    check_signed,
+    signatures_by,
+    signatures_in,
+    signers_among,
+)
+from fl_protocol.vector_files import checked_vector, load_vector, save_vector
 
 MAX_MEMBER_BYTES = 64 * 1024 * 1024
 """Largest uncompressed member that is read; a zip that declares more is refused unread (zip bombs)."""
@@ -80,11 +88,11 @@ class ModelBundle(msgspec.Struct, frozen=True):
             LocalMisuseError: `shared` is not a finite float32 vector of that length.
         """
         count = self.manifest.num_shared_parameters
-        return np.concatenate([_checked_params(shared, count), self.params[count:]])
+        return np.concatenate([checked_vector(shared, count), self.params[count:]])
 
     def inference_model(self, params: NDArray[np.float32]) -> bytes:
         """An inference-only ``.tflite`` (float32) that holds `params` [d] in place of the template's constant."""
-        vector = _checked_params(params, self.manifest.num_parameters).tobytes()
+        vector = checked_vector(params, self.manifest.num_parameters).tobytes()
         start = self.manifest.infer_params_offset
         return self.infer_template[:start] + vector + self.infer_template[start + len(vector) :]
 
@@ -107,6 +115,10 @@ class ExaminedBundle(NamedTuple):
     def signers(self, keys: Iterable[Ed25519PublicKey]) -> tuple[Ed25519PublicKey, ...]:
         """Those of `keys` that have signed it."""
         return signers_among(keys, self.signed, self.signatures)
+
+    def kept(self, only: Collection[Ed25519PublicKey]) -> list[bytes]:
+        """Its signatures; where `only` has keys, those by them."""
+        return signatures_by(only, self.signed, self.signatures) if only else self.signatures
 
 
 def pack_bundle(
@@ -140,9 +152,9 @@ def pack_bundle(
     members = {
         GRAPH: graph,
         INFER: infer_template,
-        PARAMS: _saved(params, manifest.num_parameters),
+        PARAMS: save_vector(params, manifest.num_parameters),
         KERAS: keras_json,
-        FROZEN: _saved(frozen, len(frozen)),
+        FROZEN: save_vector(frozen, len(frozen)),
     }
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     text = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, members=digests)), indent=1)
@@ -151,12 +163,13 @@ def pack_bundle(
     return _zipped({_MANIFEST: text, _SIGNATURE: signature, **members})
 
 
-def add_signature(data: bytes, key: Ed25519PrivateKey) -> bytes:
+def add_signature(data: bytes, key: Ed25519PrivateKey, *, only: Collection[Ed25519PublicKey] = ()) -> bytes:
     """One more signature on a bundle; runs at a publisher.
 
     Args:
         data: bytes of the ``.covey`` file, untrusted; it may have been signed by others.
         key: the publisher's.
+        only: whose signatures stay; empty for everybody's.
 
     Returns:
         The bytes of the file with the signature behind those that were there, everything else as it was; the same
@@ -172,28 +185,33 @@ def add_signature(data: bytes, key: Ed25519PrivateKey) -> bytes:
             "This key has signed the bundle already; a second signature of the same publisher counts for nothing: have "
             "another publisher sign it."
         )
-    if len(examined.signatures) >= MOST_PUBLISHERS:
-        raise LocalMisuseError(f"The bundle has {MOST_PUBLISHERS} signatures, as many as it can hold: export it anew.")
-    signatures = b"".join([*examined.signatures, key.sign(examined.signed)])
+    kept = examined.kept(only)
+    if len(kept) >= MOST_PUBLISHERS:
+        raise LocalMisuseError(
+            f"The bundle has {len(kept)} signatures, as many as it can hold: leave out those of nobody you know with "
+            "--publisher KEY for each publisher."
+        )
+    signatures = b"".join([*kept, key.sign(examined.signed)])
     return _zipped({**_read_members(data), _SIGNATURE: signatures})
 
 
-def merge_signatures(data: bytes, others: Sequence[bytes]) -> bytes:
+def merge_signatures(data: bytes, others: Sequence[bytes], *, only: Collection[Ed25519PublicKey] = ()) -> bytes:
     """The signatures of copies of one bundle that publishers signed apart, on one of them.
 
     Args:
         data: a bundle file.
         others: copies of it; they may have other signatures, and nothing else that is other.
+        only: whose signatures stay; empty for everybody's.
 
     Returns:
-        The bytes of the first with the others' signatures behind its own, each once; whose they are is not looked at.
+        The bytes of the first with the others' signatures behind its own, each once.
 
     Raises:
         BundleError: one is damaged, or not a copy of the first.
         LocalMisuseError: together they have more signatures than a bundle can hold.
     """
     first = examine_bundle(data)
-    signatures = dict.fromkeys(first.signatures)
+    signatures = dict.fromkeys(first.kept(only))
     for number, other in enumerate(others, 2):
         examined = examine_bundle(other)
         if examined.manifest_digest != first.manifest_digest:
@@ -201,9 +219,12 @@ def merge_signatures(data: bytes, others: Sequence[bytes]) -> bytes:
                 f"Bundle {number} is not a copy of the first: its publishers signed {examined.manifest_digest.hex()}, "
                 f"those of the first {first.manifest_digest.hex()}."
             )
-        signatures |= dict.fromkeys(examined.signatures)
+        signatures |= dict.fromkeys(examined.kept(only))
     if len(signatures) > MOST_PUBLISHERS:
-        raise LocalMisuseError(f"expected at most {MOST_PUBLISHERS} signatures together, got {len(signatures)}")
+        raise LocalMisuseError(
+            f"expected at most {MOST_PUBLISHERS} signatures together, got {len(signatures)}: leave out those of nobody "
+            "you know with --publisher KEY for each publisher"
+        )
     return _zipped({**_read_members(data), _SIGNATURE: b"".join(signatures)})
 
 
@@ -250,7 +271,7 @@ def check_derived(bundle: ModelBundle, origin: ModelBundle) -> None:
         origin: that the training started from.
 
     Raises:
-        BundleError: more differs than shared parameters, version and description, or the version is not higher.
+        BundleError: more differs than shared parameters, version and description, or the version is lower.
     """
     # Security: an aggregator that is not to be trusted could have put in a graph that clips nothing.
     if bundle.manifest.version < origin.manifest.version:
@@ -303,9 +324,9 @@ def _checked_bundle(members: dict[str, bytes], minimum_version: int) -> ModelBun
         manifest=manifest,
         graph=members[GRAPH],
         infer_template=members[INFER],
-        params=_load_vector(PARAMS, members[PARAMS], manifest.num_parameters),
+        params=load_vector(PARAMS, members[PARAMS], manifest.num_parameters),
         keras_json=members[KERAS],
-        frozen=_load_vector(FROZEN, members[FROZEN], None),
+        frozen=load_vector(FROZEN, members[FROZEN], None),
     )
 
 
@@ -357,36 +378,3 @@ def _check_opens(text: bytes) -> None:
         decode_manifest(text)
     except BundleError as error:
         raise LocalMisuseError(f"No device could open this bundle: {error}") from error
-
-
-def _saved(vector: NDArray[np.float32], count: int) -> bytes:
-    """A vector of `count` as ``.npy`` bytes."""
-    stream = io.BytesIO()
-    np.save(stream, _checked_params(vector, count))
-    return stream.getvalue()
-
-
-def _load_vector(member: str, raw: bytes, count: int | None) -> NDArray[np.float32]:
-    """A vector of `count`, or of any length, from its ``.npy`` bytes; pickles are never loaded."""
-    stream = io.BytesIO(raw)
-    try:
-        if np.lib.format.read_magic(stream) != (1, 0):  # type: ignore[no-untyped-call]
-            raise ValueError("expected .npy version 1.0")
-        shape, _fortran, dtype = np.lib.format.read_array_header_1_0(stream)  # type: ignore[no-untyped-call]
-        data = raw[stream.tell() :]
-        wanted = len(data) // 4 if count is None else count
-        if (shape, dtype.str) != ((wanted,), "<f4"):
-            raise ValueError(f"expected <f4 [{wanted}], got {dtype.str} {list(shape)}")
-        return _checked_params(np.frombuffer(data, "<f4").astype(np.float32), wanted)
-    except ValueError as error:
-        raise BundleError(f"The bundle's {member} cannot be used ({error}): get the bundle again.") from error
-
-
-def _checked_params(params: Any, count: int) -> NDArray[np.float32]:
-    """`params` as a contiguous float32 [count] vector of finite numbers."""
-    array = np.ascontiguousarray(params)
-    if array.dtype != np.float32 or array.shape != (count,):
-        raise LocalMisuseError(f"parameters: expected float32 [{count}], got {array.dtype} {list(array.shape)}")
-    if not np.isfinite(array).all():
-        raise LocalMisuseError("parameters: expected finite numbers, got NaN or infinity")
-    return array

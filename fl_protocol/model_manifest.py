@@ -233,7 +233,7 @@ def decode_manifest(text: bytes) -> BundleManifest:
                 f"The bundle has format {bundle_format}; this version of covey reads format {BUNDLE_FORMAT}."
             )
         manifest = msgspec.json.decode(text, type=BundleManifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"The bundle's manifest cannot be read ({error}): it was made by another version.") from error
     _check_layout(manifest)
     _check_training(manifest)

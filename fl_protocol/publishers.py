@@ -104,6 +104,12 @@ def signers_among(
     return tuple(key for key in keys if any(_is_valid(key, message, signature) for signature in signatures))
 
 
+def signatures_by(keys: Iterable[Ed25519PublicKey], message: bytes, signatures: list[bytes]) -> list[bytes]:
+    """Those of `signatures` that are by one of `keys`, the first of each key."""
+    found = (next((one for one in signatures if _is_valid(key, message, one)), None) for key in keys)
+    return list(dict.fromkeys(one for one in found if one is not None))
+
+
 def check_signed(publishers: Publishers, message: bytes, signatures: list[bytes]) -> None:
     """Hold a bundle's signatures against who is pinned.
 

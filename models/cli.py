@@ -16,6 +16,7 @@ from rich.table import Table
 from fl_protocol.adapters import key_files
 from fl_protocol.errors import BundleError, CoveyError, LocalMisuseError
 from fl_protocol.model_manifest import ClipGroup
+from fl_protocol.terminal import visible
 from models import catalog, output_files, publisher
 from models.cli_export import export
 from models.cli_train import train
@@ -52,7 +53,7 @@ def main() -> None:
     try:
         app(prog_name="covey-model")
     except CoveyError as error:
-        Console(stderr=True).print(f"covey-model: {error}", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(visible(f"covey-model: {error}"), markup=False, highlight=False, soft_wrap=True)
         sys.exit(4 if isinstance(error, BundleError) else 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import zipfile
@@ -20,12 +21,13 @@ from aggregator import cli_models
 from aggregator.assembly import AggregatorFiles
 from device_client.assembly import DeviceFiles
 from fl_protocol import bundle as bundle_module
-from fl_protocol.adapters.key_files import create_key
-from fl_protocol.bundle import ModelBundle, check_derived, examine_bundle, open_bundle, pack_bundle
+from fl_protocol.adapters.key_files import create_key, load_key
+from fl_protocol.bundle import ModelBundle, add_signature, check_derived, examine_bundle, open_bundle, pack_bundle
 from fl_protocol.errors import BundleError, ConfigError
 from fl_protocol.signing import public_key_from_hex, public_key_hex
 from tests.aggregator.operator_desk import BUNDLES, CONFIG, PUBLISHER, Operator, Running, one_sentence, operator
 from tests.enrolments import broken_copy
+from tests.fl_protocol.test_bundle import members_of, zipped
 
 __all__ = ["operator"]
 NAMES = ("anna", "bela", "cleo")
@@ -348,6 +350,47 @@ def test_a_bundle_does_not_speak_to_the_terminal_of_who_is_to_sign_it(operator: 
         assert all(line.isprintable() for line in lines)
         (digest,) = (line.split()[2] for line in lines if line.split()[:2] == ["model", "SHA-256"])
         assert digest == _origin().shared_digest.hex()
+
+
+def test_neither_does_what_is_wrong_with_it(operator: Operator) -> None:
+    """A name in it is in the sentence that says why it is refused."""
+    keygen(operator, "anna")
+    members = members_of((operator.folder / "model.covey").read_bytes())
+    manifest = msgspec.json.decode(members["manifest.json"])
+    manifest["parameters"][0] |= {"name": "\x1b[2J\u202e\nmodel.covey: signed", "offset": 5}
+    members["manifest.json"] = msgspec.json.encode(manifest)
+    (operator.folder / "model.covey").write_bytes(zipped(list(members.items())))
+    for command in (["show", "./model.covey"], ["sign", "./model.covey", "--key", "./anna/publisher.key"]):
+        code, _, said = operator.run("publisher", *command)
+        assert code == 4
+        assert r"\x1b[2J\u202e\nmodel.covey: signed" in said
+        assert said.rstrip("\n").isprintable()
+
+
+def test_signatures_of_nobody_do_not_keep_publishers_from_signing(operator: Operator) -> None:
+    """Whoever hands a bundle on can fill it with as many as it can hold."""
+    keys = [keygen(operator, name) for name in ("anna", "ben")]
+    members = members_of((operator.folder / "model.covey").read_bytes())
+    by_anna = add_signature(
+        (operator.folder / "model.covey").read_bytes(), load_key(operator.folder / "anna/publisher.key")
+    )
+    (signature,) = (one for one in examine_bundle(by_anna).signatures if one not in members["signature"])
+    members["signature"] = os.urandom(15 * 64) + signature
+    (operator.folder / "model.covey").write_bytes(zipped(list(members.items())))
+    sign = ["publisher", "sign", "./model.covey", "--key", "./ben/publisher.key", "--out", "./signed.covey"]
+    code, _, said = operator.run(*sign)
+    assert code != 0
+    assert "16 signatures, as many as it can hold: leave out those of nobody you know with --publisher" in said
+    said = operator.says(*sign, "--publisher", keys[0], "--publisher", keys[0])
+    assert said.endswith("/signed.covey: signed; it has 2 signatures\n")
+    show = ["publisher", "show", "./signed.covey", "--publisher", keys[0], "--publisher", keys[1]]
+    assert operator.json(*show)["signed_by"] == keys
+    # And where copies that were signed apart are put together.
+    merge = ["publisher", "merge", "./model.covey", "./signed.covey", "--out", "./both.covey"]
+    assert "leave out those of nobody you know" in operator.run(*merge)[2]
+    named = ["--publisher", keys[0], "--publisher", keys[1]]
+    assert operator.says(*merge, *named).endswith("both.covey: it has 2 signatures\n")
+    assert "64 hex digits" in operator.run(*merge, "--publisher", "rubbish")[2]
 
 
 @pytest.mark.parametrize(

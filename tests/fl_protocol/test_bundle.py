@@ -267,6 +267,10 @@ def _npy(array: Any) -> bytes:
     return out.getvalue()
 
 
+def with_header(header: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + PARAMS.tobytes()
+
+
 @pytest.mark.parametrize(
     "raw",
     [
@@ -286,6 +290,11 @@ def _npy(array: Any) -> bytes:
         _npy(np.array([1, 2, 3, np.inf, 5, 6, 7], np.float32)),
         _npy(np.zeros(0, np.float32)).replace(b"(0,)", b"(2**40,)"),
         _npy(np.zeros(1, np.float32)).replace(b"(1,), }            ", b"(9999999999999,), }"),
+        with_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (7,"),
+        with_header(b"  {\n {"),
+        with_header(b"(" * 5000),
+        with_header(b"{'descr': (), 'fortran_order': False, 'shape': (7,)}"),
+        with_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (7,), []: 1}"),
     ],
     ids=[
         "pickled array",
@@ -304,6 +313,11 @@ def _npy(array: Any) -> bytes:
         "infinity",
         "huge declared",
         "larger than declared",
+        "header without an end",
+        "header indented",
+        "header nested",
+        "header with no type",
+        "header with a list for a key",
     ],
 )
 def test_parameters_that_are_no_finite_vector_are_refused_even_if_signed(raw: bytes) -> None:
@@ -350,6 +364,13 @@ def test_a_manifest_that_contradicts_itself_is_refused_even_if_signed(
     change: Callable[[dict[str, Any]], None], match: str
 ) -> None:
     refused(signed_with(change), match)
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"format": ' + b"[" * 100_000, b'{"format": "\xff"}', b"", b"null"])
+def test_a_manifest_that_is_none_is_refused_even_if_signed(text: bytes) -> None:
+    signature = PUBLISHER.sign(b"covey bundle v2\0" + text)
+    members = {**members_of(GOOD), "manifest.json": text, "signature": signature}
+    refused(zipped(list(members.items())), "cannot be read")
 
 
 @pytest.mark.parametrize("params", [PARAMS[:6], PARAMS.astype(np.float64), np.full(7, np.inf, np.float32)])
