@@ -1,10 +1,9 @@
 """Sums that helpers were asked for between a backup and its restore: they have cost devices privacy, and no row tells.
 
 A task with a budget at device level may go on only with all of them in its account; one without tells too small a
-figure until somebody has said. Nobody but a helper knows how many
-they were (``covey-helper audit``); at most there was one for each round that was opened. Each becomes an aborted round
-that says so, above the backup's rounds, and costs what a round with the fewest updates would have cost
-(`aggregator.device_budget`).
+figure until somebody has said. Nobody but a helper knows how many they were (``covey-helper audit``); at most there was
+one for each round that was opened. Each becomes an aborted round that says so, above the backup's rounds, and costs
+what a round with the fewest updates would have cost (`aggregator.device_budget`).
 """
 
 from __future__ import annotations
@@ -136,8 +135,8 @@ def insert_lost(
         task: its row, with the number of its last round in the backup.
         count: how many.
         reason: for people.
-        since_s: when the backup was made, Unix seconds.
-        now_s: Unix seconds; every one was asked for between the two.
+        since_s: when the backup was made, or before that the round opened that was open then; Unix seconds.
+        now_s: Unix seconds; devices were in every one between the two.
 
     Raises:
         DatabaseError, BundleError: the task's bundle cannot be read.
