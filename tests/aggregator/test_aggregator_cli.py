@@ -221,14 +221,14 @@ def test_a_device_that_cannot_be_registered_is_one_sentence(operator: Operator, 
 
 def test_thousands_of_devices_are_imported_from_a_file(operator: Operator) -> None:
     operator.says("init", "CONFIG")
-    lines = ["device,public_key", "", *(f" watch-{index} , {index:064x}" for index in range(3000))]
+    lines = ["device,public_key", "", *(f" watch-{index} , {2**200 + index:064x}" for index in range(3000))]
     operator.write("devices.csv", "\ufeff" + "\r\n".join(lines))
     assert operator.says("device", "import", "./devices.csv", "CONFIG") == "3000 devices may send updates\n"
     operator.write("again.csv", f"watch-0,{KEY}")
     assert operator.says("device", "import", "./again.csv", "CONFIG") == "1 devices may send updates\n"
     listed = {one["device"]: one["public_key"] for one in operator.json("device", "list", "CONFIG")}
     assert len(listed) == 3000
-    assert (listed["watch-0"], listed["watch-2999"]) == (KEY, f"{2999:064x}")
+    assert (listed["watch-0"], listed["watch-2999"]) == (KEY, f"{2**200 + 2999:064x}")
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def test_a_helper_with_a_link_of_its_own_is_asked_over_that() -> None:
     assert len(bench.refused) == 2
 
 
-PIN = {"name": A, "operator": "patients", "key": "00" * 32}
+PIN = {"name": A, "operator": "patients", "key": "11" * 32}
 FILES = {"ca": "ca.pem", "certificate": "own.pem", "certificate_key": "own.key"}
 
 

@@ -334,8 +334,8 @@ def study(*helpers: dict[str, str]) -> StudyConfig:
         "task": "watch",
         "broker": {"host": "127.0.0.1", "port": 1883},
         "bundle": "watch.covey",
-        "publisher_key": "00" * 32,
-        "aggregator_key": "00" * 32,
+        "publisher_key": "11" * 32,
+        "aggregator_key": "11" * 32,
         "helpers": list(helpers),
     }
     return msgspec.convert(fields, StudyConfig)

@@ -73,7 +73,7 @@ def test_files_that_must_not_be_replaced_are_named(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     create_key(tmp_path / "k")
     assert covey_model("key", tmp_path / "no" / "folder").stderr.count("cannot be written") == 1
-    (tmp_path / "other" / "publisher.pub").write_text("00" * 32)
+    (tmp_path / "other" / "publisher.pub").write_text("11" * 32)
     stranger = covey_model("build", "watch_features", "--out", tmp_path / "other" / "w.covey", "--key", tmp_path / "k")
     assert (stranger.returncode, "another publisher" in stranger.stderr) == (1, True)
     folder = covey_model("build", "watch_features", "--out", tmp_path / "other", "--key", tmp_path / "k")

@@ -125,7 +125,7 @@ def test_commands_act_as_their_user(operator: Operator, monkeypatch: pytest.Monk
     operator.run("init", "CONFIG")
     operator.says("task", "create", "./watch.toml", "CONFIG")
     operator.says("device", "add", "CONFIG", "watch-7", "ab" * 32)
-    many = "".join(f"watch-{number},{number:064x}\n" for number in range(20))
+    many = "".join(f"watch-{number},{2**200 + number:064x}\n" for number in range(20))
     operator.write("devices.csv", many)
     operator.says("device", "import", "./devices.csv", "CONFIG")
     operator.says("device", "remove", "CONFIG", "watch-7")
