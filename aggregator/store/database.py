@@ -154,9 +154,10 @@ def _make_engine(url: str, answer_s: float, *, alone: bool = False) -> Engine:
 
 def _prepare_sqlite(engine: Engine, *, alone: bool) -> None:
     """WAL, full fsync, overwriting of freed pages, and the write lock at a transaction's beginning."""
-    pragmas = [f"busy_timeout={_BUSY_TIMEOUT_MS}", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"]
-    if alone:  # before the log is first looked at, or others who look at it would be known of (sqlite.org/wal.html)
-        pragmas.insert(0, "locking_mode=EXCLUSIVE")
+    pragmas = ["journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"]
+    # Alone before the log is first looked at, or others may look at it too (sqlite.org/wal.html), and without waiting:
+    # whoever has the file open has it open for long.
+    first = ["busy_timeout=0", "locking_mode=EXCLUSIVE"] if alone else [f"busy_timeout={_BUSY_TIMEOUT_MS}"]
     if engine.url.database not in {None, "", ":memory:"}:
         # Security: it holds open rounds' keys; the log beside it takes over its mode.
         Path(str(engine.url.database)).touch(mode=0o600)
@@ -164,7 +165,7 @@ def _prepare_sqlite(engine: Engine, *, alone: bool) -> None:
     @event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # or the driver would begin by itself, and only at the first write
-        for pragma in pragmas:
+        for pragma in (*first, *pragmas):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")

@@ -208,7 +208,8 @@ def test_an_open_transaction_is_told_and_not_waited_for(old: Database, blobs: Bl
     with other.connect() as connection:
         connection.execute(select(schema.devices)).all()  # and it stays in its transaction
         refused(old, blobs, tmp_path, "1 other connections to this database are open")
-        module = broken_copy("aggregator.upgrade", COMPANY["connections"])
+        sooner = ("_LOCKS_WITHIN_S = 5", "_LOCKS_WITHIN_S = 1")
+        module = broken_copy("aggregator.upgrade", COMPANY["connections"], sooner)
         with pytest.raises(DatabaseError, match=r"the table devices cannot be had .* another connection is in a trans"):
             upgraded(old, blobs, tmp_path, module=module)
     other.dispose()
@@ -234,7 +235,8 @@ def test_of_two_upgrades_the_later_writes_nothing(old: Database, blobs: Blobs, t
 def newcomer(old: Database, folder: Path) -> str:
     """What a process gets that comes while an upgrade is at work: it would write later, as its own version does."""
     code = (
-        "import sys\nfrom sqlalchemy import create_engine\nengine = create_engine(sys.argv[1])\n"
+        "import sys\nfrom sqlalchemy import create_engine\n"
+        "engine = create_engine(sys.argv[1], connect_args={'timeout': 0})\n"
         "with engine.begin() as c: print('found', *c.exec_driver_sql('SELECT version_num FROM alembic_version').one())"
     )
     done = subprocess.run(

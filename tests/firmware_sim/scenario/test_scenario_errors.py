@@ -46,7 +46,7 @@ WRONG: list[tuple[str, str, str, tuple[str, ...]]] = [
         ("a folder", "got 'mine'"),
     ),
     ('"surrogate"', '"recorded"\nrecorded = "old"', "recorded", ("the folder of a run", "got 'old'")),
-    ('"watch_cnn"', f'"my.covey"\npublisher_key = "{"00" * 32}"', "model", ("readable file", "my.covey")),
+    ('"watch_cnn"', f'"my.covey"\npublisher_key = "{"11" * 32}"', "model", ("readable file", "my.covey")),
     ("require_idle = false", "require_idle = 3", "eligibility.require_idle", ("true or false", "got 3")),
     ("require_idle = false", 'season = "mild"', "eligibility.season", ("require_idle", "got 'mild'")),
 ]
