@@ -151,7 +151,10 @@ def with_claim(
         request = before
     else:
         made = _new_request(claim, entropy(32), token=token.secret, enrolment=None, entropy=entropy)
-        request = replace(made, replaces=refusal is not None and refusal.outcome in {"revoked", "not_enrolled"})
+        # Names that the desk will not renew may be ones that it does not know: a database that was restored lacks them.
+        is_over = refusal is not None and refusal.outcome in {"revoked", "not_enrolled"}
+        is_over |= refusal is not None and refusal.outcome == "refused" and before is not None and before.token is None
+        request = replace(made, replaces=is_over)
     membership = state.membership if state is not None else None
     return JoiningState(claim=claim, membership=membership, request=request)
 

@@ -323,6 +323,30 @@ def test_a_renewal_from_software_that_proved_nothing_is_prepared_anew_once_it_wa
     assert len(device.names.installed()) == 6
 
 
+def test_names_that_a_restored_desk_does_not_know_give_way_to_those_of_another_token() -> None:
+    """The backup was made before they were granted, so nothing that is sent under them counts."""
+    rig = DeskRig()
+    device = JoiningDevice(rig)
+    join(rig, device)
+    with rig.office.store.database.reading() as connection:
+        before = dict(connection.execute(select(schema.enrolments)).mappings().one())
+    rig.clock.time_s += 2 * PERIOD_S
+    renew(rig, device)
+    lost = {one.id for one in device.names.installed()[3:]}
+    rig.office.change(lambda c: c.execute(update(schema.enrolments).values(**before)))
+    rig.clock.time_s += 2 * PERIOD_S
+    device.names.forget_expired(rig.clock.time_s)
+    renew(rig, device)
+    assert device.outcome == "refused"
+    current = device.names.current(rig.clock.time_s)
+    assert isinstance(current, Pseudonym)
+    assert current.id in lost
+    join(rig, device, rig.token(days=365))
+    current = device.names.current(rig.clock.time_s)
+    assert isinstance(current, Pseudonym)
+    assert current.id not in lost
+
+
 def test_who_was_thrown_out_is_told_so_and_comes_back_when_it_is_restored() -> None:
     rig = DeskRig()
     device = JoiningDevice(rig)
