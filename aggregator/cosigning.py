@@ -10,14 +10,22 @@ What fails here is told, and keeps no round from going on.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator.audit.checkpoint_rows import Checkpoints
-from aggregator.audit.checkpoints import Note, NoteSignature, cosigner_key_id, cosigner_name, verify_cosignature
+from aggregator.audit.checkpoints import (
+    Checkpoint,
+    Note,
+    NoteSignature,
+    cosigner_key_id,
+    cosigner_name,
+    verify_cosignature,
+)
 from aggregator.audit.entries import AuditError
 from aggregator.errors import DatabaseError
 from fl_protocol.errors import ProtocolError
@@ -37,6 +45,8 @@ CHECKPOINT_EVERY_S = 600.0
 """How often new entries get a checkpoint, if no round closes meanwhile."""
 ASK_EVERY_S = 60.0
 """How long a co-signature is waited for before the helper is asked again; also after a failure."""
+_REMEMBERED = 16
+"""Requests whose answers are still taken: rounds may close faster than a helper answers."""
 Tell = Callable[..., None]
 
 
@@ -48,15 +58,29 @@ class CosignLine(Protocol):
 
 
 @dataclass
+class _Request:
+    """One that was made, of the tree of a checkpoint: whether it was answered, and where its proof begins."""
+
+    tree: Checkpoint
+    start: int
+    data: bytes
+    is_done: bool = False
+
+
+@dataclass
 class _Asked:
-    """What one helper is asked, and where the log ends that it has co-signed."""
+    """What one helper was asked, the newest last, and where the log ends that it has co-signed."""
 
     identity: HelperIdentity
     start: int = 0
-    size: int = -1
-    request: bytes = b""
+    requests: deque[_Request] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     asked_s: float = float("-inf")
-    is_done: bool = False
+    begins_elsewhere: bool = False
+
+    @property
+    def last(self) -> _Request | None:
+        """The newest."""
+        return self.requests[-1] if self.requests else None
 
 
 class Cosigning:
@@ -135,15 +159,16 @@ class Cosigning:
         """Ask a helper for the newest checkpoint, or ask again."""
         if self._newest is None:
             return
-        tree = self._newest.checkpoint
-        if asked.size != tree.size:
-            asked.request = self._request(name, asked, self._newest)
-            asked.size, asked.is_done, asked.asked_s = tree.size, False, float("-inf")
-        if not asked.is_done and not happened_within(ASK_EVERY_S, asked.asked_s, now_s):
+        last, tree = asked.last, self._newest.checkpoint
+        if last is None or last.tree.size != tree.size or asked.begins_elsewhere:
+            last = self._request(name, asked, self._newest)
+            asked.requests.append(last)
+            asked.begins_elsewhere, asked.asked_s = False, float("-inf")
+        if not last.is_done and not happened_within(ASK_EVERY_S, asked.asked_s, now_s):
             asked.asked_s = now_s
-            self._line.ask_to_cosign(name, asked.request)
+            self._line.ask_to_cosign(name, last.data)
 
-    def _request(self, name: str, asked: _Asked, note: Note) -> bytes:
+    def _request(self, name: str, asked: _Asked, note: Note) -> _Request:
         """A signed request; to a helper that has co-signed more than there is, it has no proof, and will be refused."""
         size = note.checkpoint.size
         start = asked.start if asked.start <= size else 0
@@ -154,37 +179,40 @@ class Cosigning:
             start=start,
             proof=tuple(self._checkpoints.proof(start, size)),
         )
-        return sign(request, self._key)
+        return _Request(note.checkpoint, start, sign(request, self._key))
 
     def _hear_cosignature(self, asked: _Asked, answer: CosignatureMsg) -> None:
-        """A co-signature. Raises ProtocolError: of another checkpoint than was asked for, or wrong."""
+        """A co-signature, be it late. Raises ProtocolError: of a checkpoint that was not asked for, or wrong."""
         self._check_about(asked, answer.tenant, answer.helper)
-        tree = self._newest.checkpoint if self._newest is not None else None
-        if tree is None or (answer.size, answer.root) != (tree.size, tree.root):
+        found = next((one for one in reversed(asked.requests) if _is_of(answer, one.tree)), None)
+        if found is None:
             raise ProtocolError(f"a co-signature of a checkpoint of {answer.size} entries was not asked for")
         name = cosigner_name(asked.identity.operator, asked.identity.name)
         one = NoteSignature(name, cosigner_key_id(name, asked.identity.key), answer.cosignature)
         try:
-            verify_cosignature(tree, one, asked.identity.key)
+            verify_cosignature(found.tree, one, asked.identity.key)
         except AuditError as error:
             raise ProtocolError(str(error)) from error
-        if asked.is_done:
+        if found.is_done:
             return
-        self._checkpoints.add_cosignature(tree.size, answer.helper, one)
-        asked.is_done, asked.start = True, tree.size
-        self._note("checkpoint_cosigned", helper=answer.helper, size=tree.size)
+        self._checkpoints.add_cosignature(answer.size, answer.helper, one)
+        found.is_done, asked.start = True, max(asked.start, answer.size)
+        self._note("checkpoint_cosigned", helper=answer.helper, size=answer.size)
 
     def _hear_refusal(self, asked: _Asked, refusal: CosignRefusalMsg) -> None:
         """A refusal. Raises ProtocolError: of nothing that was asked."""
         self._check_about(asked, refusal.tenant, refusal.helper)
-        if refusal.request_digest != hashlib.sha256(asked.request).digest() or asked.is_done:
+        digest = refusal.request_digest
+        found = next((one for one in asked.requests if hashlib.sha256(one.data).digest() == digest), None)
+        if found is None or found.is_done:
             raise ProtocolError("a refusal of a request to co-sign that was not made")
-        begins = asked.start
-        asked.start = refusal.last_size
-        if refusal.reason is CosignRefusal.OTHER_START and refusal.last_size != begins:
-            asked.size = -1  # asked again at once, from there
+        found.is_done = True  # until there is another checkpoint
+        is_last = found is asked.last
+        if is_last:
+            asked.start = refusal.last_size
+        if refusal.reason is CosignRefusal.OTHER_START and refusal.last_size != found.start:
+            asked.begins_elsewhere = is_last  # asked again at once, from there; a newer one has an answer of its own
             return
-        asked.is_done = True  # until there is another checkpoint
         detail = {"reason": refusal.reason.value, "detail": refusal.detail, "last_size": refusal.last_size}
         self._note("checkpoint_refused", helper=refusal.helper, **detail)
 
@@ -192,6 +220,11 @@ class Cosigning:
         """Raise ProtocolError unless a message is about this study and of this helper."""
         if (tenant, helper) != (self._tenant, asked.identity.name):
             raise ProtocolError(f"expected an answer of {asked.identity.name} about {self._tenant}")
+
+
+def _is_of(answer: CosignatureMsg, tree: Checkpoint) -> bool:
+    """Whether a co-signature says that it is of this tree."""
+    return (answer.size, answer.root) == (tree.size, tree.root)
 
 
 def _kind_of(data: bytes) -> type[CosignatureMsg] | type[CosignRefusalMsg] | None:
