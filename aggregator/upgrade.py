@@ -162,6 +162,7 @@ def _refuse_open_file(database: Database) -> None:
     """Raise DatabaseError if another process has the SQLite file open, be it only to read.
 
     Every connection in WAL mode holds a shared lock on the file for as long as it is open (sqlite.org/wal.html).
+    `Database.migrating` would find out too, and say no more than that the database is locked.
     """
     name = make_url(database.url).database
     if not database.is_sqlite or not name:

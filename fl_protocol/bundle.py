@@ -189,7 +189,7 @@ def add_signature(data: bytes, key: Ed25519PrivateKey, *, only: Collection[Ed255
     if len(kept) >= MOST_PUBLISHERS:
         raise LocalMisuseError(
             f"The bundle has {len(kept)} signatures, as many as it can hold: leave out those of nobody you know with "
-            "--publisher KEY for each publisher."
+            "--publisher HEX for each publisher."
         )
     signatures = b"".join([*kept, key.sign(examined.signed)])
     return _zipped({**_read_members(data), _SIGNATURE: signatures})
@@ -223,7 +223,7 @@ def merge_signatures(data: bytes, others: Sequence[bytes], *, only: Collection[E
     if len(signatures) > MOST_PUBLISHERS:
         raise LocalMisuseError(
             f"expected at most {MOST_PUBLISHERS} signatures together, got {len(signatures)}: leave out those of nobody "
-            "you know with --publisher KEY for each publisher"
+            "you know with --publisher HEX for each publisher"
         )
     return _zipped({**_read_members(data), _SIGNATURE: b"".join(signatures)})
 

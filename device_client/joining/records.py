@@ -151,10 +151,7 @@ def with_claim(
         request = before
     else:
         made = _new_request(claim, entropy(32), token=token.secret, enrolment=None, entropy=entropy)
-        # Names that the desk will not renew may be ones that it does not know: a database that was restored lacks them.
-        is_over = refusal is not None and refusal.outcome in {"revoked", "not_enrolled"}
-        is_over |= refusal is not None and refusal.outcome == "refused" and before is not None and before.token is None
-        request = replace(made, replaces=is_over)
+        request = replace(made, replaces=refusal is not None and _is_over(before, refusal))
     membership = state.membership if state is not None else None
     return JoiningState(claim=claim, membership=membership, request=request)
 
@@ -217,6 +214,14 @@ def with_grant_installed(state: JoiningState) -> JoiningState:
     names = tuple(one.id for one in decode_file(request.granted, PseudonymAnswer).certificates)
     member = Membership(request.enrolled, request.renewal_key, request.pins, token, names)
     return JoiningState(claim=state.claim, membership=member)
+
+
+def _is_over(request: OpenRequest | None, refusal: Refusal) -> bool:
+    """Whether nothing that is sent under the present names counts any more."""
+    if refusal.outcome in {"revoked", "not_enrolled"}:
+        return True
+    # Names that the desk will not renew may be ones that it does not know: a database that was restored lacks them.
+    return refusal.outcome == "refused" and request is not None and request.enrolment is not None
 
 
 def _new_request(
