@@ -15,6 +15,7 @@ from device_client.adapters import tpm2_tls_keys
 from device_client.adapters.tpm2_tls_keys import Tpm2TlsKeys, tls_public_half
 from device_client.errors import KeyStoreError
 from device_client.pseudonyms import Pseudonyms
+from device_client.tls_keys import SoftwareTlsKeys
 from fl_protocol.adapters.tpm2_command import PEM_BEGINS
 from fl_protocol.enrolment import PseudonymRequest, decode_file
 from tests.contracts.software_tpm import SoftwareTpm, software_tpm
@@ -61,6 +62,14 @@ def test_keys_are_the_tpms_and_leave_it_in_no_form() -> None:
     ):
         with pytest.raises(KeyStoreError, match="never leaves it"):
             leak()
+
+
+@pytest.mark.usefixtures("tpm")
+def test_keys_of_either_kind_are_loaded_again_to_sign() -> None:
+    """A device that got its TPM later renews by a name whose key is in software."""
+    for made in (Tpm2TlsKeys().make(os.urandom), SoftwareTlsKeys().make(os.urandom)):
+        signature = Tpm2TlsKeys().load(made.stored).sign(b"names", ec.ECDSA(hashes.SHA256()))
+        made.key.public_key().verify(signature, b"names", ec.ECDSA(hashes.SHA256()))
 
 
 @pytest.mark.usefixtures("tpm")

@@ -9,16 +9,19 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 from sqlalchemy import select, update
 
 from aggregator.enrolment.register import withdraw_tokens
 from aggregator.store import schema
+from device_client.errors import KeyStoreError
 from device_client.joining import joiner as joiner_module
 from device_client.joining.records import encode_state
 from device_client.joining.words import refusal_words
 from device_client.pseudonyms import Pseudonym
+from device_client.tls_keys import SoftwareTlsKeys
 from firmware_sim.faults.packets import PacketRates
 from firmware_sim.virtual_flash import PowerCutError
 from fl_protocol.enrolment import DAY_S
@@ -276,6 +279,32 @@ def test_a_joiner_whose_renewals_prove_nothing_gets_no_names(change: tuple[str, 
     broken = broken_copy("device_client.joining.joiner", change)
     with pytest.raises(AssertionError):
         check_names_that_have_ended_and_kills_do_not_keep_it_out(broken)
+
+
+class AwayKeys(SoftwareTlsKeys):
+    """Those of a TPM that is away, or that the configuration no longer names."""
+
+    def load(self, stored: bytes) -> ec.EllipticCurvePrivateKey:
+        raise KeyStoreError(f"a TLS key of {len(stored)} bytes: set tls_keys")
+
+
+def test_without_its_tls_keys_nothing_is_sent_and_it_says_why_until_they_are_back() -> None:
+    rig = DeskRig()
+    device = JoiningDevice(rig)
+    join(rig, device)
+    rig.clock.time_s += 2 * PERIOD_S
+    seen, keys = requests_of(rig), device.names._tls_keys
+    device.names._tls_keys = AwayKeys()
+    device.joiner.open_renewal()
+    for _ in range(20):
+        device.step()
+        rig.clock.time_s += 60.0
+    assert seen == []
+    reasons = {fields["reason"] for name, fields in device.journal.events if name == "store_failed"}
+    assert {reason.rpartition(": ")[2] for reason in reasons} == {"set tls_keys"}
+    device.names._tls_keys = keys
+    run(rig, device, until=lambda: not device.joiner.is_asking)
+    assert len(device.names.installed()) == 6
 
 
 def test_names_that_came_by_file_since_do_not_keep_it_out() -> None:
