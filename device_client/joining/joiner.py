@@ -12,7 +12,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from device_client.device_store import study_blob
-from device_client.errors import StoreError
+from device_client.errors import KeyStoreError, StoreError
 from device_client.events import Note, Publish, Subscribe, Unsubscribe
 from device_client.joining.records import (
     JoiningState,
@@ -38,8 +38,12 @@ from fl_protocol.enrolment import PseudonymAnswer, decode_file
 from fl_protocol.errors import ConfigError, LocalMisuseError, ProtocolError
 from fl_protocol.integer_noise import Entropy
 from fl_protocol.joining import Claim, Token
+from fl_protocol.recency import happened_within
 from fl_protocol.renewal_proof import RenewalProofMsg, signed_proof
 from fl_protocol.signing import public_key_from_hex
+
+KEYS_AGAIN_S = 600.0
+"""How long a TPM that failed is left alone: a row of names takes a dozen keys, and each of them a process."""
 
 
 class Joiner:
@@ -72,6 +76,7 @@ class Joiner:
         self._store, self.names, self.study, self._blob = store, names, study, study_blob("enrolment", study)
         self._entropy, self._jitter, self._clock, self._journal = entropy, jitter, clock, journal
         self._count = count
+        self._keys_failed_s: float | None = None
         self.session: JoiningSession | None = None
         self._handlers: dict[type, Callable[[Any, Transport | None], None]] = {
             Keep: lambda action, _way: self._write(action.state),
@@ -155,12 +160,14 @@ class Joiner:
             event: what happened.
             way: the connection to the desk; None where there is none.
         """
-        if self.session is None:
+        now_s = self._clock.now_s()
+        if self.session is None or happened_within(KEYS_AGAIN_S, self._keys_failed_s, now_s):
             return
         try:
-            for action in self.session.handle(event, self._clock.now_s()):
+            for action in self.session.handle(event, now_s):
                 self._handlers[type(action)](action, way)
         except StoreError as error:
+            self._keys_failed_s = now_s if isinstance(error, KeyStoreError) else None
             self._note("store_failed", reason=str(error))
             self._begin()
 
